@@ -1,0 +1,28 @@
+# make demo: everything from a fresh machine to a captioned picture. make test: the test suite.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+DEMO := data/demo_run
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	$(PYTHON) create_input_files.py --dataset demo --output_folder $(DEMO)
+	$(PYTHON) train.py --data_folder $(DEMO) --overwrite
+	$(PYTHON) eval.py --data_folder $(DEMO) --beam_size 1 3 5
+	$(PYTHON) caption.py --img $(DEMO)/demo/images/test_0000[0-3].jpg \
+		--model $(DEMO)/BEST_checkpoint_demo_5_cap_per_img_5_min_word_freq.pth.tar
+
+test: $(VENV)/ready
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,45 @@
+"""Turns a folder of images and their captions into the files that training reads."""
+
+import argparse
+
+import demo
+import utils
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    positive, count = utils.number(int, above=0), utils.number(int, least=0)
+    add = parser.add_argument
+    add("--dataset", required=True, choices=["coco", "flickr8k", "flickr30k", "demo"])
+    add("--karpathy_json", help="captions and splits in Karpathy's format; the demo makes its own")
+    add("--image_folder", help="where the JSON's images are; the demo makes its own")
+    add("--captions_per_image", type=positive, default=5, help="sampled for each image")
+    add("--min_word_freq", type=count, default=5, help="words seen more often have an index")
+    add("--max_len", type=positive, default=50, help="captions with more words are left out")
+    add("--output_folder", default="data", help="where the input files go")
+    add("--image_size", type=positive, default=256, help="height and width, pixels")
+    add("--workers", type=count, help="processes that read images; None: one for each core")
+    add("--seed", type=int, default=0, help="of the sampling of captions")
+    add("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
+    return parser.parse_args()
+
+
+def main():
+    options = vars(parse_arguments())
+    sources = (options["karpathy_json"], options["image_folder"])
+    if options["dataset"] == "demo" and sources == (None, None):
+        for name in ("dataset", "karpathy_json", "image_folder"):
+            del options[name]
+        demo.prepare(**options)
+    elif None in sources:
+        raise utils.UserError(
+            f"--dataset {options['dataset']} needs both --karpathy_json and --image_folder"
+        )
+    else:
+        utils.create_input_files(**options)
+
+
+if __name__ == "__main__":
+    utils.run(main)

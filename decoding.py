@@ -1,0 +1,206 @@
+"""From features to captions: greedy decoding, sampling and beam search, batched over images.
+
+All three produce words only: `<pad>`, `<start>` and `<unk>` never, and `<end>` neither before the
+first word nor later than after `max_length` words, so that a caption always comes out.
+Log-probabilities are the model's own, over its whole vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_LENGTH = 50  # words
+
+
+class Caption(NamedTuple):
+    """One image's caption, on the CPU."""
+
+    words: list[int]  # indices, without <start> and <end>
+    log_prob: float  # Σ log p of the words and of <end>
+    alphas: Tensor  # (len(words), L) float32
+
+
+def greedy(decoder, encoder_out, word_map, max_length=MAX_LENGTH):
+    """The likeliest word at every step.
+
+    Args:
+        decoder: a `models.DecoderWithAttention`.
+        encoder_out: (I, g, g, D) from `Encoder` or `Encoder.features`.
+        word_map: word -> index.
+        max_length: words, at most.
+
+    Returns:
+        list of I `Caption`.
+    """
+    return _roll_out(decoder, encoder_out, word_map, max_length, lambda p: p.argmax(dim=1))
+
+
+def sample(decoder, encoder_out, word_map, max_length=MAX_LENGTH, temperature=1.0, generator=None):
+    """Words by chance, p^(1 / temperature) renormalised; the rest as in `greedy`.
+
+    Args:
+        temperature: above 0; small values come near to `greedy`.
+        generator: torch.Generator on the decoder's device.
+    """
+
+    def choose(log_probs):
+        probabilities = (log_probs / temperature).softmax(dim=1)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+    return _roll_out(decoder, encoder_out, word_map, max_length, choose)
+
+
+@torch.inference_mode()
+def _roll_out(decoder, encoder_out, word_map, max_length, choose):
+    memory = decoder.prepare(encoder_out)
+    state = decoder.init_state(memory)
+    end = word_map["<end>"]
+    words = torch.full((len(encoder_out),), word_map["<start>"], device=encoder_out.device)
+    done = torch.zeros_like(words, dtype=torch.bool)
+    total = torch.zeros_like(words, dtype=torch.float32)
+    history, alphas = [], []
+    for step in range(max_length + 1):
+        scores, alpha, state = decoder.step(words, state, memory)
+        log_probs = _allowed_log_probs(scores, word_map, step, max_length)
+        words = choose(log_probs).masked_fill(done, end)
+        total += log_probs.gather(1, words.unsqueeze(1)).squeeze(1).masked_fill(done, 0.0)
+        history.append(words)
+        alphas.append(alpha)
+        done = done | (words == end)
+        if done.all():
+            break
+    return _captions(torch.stack(history, 1), torch.stack(alphas, 1), total, end)
+
+
+@torch.inference_mode()
+def beam_search(
+    decoder, encoder_out, word_map, beam_size=5, max_length=MAX_LENGTH, length_penalty=0.0
+):
+    """The best caption among those that keeping the `beam_size` best partial ones finds.
+
+    As in the paper's own search, a finished caption takes one place off its image's beam. An
+    image is done when its beam is empty or no caption still open can overtake the best finished.
+
+    Args:
+        decoder, encoder_out, word_map, max_length: as in `greedy`.
+        beam_size: k, partial captions kept for each image.
+        length_penalty: α of the score log p / (words + 1)^α; 0 compares log p itself and favours
+            short captions, 1 compares the mean over the words and `<end>`.
+
+    Returns:
+        list of I `Caption`.
+    """
+    device, count, k = encoder_out.device, len(encoder_out), beam_size
+    memory = decoder.prepare(encoder_out)
+    state = decoder.init_state(memory)
+    state = state.select(torch.arange(count, device=device).repeat_interleave(k))
+    end = word_map["<end>"]
+
+    active = torch.arange(count, device=device)  # the images still searched, in rows of k beams
+    words = torch.full((count, k), word_map["<start>"], device=device)
+    log_probs = torch.full((count, k), -torch.inf, device=device)
+    log_probs[:, 0] = 0.0  # the beams of an image start alike: one of them counts
+    places = torch.full((count, 1), k, device=device)
+    best = _Best(count, device)
+    history = _History(count, k)
+    for step in range(max_length + 1):
+        scores, alphas, state = decoder.step(words.flatten(), state, memory)
+        allowed = _allowed_log_probs(scores, word_map, step, max_length)
+        candidates = log_probs.unsqueeze(2) + allowed.view(len(active), k, -1)
+        log_probs, chosen = candidates.flatten(1).topk(k)
+        parents, words = chosen // allowed.shape[1], chosen % allowed.shape[1]
+        history.append(active, words, parents, alphas)
+
+        kept = (torch.arange(k, device=device) < places) & log_probs.isfinite()
+        ended = kept & (words == end)
+        best.update(active, log_probs.where(ended, -torch.inf), step, length_penalty)
+        places = places - ended.sum(1, keepdim=True)
+        log_probs = log_probs.where(kept & ~ended, -torch.inf)
+
+        # log p only falls, and dividing by the greatest length lifts it most
+        bound = log_probs.amax(1) / (max_length + 1) ** length_penalty
+        going = (bound > best.score[active]).nonzero().squeeze(1)
+        if not len(going):
+            break
+        rows = (going.unsqueeze(1) * k + parents[going]).flatten()
+        state = state.select(rows)
+        if len(going) < len(active):
+            memory = memory.select(going)
+            active, words, log_probs, places = (
+                tensor[going] for tensor in (active, words, log_probs, places)
+            )
+    words, alphas = history.trace(best, end)
+    return _captions(words, alphas, best.log_prob, end)
+
+
+class _Best:
+    """The best finished caption of each image: its score and where its `<end>` stands."""
+
+    def __init__(self, count, device):
+        self.score = torch.full((count,), -torch.inf, device=device)
+        self.log_prob = torch.full((count,), -torch.inf, device=device)
+        self.step = torch.zeros(count, dtype=torch.int64, device=device)
+        self.beam = torch.zeros(count, dtype=torch.int64, device=device)
+
+    def update(self, images, log_probs, step, length_penalty):
+        """Takes in the captions finished at a step: log_probs (n, k), -inf for the others."""
+        log_prob, beam = log_probs.max(dim=1)
+        score = log_prob / (step + 1) ** length_penalty
+        better = score > self.score[images]
+        images = images[better]
+        self.score[images], self.log_prob[images] = score[better], log_prob[better]
+        self.step[images], self.beam[images] = step, beam[better]
+
+
+class _History:
+    """What every beam chose at each step, and which beam of the step before it continued."""
+
+    def __init__(self, count, beam_size):
+        self.shape = (count, beam_size)
+        self.words, self.parents, self.alphas = [], [], []
+
+    def append(self, images, words, parents, alphas):
+        """words and parents (n, k) of n images; alphas (n·k, L) that led to the parents' words."""
+        alphas = alphas.view(*words.shape, -1)
+        for steps, values in (
+            (self.words, words),
+            (self.parents, parents),
+            (self.alphas, alphas),
+        ):
+            steps.append(
+                values.new_zeros(*self.shape, *values.shape[2:]).index_copy(0, images, values)
+            )
+
+    def trace(self, best, end):
+        """Words (I, T) and alphas (I, T, L) of the best captions, `end` from their end on."""
+        images, beam = torch.arange(self.shape[0], device=best.beam.device), best.beam
+        words, alphas = [], []
+        for step in reversed(range(len(self.words))):
+            parent = self.parents[step][images, beam]
+            words.append(self.words[step][images, beam].where(step < best.step, end))
+            alphas.append(self.alphas[step][images, parent])
+            beam = parent.where(step <= best.step, beam)
+        return torch.stack(words[::-1], dim=1), torch.stack(alphas[::-1], dim=1)
+
+
+def _allowed_log_probs(scores, word_map, step, max_length):
+    """log p (n, V) float32, -inf for what may not come at this step."""
+    log_probs = scores.float().log_softmax(dim=1)
+    if step == max_length:
+        allowed = torch.full_like(log_probs, -torch.inf)
+        allowed[:, word_map["<end>"]] = log_probs[:, word_map["<end>"]]
+        return allowed
+    never = [word_map[word] for word in ("<pad>", "<start>", "<unk>")]
+    log_probs[:, never + [word_map["<end>"]] * (step == 0)] = -torch.inf
+    return log_probs
+
+
+def _captions(words, alphas, log_probs, end):
+    """`Caption`s of words (I, T), which hold `end` from their end on, and alphas (I, T, L)."""
+    words, alphas, log_probs = words.cpu(), alphas.cpu(), log_probs.cpu()
+    lengths = (words != end).sum(dim=1)
+    return [
+        Caption(w[:n].tolist(), float(p), a[:n].clone())
+        for w, n, p, a in zip(words, lengths.tolist(), log_probs, alphas, strict=True)
+    ]

@@ -1,0 +1,101 @@
+"""Scores of captions: BLEU against people's, the pointing game, and how varied captions are.
+
+Words are compared as written, lower-cased and without punctuation (`utils.tokenize`), never
+against `<unk>`.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from nltk.translate.bleu_score import brevity_penalty, closest_ref_length, corpus_bleu
+
+from utils import tokenize
+
+NGRAM_WEIGHTS = [(1.0,), (1 / 2,) * 2, (1 / 3,) * 3, (1 / 4,) * 4]
+
+
+class Bleu(NamedTuple):
+    """Corpus BLEU-1 to BLEU-4, each 0 to 1."""
+
+    scores: list[float]  # with the brevity penalty, as is usual
+    unpenalised: list[float]  # without, as the paper reports its own (§5.3)
+
+
+def bleu(references, captions):
+    """Corpus BLEU of nltk.
+
+    Args:
+        references: for each image the list of its human captions, as written.
+        captions: for each image one caption, text.
+    """
+    references = [[tokenize(text) for text in texts] for texts in references]
+    captions = [tokenize(text) for text in captions]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no common 4-gram: the score is 0 and says so itself
+        scores = corpus_bleu(references, captions, NGRAM_WEIGHTS)
+    length = sum(map(len, captions))
+    closest = sum(closest_ref_length(r, len(c)) for r, c in zip(references, captions, strict=True))
+    penalty = brevity_penalty(closest, length)
+    return Bleu(
+        [float(s) for s in scores], [float(s) / penalty if penalty else 0.0 for s in scores]
+    )
+
+
+def describe(captions):
+    """How many captions, their mean length in words, how many distinct words: a dict."""
+    words = [tokenize(text) for text in captions]
+    return {
+        "captions": len(captions),
+        "mean_length": sum(map(len, words)) / max(len(words), 1),
+        "distinct_words": len({word for caption in words for word in caption}),
+    }
+
+
+class Pointing(NamedTuple):
+    """Outcome of the pointing game."""
+
+    hits: int  # words whose attention peaks inside a box of the object they name
+    words: int  # words that name an object of the boxes' classes
+    chance: float  # share of hits that a uniformly random point would make
+
+
+def pointing_game(captions, boxes, names):
+    """How often the attention's peak for a word lies in the box of the object it names.
+
+    The peak is the centre of the place with the largest alpha; where several share it (pooling
+    to a finer grid makes such), the mean of their centres. A word whose object is not in the
+    picture is a miss.
+
+    Args:
+        captions: for each image (words, alphas): list of T words, and (T, L) array.
+        boxes: for each image {name: [x0, y0, x1, y1]}, fractions of width and height.
+        names: the words that count.
+    """
+    hits = count = 0
+    chance = 0.0
+    for (words, alphas), found in zip(captions, boxes, strict=True):
+        for word, alpha in zip(words, np.asarray(alphas), strict=True):
+            if word not in names:
+                continue
+            count += 1
+            if word in found:
+                x0, y0, x1, y1 = found[word]
+                x, y = _peak(alpha)
+                hits += x0 <= x <= x1 and y0 <= y <= y1
+                chance += (x1 - x0) * (y1 - y0)
+    return Pointing(hits, count, chance / max(count, 1))
+
+
+def _peak(alpha):
+    """Centre (x, y) of the largest of L = size² alphas, fractions of width and height."""
+    size = round(len(alpha) ** 0.5)
+    places = np.flatnonzero(alpha >= alpha.max())
+    rows, columns = np.divmod(places, size)
+    return (columns.mean() + 0.5) / size, (rows.mean() + 0.5) / size
+
+
+def top5_accuracy(scores, targets):
+    """Share of targets (n,) int64 among the five largest scores of their row (n, V)."""
+    top = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    return (top == targets.unsqueeze(1)).any(dim=1).float().mean().item()

@@ -1,0 +1,98 @@
+"""Small data sets and trained models that several test files share."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import demo
+import utils
+
+ROOT = Path(__file__).parent.parent
+OFFLINE = "timm:tf_efficientnet_lite2"
+
+
+def run_here(script, *arguments):
+    """What `run_script` gives, from calling the script's main() in this process: no start-up."""
+    out, err = io.StringIO(), io.StringIO()
+    module = importlib.import_module(script.removesuffix(".py"))
+    code = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            utils.run(module.main)
+        except SystemExit as exit_:  # of a text Python prints it and exits with status 1
+            code = exit_.code if isinstance(exit_.code, int) else 1
+            err.write(exit_.code if isinstance(exit_.code, str) else "")
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def run_script(*arguments, cwd=None, env=None):
+    """Runs `python SCRIPT …` as a user would; the completed process, its output as text."""
+    script, *rest = map(str, arguments)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *rest],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def failure(process):
+    """The one line with which a script refused bad input; fails where it did anything else."""
+    assert process.returncode not in (0, None), process.stdout
+    assert "Traceback" not in process.stderr, process.stderr
+    line = process.stderr.strip().splitlines()[-1]
+    assert "error: " in line, process.stderr
+    return line
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """Eight drawn scenes, each one in the training, validation and test split alike, with one
+    caption of its own, so that a model that learns them by heart scores BLEU 1."""
+    folder = tmp_path_factory.mktemp("scenes")
+    drawn = json.loads(demo.make_demo(folder, {"train": 8}, image_size=96, seed=3).read_text())
+    images = []
+    for split in ("train", "val", "test"):
+        for image in drawn["images"]:
+            longest = max(image["sentences"], key=lambda sentence: len(sentence["tokens"]))
+            images.append(image | {"split": split, "sentences": [longest]})
+    (folder / "karpathy.json").write_text(json.dumps({"images": images}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(scenes, tmp_path_factory):
+    """Input files of the scenes: folder and base name."""
+    folder = tmp_path_factory.mktemp("tiny")
+    summary = utils.create_input_files(
+        "demo",
+        scenes / "karpathy.json",
+        scenes / "images",
+        captions_per_image=2,
+        min_word_freq=0,
+        max_len=20,
+        output_folder=folder,
+        image_size=96,
+        workers=0,
+    )
+    return folder, summary["base"]

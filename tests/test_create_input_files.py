@@ -1,0 +1,610 @@
+"""create_input_files against what its sources say, file by file."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import create_input_files as create_input_files_script
+import utils
+from utils import UserError, create_input_files, read_image
+
+SCRIPT = Path(__file__).parents[1] / "create_input_files.py"
+SIZE = 16
+BASE = "demo_2_cap_per_img_1_min_word_freq"
+
+
+def sentence(text, **more):
+    return {"tokens": text.lower().rstrip(" .").split(), "raw": text, **more}
+
+
+class Source:
+    """A data set's folder of random PNGs, exactly SIZE pixels wide, and its JSON."""
+
+    def __init__(self, folder):
+        self.images, self.output = folder / "images", folder / "data"
+        self.json = folder / "dataset.json"
+        self.entries, self.pixels = [], {}
+        self.images.mkdir()
+        self.rng = np.random.default_rng(7)
+
+    def add(self, filename, split, *texts, filepath="", **more):
+        pixels = self.rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        path = self.images / filepath / filename
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        self.pixels[filename] = pixels.transpose(2, 0, 1)
+        sentences = [sentence(text) for text in texts]
+        entry = {"filename": filename, "split": split, "sentences": sentences, **more}
+        self.entries.append(entry | ({"filepath": filepath} if filepath else {}))
+
+    def create(self, **options):
+        self.json.write_text(json.dumps({"images": self.entries, "dataset": "demo"}))
+        options = {"captions_per_image": 2, "min_word_freq": 1, "max_len": 6} | options
+        options = {"output_folder": self.output, "image_size": SIZE, "workers": 0} | options
+        return create_input_files("demo", self.json, self.images, **options)
+
+    def run_script(self, *arguments):
+        self.json.write_text(json.dumps({"images": self.entries}))
+        command = [sys.executable, SCRIPT, "--dataset", "flickr8k", "--karpathy_json", self.json]
+        command += ["--image_folder", self.images, "--output_folder", self.output]
+        command += ["--image_size", str(SIZE), "--workers", "2", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    def read(self, kind, split=None):
+        name = f"{split}_{kind}_{BASE}" if split else f"{kind}_{BASE}"
+        if kind == "IMAGES":
+            with h5py.File(self.output / f"{name}.hdf5") as file:
+                assert file["images"].dtype == np.uint8
+                return file["images"][:], file.attrs["captions_per_image"]
+        return json.loads((self.output / f"{name}.json").read_text())
+
+    def listing(self):
+        return sorted(path.name for path in self.output.glob("*"))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Four images in three splits; the words seen more than once are a, dog, runs, cat, the."""
+    source = Source(tmp_path)
+    source.add("0.png", "train", "A dog runs .", "The dog .", imgid=10)
+    source.add("1.png", "val", "A cat", "cat runs fast", imgid=11)
+    source.add("2.png", "train", "the cat sleeps", "a bird", imgid=12)
+    source.add("3.png", "test", "one zebra", "A dog", imgid=13)
+    return source
+
+
+EXPECTED_WORDS = ["a", "dog", "runs", "the", "cat"]
+
+
+# ------------------------------------------------------------------------ the files of a data set
+
+
+def test_files_hold_what_the_source_says(source):
+    summary = source.create()
+    word_map = source.read("WORDMAP")
+    words = {index: word for word, index in word_map.items()}
+    assert len(words) == len(word_map)
+    for split, files in {"TRAIN": ["0.png", "2.png"], "VAL": ["1.png"], "TEST": ["3.png"]}.items():
+        images, captions_per_image = source.read("IMAGES", split)
+        assert captions_per_image == 2
+        np.testing.assert_array_equal(images, [source.pixels[name] for name in files])
+        captions, lengths = source.read("CAPTIONS", split), source.read("CAPLENS", split)
+        references = source.read("REFERENCES", split)
+        assert len(captions) == len(lengths) == 2 * len(files)
+        entries = [next(e for e in source.entries if e["filename"] == name) for name in files]
+        for i, (caption, length) in enumerate(zip(captions, lengths, strict=True)):
+            decoded = [words[index] for index in caption]
+            truth = entries[i // 2]["sentences"][i % 2]["tokens"]
+            known = [word if word in EXPECTED_WORDS else "<unk>" for word in truth]
+            assert decoded == ["<start>", *known, "<end>"] + ["<pad>"] * (6 - len(truth))
+            assert length == len(truth) + 2
+        assert references == [
+            {
+                "filename": entry["filename"],
+                "id": entry["imgid"],
+                "captions": [s["raw"] for s in entry["sentences"]],
+            }
+            for entry in entries
+        ]
+    assert summary["splits"]["VAL"] == {"images": 1, "captions": 2, "unknown": 1 / 5}
+    assert summary["splits"]["TRAIN"] == {"images": 2, "captions": 4, "unknown": 2 / 10}
+    assert summary["vocabulary"] == 5 + 4
+    assert set(summary["left_out"].values()) == {0}
+    assert len(source.listing()) == 3 * 4 + 1
+
+
+def test_word_map_counted_by_hand(source):
+    source.create()
+    assert list(source.read("WORDMAP").items()) == [
+        ("a", 1),
+        ("dog", 2),
+        ("runs", 3),
+        ("the", 4),
+        ("cat", 5),
+        ("<unk>", 6),
+        ("<start>", 7),
+        ("<end>", 8),
+        ("<pad>", 0),
+    ]
+
+
+def test_word_map_counts_captions_that_are_left_out(source):
+    source.add("4.png", "train", "fine", "long long long long long long long")
+    source.create()
+    assert source.read("WORDMAP")["long"] == 6
+
+
+def test_restval_is_train_and_filepath_is_joined(source):
+    source.add("4.png", "restval", "a dog", filepath="val2014", cocoid=77)
+    source.create()
+    images, _ = source.read("IMAGES", "TRAIN")
+    np.testing.assert_array_equal(images[2], source.pixels["4.png"])
+    assert source.read("REFERENCES", "TRAIN")[2]["id"] == 77
+
+
+def test_references_keep_boxes_and_do_without_raw_and_id(source):
+    boxes = [{"word": "dog", "box": [0, 1, 2, 3]}]
+    source.add("4.png", "val", "a dog", boxes=boxes)
+    del source.entries[-1]["sentences"][0]["raw"]
+    source.create()
+    reference = {"filename": "4.png", "id": 4, "captions": ["a dog"], "boxes": boxes}
+    assert source.read("REFERENCES", "VAL")[1] == reference
+
+
+def test_left_out_captions_and_images_are_counted(source, capsys):
+    source.add("4.png", "train", "a dog runs a dog runs cat", "...", "a dog runs a dog runs")
+    source.add("5.png", "train", "...", "the the the the the the the")
+    source.add("6.png", "train")
+    summary = source.create()
+    assert summary["left_out"] == {
+        "wordless captions": 2,
+        "too long captions": 2,
+        "images without captions": 2,
+        "unreadable images": 0,
+    }
+    assert summary["splits"]["TRAIN"]["images"] == 3
+    assert source.read("CAPLENS", "TRAIN")[4:] == [8, 8]
+    kept = ["a dog runs a dog runs cat", "a dog runs a dog runs"]
+    assert source.read("REFERENCES", "TRAIN")[2]["captions"] == kept
+    printed = capsys.readouterr().out
+    assert "2 wordless captions, 2 too long captions, 2 images without captions" in printed
+    assert "TRAIN: 3 images, 6 captions" in printed
+
+
+@given(
+    st.lists(st.text(), min_size=1, max_size=8, unique=True),
+    st.integers(1, 9),
+    st.integers(0, 2**32),
+)
+def test_sampling(captions, count, seed):
+    captions = [[caption] for caption in captions]
+    sample = utils.sample_captions(captions, count, random.Random(seed))
+    assert sample == utils.sample_captions(captions, count, random.Random(seed))
+    times = Counter(map(tuple, sample))
+    assert len(sample) == count and set(times) <= set(map(tuple, captions))
+    assert len(times) == min(count, len(captions))  # no repetition, or every caption is there
+
+
+def test_the_seed_decides_the_sample(source, tmp_path):
+    source.add("4.png", "train", *("a " * n for n in range(1, 7)))
+    samples = []
+    for seed in (0, 0, 1, 2, 3):
+        source.create(seed=seed)
+        samples.append(source.read("CAPTIONS", "TRAIN"))
+    assert samples[0] == samples[1]
+    assert len({json.dumps(sample) for sample in samples}) > 1
+
+
+def test_workers_change_nothing(source):
+    for i in range(4, 20):
+        source.add(f"{i}.png", ["train", "val", "test"][i % 3], "a dog")
+    source.create(workers=0)
+    first = {name: (source.output / name).read_bytes() for name in source.listing()}
+    images = source.read("IMAGES", "TRAIN")[0]
+    source.create(workers=2)
+    np.testing.assert_array_equal(source.read("IMAGES", "TRAIN")[0], images)
+    assert source.listing() == list(first)
+    for name in first:
+        if name.endswith(".json"):
+            assert (source.output / name).read_bytes() == first[name]
+
+
+# -------------------------------------------------------------------------- splits, overwriting
+
+
+def test_without_a_test_split_older_test_files_go(source, capsys):
+    source.create()
+    other = source.output / "TEST_CAPTIONS_coco_5_cap_per_img_5_min_word_freq.json"
+    other.write_text("[]")
+    source.entries = [entry for entry in source.entries if entry["split"] != "test"]
+    capsys.readouterr()
+    source.create()
+    assert [name for name in source.listing() if "TEST" in name] == [other.name]
+    assert "TEST: no images" in capsys.readouterr().out
+
+
+def test_a_failed_run_leaves_the_older_data_set_whole(source):
+    source.create()
+    before = {name: (source.output / name).read_bytes() for name in source.listing()}
+    source.entries = [entry for entry in source.entries if entry["split"] != "test"]
+    source.add("4.png", "train", "a dog")
+    (source.images / "4.png").write_bytes(b"")
+    with pytest.raises(UserError):
+        source.create()
+    assert {name: (source.output / name).read_bytes() for name in source.listing()} == before
+
+
+def test_a_crash_amid_the_renames_leaves_no_word_map(source, monkeypatch):
+    source.create()
+    renamed = []
+
+    def crash(temporary, path):
+        if len(renamed) == 3:
+            raise OSError(5, "Input/output error")
+        renamed.append(path)
+
+    monkeypatch.setattr(utils.os, "replace", crash)
+    with pytest.raises(UserError, match="Input/output error"):
+        source.create()
+    assert not (source.output / f"WORDMAP_{BASE}.json").exists()
+    assert not list(source.output.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_train_and_val_are_needed(source, split):
+    source.entries = [entry for entry in source.entries if entry["split"] != split]
+    with pytest.raises(UserError, match=f"no {split.upper()} image"):
+        source.create()
+    assert not source.output.exists()
+
+
+# ------------------------------------------------------------------------------------- bad images
+
+
+def spoil(source):
+    """Adds an image of each kind that cannot be read, among good ones; returns their names."""
+    for name in ("missing.png", "empty.png", "cut.png", "text.png", "good.png"):
+        source.add(name, "train", "a dog", "the cat")
+    (source.images / "missing.png").unlink()
+    (source.images / "empty.png").write_bytes(b"")
+    whole = (source.images / "cut.png").read_bytes()
+    (source.images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (source.images / "text.png").write_text("no picture")
+    return ["missing.png", "empty.png", "cut.png", "text.png"]
+
+
+def test_script_names_every_bad_image_and_writes_nothing(source):
+    bad = spoil(source)
+    result = source.run_script()
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and len(lines) == len(bad) + 1
+    for name, line in zip(bad, lines, strict=False):
+        assert name in line
+    assert lines[-1].startswith("error: 4 of 9 images") and "--skip_bad_images" in lines[-1]
+    assert source.listing() == []
+
+
+def test_bad_images_can_be_skipped(source, capsys):
+    bad = spoil(source)
+    summary = source.create(skip_bad_images=True)
+    assert summary["left_out"]["unreadable images"] == 4
+    images, _ = source.read("IMAGES", "TRAIN")
+    kept = ["0.png", "2.png", "good.png"]
+    np.testing.assert_array_equal(images, [source.pixels[name] for name in kept])
+    assert [r["filename"] for r in source.read("REFERENCES", "TRAIN")] == kept
+    assert len(source.read("CAPTIONS", "TRAIN")) == 6
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in bad)
+
+
+def test_a_split_of_bad_images_only_is_an_error(source):
+    (source.images / "3.png").unlink()
+    with pytest.raises(UserError, match="TEST"):
+        source.create(skip_bad_images=True)
+    assert source.listing() == []
+
+
+def test_huge_images_are_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns above, refuses at twice
+    with pytest.raises(UserError, match="huge.png"):
+        read_image(tmp_path / "huge.png", SIZE)
+
+
+# ---------------------------------------------------------------------------------- kinds of images
+
+RGB = np.random.default_rng(3).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+GRAY = RGB[..., 0]
+ALPHA = RGB[..., 1]
+
+
+def on_white(color, alpha):
+    """What `color` (H, W, C) seen through `alpha` (H, W) looks like on white."""
+    share = alpha[..., None] / 255
+    return color * share + 255 * (1 - share)
+
+
+def assert_looks(path, expected, tolerance=0):
+    image = read_image(path, SIZE)
+    assert image.dtype == np.uint8 and image.shape == (3, SIZE, SIZE)
+    assert image.flags["C_CONTIGUOUS"]
+    np.testing.assert_allclose(image.transpose(1, 2, 0), expected, rtol=0, atol=tolerance)
+
+
+def test_grayscale(tmp_path):
+    Image.fromarray(GRAY).save(tmp_path / "l.png")
+    assert_looks(tmp_path / "l.png", np.stack([GRAY] * 3, -1))
+
+
+def test_black_and_white(tmp_path):
+    Image.fromarray(GRAY > 127).save(tmp_path / "1.png")
+    assert_looks(tmp_path / "1.png", np.stack([(GRAY > 127) * 255] * 3, -1))
+
+
+def test_gray_with_alpha(tmp_path):
+    Image.fromarray(np.stack([GRAY, ALPHA], -1), "LA").save(tmp_path / "la.png")
+    assert_looks(tmp_path / "la.png", on_white(np.stack([GRAY] * 3, -1), ALPHA), tolerance=1)
+
+
+def test_color_with_alpha(tmp_path):
+    Image.fromarray(np.dstack([RGB, ALPHA]), "RGBA").save(tmp_path / "rgba.png")
+    assert_looks(tmp_path / "rgba.png", on_white(RGB, ALPHA), tolerance=1)
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    palette = np.random.default_rng(4).integers(0, 256, (256, 3), dtype=np.uint8)
+    image = Image.fromarray(GRAY, "P")
+    image.putpalette(palette.tobytes())
+    image.save(tmp_path / "p.png")
+    expected = palette[GRAY]
+    assert_looks(tmp_path / "p.png", expected)
+    hidden = int(GRAY[0, 0])
+    image.save(tmp_path / "hidden.png", transparency=hidden)
+    expected = np.where((hidden == GRAY)[..., None], 255, expected)
+    assert_looks(tmp_path / "hidden.png", expected)
+
+
+def test_transparent_color_of_rgb(tmp_path):
+    image = RGB.copy()
+    image[2:5] = (10, 20, 30)
+    Image.fromarray(image).save(tmp_path / "key.png", transparency=(10, 20, 30))
+    image[2:5] = 255
+    assert_looks(tmp_path / "key.png", image)
+
+
+def test_cmyk(tmp_path):
+    cmyk = np.zeros((SIZE, SIZE, 4), np.uint8)
+    cmyk[:8, :, 0] = 255  # full cyan takes away all red; no ink is white
+    Image.fromarray(cmyk, "CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
+    expected = np.full((SIZE, SIZE, 3), 255)
+    expected[:8, :, 0] = 0
+    assert_looks(tmp_path / "cmyk.jpg", expected, tolerance=3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
+    deep = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / f"deep.{suffix}")
+    assert_looks(tmp_path / f"deep.{suffix}", np.stack([deep / 257] * 3, -1), tolerance=0.51)
+
+
+def test_32_bit_holding_16_bits(tmp_path):
+    deep = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.int32)
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    assert Image.open(tmp_path / "deep.tif").mode == "I"
+    assert_looks(tmp_path / "deep.tif", np.stack([deep / 257] * 3, -1), tolerance=0.51)
+
+
+# How the stored rows and columns must be laid out to be seen upright, by the EXIF standard's
+# definition of where the stored first row and first column are.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a.transpose(1, 0, 2)[::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RGB[:, :10]).save(tmp_path / "turned.png", exif=exif)
+    expected = UPRIGHT[orientation](RGB[:, :10])
+    upright = utils.open_image(tmp_path / "turned.png")
+    assert upright.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(upright), expected)
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (SIZE, SIZE), color) for color in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    assert_looks(tmp_path / "film.gif", np.full((SIZE, SIZE, 3), (255, 0, 0)))
+
+
+def test_shrinking_squeezes_and_does_not_alias(tmp_path):
+    stripes = np.zeros((4 * SIZE, 8 * SIZE), np.uint8)
+    stripes[:, ::2] = 255  # finer than the result can show: without a filter, all or nothing
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    assert_looks(tmp_path / "stripes.png", np.full((SIZE, SIZE, 3), 127.5), tolerance=20)
+    halves = np.repeat([0, 255], 4 * SIZE).astype(np.uint8)[None].repeat(4 * SIZE, 0)
+    Image.fromarray(halves).save(tmp_path / "halves.png")
+    image = read_image(tmp_path / "halves.png", SIZE)
+    assert (image[:, :, :7] == 0).all() and (image[:, :, 9:] == 255).all()
+
+
+# ---------------------------------------------------------------------- errors that a user can mend
+
+
+GOOD = {"filename": "0.png", "split": "train", "sentences": [sentence("a dog")]}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        [],
+        "text",
+        {},
+        {"images": {}},
+        {"images": ["0.png"]},
+        {"images": [GOOD, {**GOOD, "split": "training"}]},
+        {"images": [GOOD, {**GOOD, "filename": 3}]},
+        {"images": [GOOD, {**GOOD, "filepath": None}]},
+        {"images": [GOOD, {**GOOD, "sentences": "a dog"}]},
+        {"images": [GOOD, {**GOOD, "sentences": ["a dog"]}]},
+        {"images": [GOOD, {**GOOD, "sentences": [{"raw": "a dog"}]}]},
+        {"images": [GOOD, {**GOOD, "sentences": [{"tokens": "dog"}]}]},
+        {"images": [GOOD, {**GOOD, "sentences": [{"tokens": [1]}]}]},
+        {"images": [GOOD, {**GOOD, "sentences": [{"tokens": ["a"], "raw": 1}]}]},
+        {"images": [GOOD, {**GOOD, "sentences": [{"tokens": ["<end>"]}]}]},
+        *({"images": [GOOD, {k: v for k, v in GOOD.items() if k != key}]} for key in GOOD),
+    ],
+)
+def test_json_of_another_format(tmp_path, contents):
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(contents))
+    with pytest.raises(UserError, match="wrong.json is not in Karpathy's format") as error:
+        create_input_files("demo", path, tmp_path, output_folder=tmp_path / "data")
+    assert "\n" not in str(error.value)
+    if isinstance(contents, dict) and len(contents.get("images", [])) == 2:
+        assert "images[1]" in str(error.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_json_that_is_missing_or_broken(tmp_path):
+    path = tmp_path / "captions.json"
+    with pytest.raises(UserError, match="captions.json: No such file"):
+        utils.read_json(path)
+    path.write_text('{"images": [\n1,, 2]}')
+    with pytest.raises(UserError, match="captions.json is not valid JSON.*line 2 column 3"):
+        utils.read_json(path)
+    path.write_bytes(b'{"images": "\xff"}')
+    with pytest.raises(UserError, match="captions.json is not valid JSON"):
+        utils.read_json(path)
+
+
+def test_missing_image_folder(source):
+    for path in source.images.iterdir():
+        path.unlink()
+    source.images.rmdir()
+    with pytest.raises(UserError, match="no folder .*images"):
+        source.create()
+
+
+def test_too_little_room_on_the_disk(source, monkeypatch):
+    usage = type("usage", (), {"free": 4 * 3 * SIZE**2 - 1})
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match="--output_folder"):
+        source.create()
+    assert source.listing() == []
+
+
+def test_output_folder_that_cannot_be(source):
+    source.output.write_text("a file")
+    with pytest.raises(UserError, match="cannot write to .*data"):
+        source.create()
+
+
+def test_script_prints_one_line_for_an_error(source):
+    source.entries[1]["split"] = "validation"
+    result = source.run_script()
+    assert result.returncode == 1 and result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ") and "images[1]" in line and "'validation'" in line
+
+
+def call_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["create_input_files.py", *map(str, arguments)])
+    create_input_files_script.main()
+
+
+@pytest.mark.parametrize("missing", ["--karpathy_json", "--image_folder"])
+def test_script_needs_its_sources(monkeypatch, missing):
+    other = {"--karpathy_json", "--image_folder"}.difference([missing]).pop()
+    with pytest.raises(UserError, match=f"--dataset coco needs .*{missing}"):
+        call_main(monkeypatch, "--dataset", "coco", other, "x")
+
+
+@pytest.mark.parametrize("option", ["--captions_per_image=0", "--workers=-1", "--max_len=x"])
+def test_script_checks_its_numbers(monkeypatch, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        call_main(monkeypatch, "--dataset", "demo", option)
+    assert stop.value.code == 2
+    assert f"error: argument {option.split('=')[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_script_makes_the_demo_once(source, monkeypatch):
+    made = []
+
+    def make_demo(folder):
+        made.append(folder)
+        folder.mkdir(parents=True)
+        source.images.rename(folder / "images")
+        (folder / "dataset_demo.json").write_text(json.dumps({"images": source.entries}))
+
+    monkeypatch.setattr(create_input_files_script, "make_demo", make_demo)
+    options = ["--captions_per_image", 2, "--min_word_freq", 1, "--image_size", SIZE]
+    for _ in range(2):
+        call_main(monkeypatch, "--dataset=demo", "--output_folder", source.output, *options)
+    assert made == [source.output / "demo"]
+    np.testing.assert_array_equal(source.read("IMAGES", "VAL")[0], [source.pixels["1.png"]])
+
+
+# ---------------------------------------------------------------------------- atomic writing
+
+
+def test_atomic_write(tmp_path):
+    path = tmp_path / "file"
+    with utils.atomic_write(path) as temporary:
+        temporary.write_text("old")
+        assert temporary.parent == tmp_path and temporary.name.endswith(".tmp")
+        assert not path.exists()
+    assert path.read_text() == "old"
+    with pytest.raises(ZeroDivisionError), utils.atomic_write(path) as temporary:
+        temporary.write_text("new")
+        raise ZeroDivisionError
+    full_disk = pytest.raises(UserError, match="cannot write .*file: No space left on device")
+    with full_disk, utils.atomic_write(path) as temporary:
+        temporary.write_text("new")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match="nowhere"), utils.atomic_write(tmp_path / "nowhere/x") as t:
+        t.write_text("new")
+
+
+@pytest.mark.parametrize("kind", [UserError, utils.EncoderError])
+def test_run_ends_with_the_line_of_an_error(kind):
+    def main():
+        raise kind("a line")
+
+    with pytest.raises(SystemExit, match="^error: a line$"):  # Python prints it, status 1
+        utils.run(main)
+
+
+def test_run_ends_quietly_when_interrupted(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run(main)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_tokenize():
+    assert utils.tokenize(" A man's dog , a black-and-white one , RUNS .\n") == (
+        ["a", "mans", "dog", "a", "blackandwhite", "one", "runs"]
+    )

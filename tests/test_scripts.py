@@ -1,0 +1,308 @@
+"""The scripts as a user runs them: train, evaluate, caption, continue, and bad input."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import OFFLINE, failure, run_here, run_script
+from nltk.translate.bleu_score import corpus_bleu
+from PIL import Image
+
+import utils
+
+SMALL = [f"--{name}_dim=64" for name in ("attention", "embed", "decoder")]
+LEARN = [
+    *SMALL,
+    "--encoded_image_size",
+    6,
+    "--dropout",
+    0,
+    "--decoder_lr",
+    4e-3,
+    "--batch_size",
+    4,
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data, tmp_path_factory):
+    """A model that has learned the tiny data set by heart in both stages, and what it printed."""
+    folder, base = tiny_data
+    output = tmp_path_factory.mktemp("run")
+    process = run_script(
+        "train.py", "--data_folder", folder, "--output_folder", output, "--encoder", OFFLINE,
+        "--stage", "both", "--epochs", 12, "--encoder_lr", 1e-5, *LEARN,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return output, base, process.stdout
+
+
+def best(trained):
+    output, base, _ = trained
+    return utils.checkpoint_path(output, base, best=True)
+
+
+def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(trained, tiny_data):
+    folder, base = tiny_data
+    output, *_ = trained
+    process = run_script(
+        "eval.py", "--data_folder", folder, "--checkpoint", best(trained), "--beam_size", 1, 5
+    )
+    assert process.returncode == 0, process.stderr
+    results = json.loads((output / f"results_test_beam5_{base}.json").read_text())
+    references = json.loads((folder / f"TEST_REFERENCES_{base}.json").read_text())
+    assert [r["image_id"] for r in results] == [r["id"] for r in references]
+    by_hand = corpus_bleu(
+        [[utils.tokenize(text) for text in r["captions"]] for r in references],
+        [r["caption"].split() for r in results],
+    )
+    assert by_hand > 0.9
+    rows = [line.split("|") for line in process.stdout.splitlines() if line.startswith("|")]
+    header, _, beam1, beam5 = [[cell.strip() for cell in row[1:-1]] for row in rows]
+    assert beam5[header.index("BLEU-4")] == f"{100 * by_hand:.1f}"
+    assert (beam1[0], beam5[0]) == ("1", "5")
+    assert beam5[header.index("captions")] == "8"
+    assert "of" in beam5[header.index("pointing")]
+
+
+def test_the_log_has_a_line_an_epoch_of_both_stages_and_the_curves_are_drawn(trained):
+    output, base, printed = trained
+    lines = [json.loads(line) for line in (output / f"log_{base}.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["epoch"]) for r in lines] == [
+        (stage, epoch) for stage in ("decoder", "finetune") for epoch in range(1, 13)
+    ]
+    assert lines[11]["loss"] < lines[0]["loss"]
+    assert printed.count("human: ") == 3 * len(lines)
+    Image.open(output / f"curves_{base}.png").verify()
+
+
+def test_fine_tuning_changes_the_late_stages_of_the_encoder_alone(trained):
+    output, base, _ = trained
+    from models import Encoder
+
+    tuned = utils.load_checkpoint(utils.checkpoint_path(output, base))
+    assert tuned["stage"] == "finetune"
+    original = Encoder(OFFLINE).state_dict()
+    changed = {name for name, t in tuned["encoder"].items() if not t.equal(original[name])}
+    assert any(name.startswith("resnet.conv_head") for name in changed)
+    early = ("resnet.conv_stem", "resnet.bn1", "resnet.blocks.0", "resnet.blocks.1")
+    assert not any(name.startswith(early) or "running" in name for name in changed)
+
+
+def test_captioning_prints_the_learned_captions_and_draws_pictures(trained, scenes, tmp_path):
+    images = sorted((scenes / "images").iterdir())
+    process = run_script(
+        "caption.py", "--img", *images[:2], scenes / "images", "--model", best(trained), "--json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    records = json.loads(process.stdout)
+    assert [r["image"] for r in records] == [str(path) for path in images]
+    truth = {
+        image["filename"]: " ".join(image["sentences"][0]["tokens"])
+        for image in json.loads((scenes / "karpathy.json").read_text())["images"]
+    }
+    right = [r["caption"] == truth[path.name] for r, path in zip(records, images, strict=True)]
+    assert sum(right) >= 7
+    for record in records:
+        Image.open(tmp_path / record["picture"]).verify()
+
+
+def test_a_run_goes_on_from_a_checkpoint_where_it_stood(tiny_data, tmp_path):
+    """Three epochs, then a fourth from the checkpoint, equal four epochs in one go."""
+    folder, base = tiny_data
+    weights = {}
+    for name, epochs in (("whole", [4]), ("halves", [3, 4])):
+        for i, last in enumerate(epochs):
+            output = tmp_path / name
+            checkpoint = utils.checkpoint_path(output, base)
+            process = run_here(
+                "train.py", "--data_folder", folder, "--output_folder", output, "--encoder",
+                OFFLINE, "--stage", "decoder", "--epochs", last, *LEARN,
+                *(["--checkpoint", checkpoint] if i else []),
+            )  # fmt: skip
+            assert process.returncode == 0, process.stderr
+        weights[name] = utils.load_checkpoint(checkpoint)["decoder"]
+        assert len((output / f"log_{base}.jsonl").read_text().splitlines()) == 4
+    for name, tensor in weights["whole"].items():
+        assert torch.equal(tensor, weights["halves"][name]), name
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_leaves_the_last_checkpoint(
+    tiny_data, tmp_path
+):
+    folder, base = tiny_data
+    run = ["train.py", "--data_folder", folder, "--output_folder", tmp_path, "--encoder", OFFLINE,
+           "--stage", "decoder", *LEARN, "--amp", "off"]  # fmt: skip
+    assert run_here(*run, "--epochs", 1).returncode == 0
+    checkpoint = utils.checkpoint_path(tmp_path, base)
+    before = checkpoint.read_bytes()
+    state = torch.load(checkpoint, weights_only=True)
+    state["optimizer"]["param_groups"][0]["lr"] = 1e38
+    torch.save(state, tmp_path / "broken.pth.tar")
+    line = failure(run_here(*run, "--epochs", 3, "--checkpoint", tmp_path / "broken.pth.tar"))
+    assert "step 2 of epoch 2" in line
+    assert checkpoint.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--encoder", "resnet1001"], ["resnet1001", "did you mean"]),
+        (["--encoder", "timm:nonsense"], ["timm:nonsense"]),
+        (["--encoder", OFFLINE, "--encoder_weights", "missing.pth"], ["missing.pth"]),
+        (["--data_name", "coco"], ["coco", "demo_2"]),
+        (["--stage", "finetune"], ["BEST_checkpoint", "--stage decoder"]),
+        (["--checkpoint", "missing.pth.tar"], ["missing.pth.tar"]),
+        (["--device", "nonsense"], ["--device nonsense"]),
+        (["--epochs", "0"], ["--epochs", "0"]),
+        (["--dropout", "1.5"], ["--dropout", "1.5"]),
+    ],
+)
+def test_training_refuses_bad_options_in_one_line(tiny_data, tmp_path, arguments, words):
+    line = failure(
+        run_here("train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path, *arguments)
+    )
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def copied_data(tiny_data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_data[0], folder, ignore=shutil.ignore_patterns("*FEATURES*"))
+    return folder, tiny_data[1]
+
+
+def test_two_data_sets_are_listed(copied_data):
+    folder, base = copied_data
+    shutil.copy(folder / f"WORDMAP_{base}.json", folder / "WORDMAP_flickr8k_5.json")
+    line = failure(run_here("train.py", "--data_folder", folder))
+    assert base in line
+    assert "flickr8k_5" in line
+    assert "--data_name" in line
+
+
+@pytest.mark.parametrize("kind", ["IMAGES", "CAPTIONS", "CAPLENS", "REFERENCES"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "of another data set"])
+def test_damaged_data_files_are_named(copied_data, kind, damage):
+    folder, base = copied_data
+    path = utils.input_path(folder, base, kind, "VAL")
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    elif kind == "IMAGES":
+        with h5py.File(path, "w") as file:
+            file["images"] = np.zeros((3, 3, 96, 96), np.uint8)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text())[:3]))
+    line = failure(run_here("train.py", "--data_folder", folder, "--encoder", OFFLINE))
+    assert base in line
+    assert damage == "of another data set" or kind in line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained):
+    return best(trained)
+
+
+def test_evaluation_names_a_split_that_is_not_there(checkpoint, copied_data):
+    folder, _ = copied_data
+    for path in folder.glob("TEST_*"):
+        path.unlink()
+    line = failure(run_here("eval.py", "--data_folder", folder, "--checkpoint", checkpoint))
+    assert "no test split" in line
+
+
+def test_evaluation_refuses_a_checkpoint_of_another_vocabulary(checkpoint, copied_data):
+    folder, base = copied_data
+    path = folder / f"WORDMAP_{base}.json"
+    words = json.loads(path.read_text())
+    words["green"], words["a"] = words["a"], words["green"]
+    path.write_text(json.dumps(words))
+    line = failure(run_here("eval.py", "--data_folder", folder, "--checkpoint", checkpoint))
+    assert "another vocabulary" in line
+
+
+def test_evaluation_refuses_a_beam_larger_than_the_vocabulary(checkpoint, tiny_data):
+    line = failure(
+        run_here(
+            "eval.py",
+            "--data_folder",
+            tiny_data[0],
+            "--checkpoint",
+            checkpoint,
+            "--beam_size",
+            3,
+            500,
+        )
+    )
+    assert "--beam_size 500" in line
+
+
+def test_evaluation_without_a_checkpoint_says_where_it_looked(tiny_data):
+    assert "train.py" in failure(run_here("eval.py", "--data_folder", tiny_data[0]))
+
+
+def test_the_newest_best_checkpoint_is_the_default(checkpoint, copied_data):
+    folder, base = copied_data
+    (folder / "run").mkdir()
+    shutil.copy(checkpoint, folder / "run" / checkpoint.name)
+    process = run_here("eval.py", "--data_folder", folder, "--beam_size", 1, "--split", "val")
+    assert process.returncode == 0, process.stderr
+    assert (folder / "run" / f"results_val_beam1_{base}.json").exists()
+
+
+def test_captioning_names_unreadable_files_and_captions_the_others(
+    checkpoint, scenes, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    good = next((scenes / "images").iterdir())
+    (tmp_path / "text.jpg").write_text("no image")
+    process = run_here(
+        "caption.py", "--img", tmp_path / "text.jpg", good, tmp_path / "missing.jpg",
+        "--model", checkpoint,
+    )  # fmt: skip
+    line = failure(process)
+    assert "text.jpg" in line
+    assert "missing.jpg" in line
+    assert str(good) in process.stdout
+
+
+@pytest.mark.parametrize("contents", ["truncated", "state dict", "text"])
+def test_captioning_refuses_what_is_no_checkpoint(checkpoint, scenes, tmp_path, contents):
+    path = tmp_path / "model.pth.tar"
+    if contents == "truncated":
+        path.write_bytes(checkpoint.read_bytes()[:100_000])
+    elif contents == "state dict":
+        torch.save({"fc.weight": torch.zeros(3, 3)}, path)
+    else:
+        path.write_text("no model")
+    image = next((scenes / "images").iterdir())
+    line = failure(run_here("caption.py", "--img", image, "--model", path))
+    assert str(path) in line
+
+
+def test_a_word_map_is_needed_only_where_the_checkpoint_holds_none(
+    checkpoint, tiny_data, scenes, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder, base = tiny_data
+    state = torch.load(checkpoint, weights_only=True)
+    del state["word_map"]
+    torch.save(state, tmp_path / "bare.pth.tar")
+    image = next((scenes / "images").iterdir())
+    run = ["caption.py", "--img", image, "--model", tmp_path / "bare.pth.tar"]
+    assert "--word_map" in failure(run_here(*run))
+    process = run_here(*run, "--word_map", folder / f"WORDMAP_{base}.json")
+    assert process.returncode == 0, process.stderr

@@ -1,0 +1,504 @@
+"""Checkpoints, options and pictures of utils.py; test_create_input_files.py has the rest."""
+
+import argparse
+import json
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import utils
+from models import DecoderWithAttention, Encoder, EncoderError
+from utils import UserError, draw_attention, draw_curves, load_checkpoint, save_checkpoint
+
+WORDS = {"<pad>": 0, "a": 1, "dog": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def tiny_checkpoint(**changes):
+    """Has all keys of a checkpoint, but no models."""
+    return {
+        "encoder_name": "none",
+        "encoder": {"weight": torch.arange(6.0).view(2, 3)},
+        "decoder": {"weight": torch.ones(2, dtype=torch.bfloat16)},
+        "encoded_image_size": 3,
+        "image_size": 64,
+        "best": -1.5,
+        "history": [1, {"two": [None, True]}],
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    """Of a small encoder and decoder with random weights."""
+    torch.manual_seed(0)
+    encoder = Encoder("squeezenet1_1", 3, weights=None)
+    decoder = DecoderWithAttention(len(WORDS), encoder.dim, 8, 6, 10, encoded_image_size=3)
+    return tiny_checkpoint(
+        encoder_name="squeezenet1_1",
+        encoder=encoder.state_dict(),
+        decoder=decoder.state_dict(),
+        word_map=WORDS,
+    )
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    else:
+        assert a == b
+
+
+def test_checkpoint_round_trip(tmp_path):
+    path = tmp_path / "checkpoint.pth.tar"
+    save_checkpoint(path, tiny_checkpoint())
+    assert list(tmp_path.iterdir()) == [path]
+    assert_same(torch.load(path, weights_only=True), tiny_checkpoint())
+    assert_same(load_checkpoint(path), tiny_checkpoint())
+
+
+def test_a_checkpoint_that_cannot_be_saved_leaves_the_old_one(tmp_path):
+    path = tmp_path / "checkpoint.pth.tar"
+    save_checkpoint(path, tiny_checkpoint())
+    with pytest.raises(AttributeError):
+        save_checkpoint(path, tiny_checkpoint(best=lambda: "local functions cannot be pickled"))
+    assert_same(load_checkpoint(path), tiny_checkpoint())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def assert_refused(path):
+    with pytest.raises(UserError, match=path.name) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.6, 0.9, 0.999])
+def test_truncated_checkpoint(tmp_path, share):
+    path = tmp_path / "cut.pth.tar"
+    save_checkpoint(path, tiny_checkpoint())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("size", [1, 50, 5000])
+def test_random_bytes_are_no_checkpoint(tmp_path, size):
+    path = tmp_path / "random.pth.tar"
+    path.write_bytes(np.random.default_rng(size).bytes(size))
+    assert_refused(path)
+
+
+def test_missing_checkpoint(tmp_path):
+    assert_refused(tmp_path / "missing.pth.tar")
+    assert_refused(tmp_path)  # a folder
+
+
+class Bomb:
+    """Makes a folder when it is unpickled as pickle does it."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", ["torch", "pickle"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, protocol):
+    path, trace = tmp_path / "bomb.pth.tar", tmp_path / "trace"
+    contents = tiny_checkpoint(best=Bomb(trace))
+    if protocol == "torch":
+        torch.save(contents, path)
+    else:
+        path.write_bytes(pickle.dumps(contents))
+    assert_refused(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False) if protocol == "torch" else pickle.loads(path.read_bytes())
+    assert trace.exists()  # the bomb was live
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {"layer.weight": torch.ones(2)},
+        {k: v for k, v in tiny_checkpoint().items() if k != "image_size"},
+        [tiny_checkpoint()],
+        torch.ones(3),
+    ],
+)
+def test_a_file_of_another_kind_is_no_checkpoint(tmp_path, contents):
+    path = tmp_path / "other.pth.tar"
+    torch.save(contents, path)
+    assert_refused(path)
+    with pytest.raises(UserError, match="image_size"):
+        load_checkpoint(path)
+
+
+def test_build_models(checkpoint):
+    encoder, decoder = utils.build_models(checkpoint, dropout=0.25)
+    assert_same(dict(encoder.state_dict()), dict(checkpoint["encoder"]))
+    assert_same(dict(decoder.state_dict()), dict(checkpoint["decoder"]))
+    assert not encoder.training and not decoder.training and decoder.dropout.p == 0.25
+    grid = encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    assert grid.shape == (1, 3, 3, encoder.dim)
+    *_, alphas = decoder(grid, torch.tensor([[4, 1, 5]]), torch.tensor([3]))
+    assert alphas.shape[-1] == 9
+
+
+def test_weights_of_other_models(checkpoint):
+    for part, other in (("encoder", "decoder"), ("decoder", "encoder")):
+        with pytest.raises(UserError, match="do not fit") as error:
+            utils.build_models(checkpoint | {part: checkpoint[other]})
+        assert "\n" not in str(error.value)
+    short = {k: v for k, v in checkpoint["decoder"].items() if k != "fc.bias"}
+    with pytest.raises(UserError, match="fc.bias"):
+        utils.build_models(checkpoint | {"decoder": short})
+    with pytest.raises(EncoderError, match="squeezenet9"):
+        utils.build_models(checkpoint | {"encoder_name": "squeezenet9"})
+
+
+def test_load_model(tmp_path, checkpoint):
+    path, bare = tmp_path / "with.pth.tar", tmp_path / "bare.pth.tar"
+    shuffled = dict(reversed(WORDS.items()))
+    save_checkpoint(path, checkpoint | {"word_map": shuffled})
+    save_checkpoint(bare, {k: v for k, v in checkpoint.items() if k != "word_map"})
+    model = utils.load_model(path, "cpu", amp="off")
+    assert model.device.type == "cpu" and not model.amp
+    assert list(model.word_map.items()) == list(WORDS.items())  # in the order of the indices
+    caption = argparse.Namespace(words=[1, 2])
+    assert model.to_words(caption) == ["a", "dog"]
+    with pytest.raises(UserError, match="bare.pth.tar .*--word_map"):
+        utils.load_model(bare, "cpu")
+    named = tmp_path / "WORDMAP.json"
+    named.write_text(json.dumps(WORDS))
+    assert utils.load_model(bare, "cpu", word_map=named).word_map == WORDS
+    named.write_text(json.dumps(WORDS | {"cat": 6}))
+    with pytest.raises(UserError, match=r"WORDMAP.json is of another vocabulary \(7 words\)"):
+        utils.load_model(bare, "cpu", word_map=named)
+
+
+def test_newest_best_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path.name}.*train.py"):
+        utils.newest_best_checkpoint(tmp_path)
+    (tmp_path / "deep").mkdir()
+    paths = [
+        utils.checkpoint_path(tmp_path / "deep", "a", best=True),
+        utils.checkpoint_path(tmp_path, "b", best=True),
+        utils.checkpoint_path(tmp_path, "c"),
+    ]
+    for age, path in zip((1, 2, 0), paths, strict=True):
+        path.touch()
+        os.utime(path, (10**9 - age, 10**9 - age))
+    assert paths[2].name == "checkpoint_c.pth.tar"
+    assert utils.newest_best_checkpoint(tmp_path) == paths[0]
+
+
+@pytest.mark.parametrize(
+    "word_map",
+    [
+        None,
+        list(WORDS),
+        {},
+        {word: i for word, i in WORDS.items() if word != "<end>"},
+        WORDS | {"cat": 7},  # a gap
+        WORDS | {"cat": 2},  # twice the same
+        WORDS | {"cat": -1},
+        WORDS | {"cat": "six"},
+        WORDS | {"cat": [6]},
+    ],
+)
+def test_what_is_no_word_map(word_map):
+    with pytest.raises(UserError, match="^somewhere is no word map"):
+        utils.check_word_map(word_map, "somewhere")
+
+
+def test_word_map():
+    utils.check_word_map(WORDS, "somewhere")
+    utils.check_word_map(dict(reversed(WORDS.items())), "somewhere")
+    utils.check_word_map(WORDS | {str(i): i for i in range(6, 1000)}, "somewhere")
+
+
+# --------------------------------------------------------------------------- devices and options
+
+
+@pytest.mark.parametrize(
+    ("options", "good", "bad"),
+    [
+        ({"kind": int}, ["-3", "0", "12"], ["1.5", "x", ""]),
+        ({"kind": int, "above": 0}, ["1"], ["0", "-1"]),
+        ({"kind": float, "least": 0}, ["0", "0.1"], ["-0.1", "nan"]),
+        ({"kind": float, "least": 0, "below": 1}, ["0", "0.99"], ["1", "-1", "inf"]),
+    ],
+)
+def test_number(options, good, bad):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--n", type=utils.number(**options))
+    for text in good:
+        value = parser.parse_args([f"--n={text}"]).n
+        assert value == float(text) and type(value) is options["kind"]
+    for text in bad:
+        with pytest.raises(argparse.ArgumentError, match="--n"):
+            parser.parse_args([f"--n={text}"])
+
+
+def test_choose_device():
+    assert utils.choose_device("cpu") == torch.device("cpu")
+    assert utils.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu7", "", "cuda:999"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used") as error:
+            utils.choose_device(name)
+        assert "\n" not in str(error.value)
+
+
+def test_check_beam_size():
+    utils.check_beam_size(2, WORDS)
+    with pytest.raises(UserError, match="--beam_size 3"):
+        utils.check_beam_size(3, WORDS)
+
+
+# ----------------------------------------------------------------------------------------- curves
+
+
+def write_log(path, *stages):
+    """A log with these epochs."""
+    rng = np.random.default_rng(0)
+    keys = ["loss", "val_loss", "bleu1", "bleu2", "bleu3", "bleu4"]
+    records = [{"stage": s, "epoch": i, "lr": 4e-4} for i, s in enumerate(stages, start=1)]
+    lines = [json.dumps(r | dict(zip(keys, rng.random(6), strict=True))) for r in records]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def shaded(path):
+    """How many pixels have the gray of the fine-tuning epochs."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return (abs(pixels - 0.92 * 255) < 1.5).all(-1).sum()
+
+
+def test_curves_are_drawn_beside_the_log(tmp_path):
+    log = tmp_path / "log_demo_5.0_log_cap.jsonl"
+    write_log(log, "decoder")
+    before = log.read_bytes()
+    draw_curves(log)
+    draw_curves(str(log))  # over the old picture
+    picture = tmp_path / "curves_demo_5.0_log_cap.png"
+    assert sorted(tmp_path.iterdir()) == [picture, log]
+    assert log.read_bytes() == before
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and image.width > 2 * image.height
+
+
+def test_curves_shade_the_epochs_of_fine_tuning(tmp_path):
+    log, areas = tmp_path / "log_x.jsonl", []
+    for decoder, finetune in ((4, 0), (0, 4), (3, 1), (1, 3)):
+        write_log(log, *["decoder"] * decoder, *["finetune"] * finetune)
+        draw_curves(log)
+        areas.append(shaded(tmp_path / "curves_x.png"))
+    none, only, *areas = areas
+    assert none == only  # nothing to tell apart; the pixels are those of the grid and of letters
+    shares = np.array(areas) - none
+    np.testing.assert_allclose(shares / shares[0], [1, 3], rtol=0.1)
+
+
+def test_curves_that_cannot_be_written(tmp_path):
+    log = tmp_path / "log_x.jsonl"
+    write_log(log, "decoder")
+    (tmp_path / "curves_x.png").mkdir()
+    with pytest.raises(UserError, match="curves_x.png"):
+        draw_curves(log)
+
+
+# -------------------------------------------------------------------------------------- attention
+
+COLOUR = (90, 220, 140)  # neither gray nor dark
+
+
+def draw(path, alphas, size=(300, 200), words=None, colour=COLOUR):
+    """The picture that draw_attention makes of a plain photograph: uint8 (H, W, 3)."""
+    words = words or ["word"] * len(alphas)
+    draw_attention(Image.new("RGB", size, colour), words, alphas, path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def rectangles(pixels, colour=COLOUR):
+    """(left, top, width, height) of the rectangles of one colour, row by row."""
+    left_over = (abs(pixels - colour) <= 2).all(-1)
+    found = []
+    while left_over.any():
+        top, left = np.argwhere(left_over)[0]
+        row = left_over[top, left:]
+        width = len(row) if row.all() else row.argmin()
+        column = left_over[top:, left : left + width].all(1)
+        height = len(column) if column.all() else column.argmin()
+        left_over[top : top + height, left : left + width] = False
+        found.append((left, top, width, height))
+    return found
+
+
+def even(count, size=7):
+    return np.full((count, size**2), 1 / size**2)
+
+
+def panels(path, count, size=(300, 200)):
+    """Where the panels of `count` words are."""
+    found = rectangles(draw(path, even(count), size))
+    assert len(found) == 1 + count
+    return found[1:]
+
+
+def peaks(places, size=8):
+    """Attention on one place (row, column) of a grid a word."""
+    alphas = np.full((len(places), size, size), 1e-4)
+    for alpha, place in zip(alphas, places, strict=True):
+        alpha[place] = 1
+    return alphas.reshape(len(places), -1)
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [
+        *((count, (640, 480)) for count in (1, 2, 5, 12, 50)),
+        *((12, size) for size in [(256, 256), (600, 200), (200, 300)]),
+    ],
+)
+def test_the_photograph_and_a_panel_a_word_in_its_proportions(tmp_path, count, size):
+    pixels = draw(tmp_path / "a.png", even(count), size)
+    found = rectangles(pixels)
+    assert len(found) == 1 + count
+    aspect = size[0] / size[1]
+    for _, _, width, height in found:
+        assert abs(width - height * aspect) <= 1.5 * (1 + aspect)  # up to the rounding of edges
+    widths = [width for _, _, width, _ in found]
+    assert max(widths[1:]) - min(widths[1:]) <= 1
+    assert widths[0] >= max(widths) - 1 and (widths[0] > 1.5 * widths[1] or count < 8)
+    height, width, _ = pixels.shape
+    assert 1.1 < width / height < 2.5
+    pictures = sum(w * h for _, _, w, h in found) / (width * height)
+    assert pictures > (0.5 if count <= 12 else 0.4)
+
+
+def test_a_very_tall_photograph_makes_no_endless_picture(tmp_path):
+    pixels = draw(tmp_path / "a.png", even(1), (100, 400))
+    assert len(rectangles(pixels)) == 2 and max(pixels.shape) < 1500
+
+
+@pytest.mark.parametrize("size", [7, 8, 14])
+def test_the_attended_place_stands_out_where_it_is(tmp_path, size):
+    last = size - 1
+    corners = [(0, 0), (0, last), (last, 0), (last, last)]
+    boxes = panels(tmp_path / "even.png", 4)
+    pixels = draw(tmp_path / "peaks.png", peaks(corners, size))
+    for k, (left, top, width, height) in enumerate(boxes):
+        panel = pixels[top : top + height, left : left + width]
+        # near the very corners, away from the line around the attended place
+        seen = [panel[y, x] for y in (2, height - 3) for x in (2, width - 3)]
+        for j, colour in enumerate(seen):
+            if j == k:
+                np.testing.assert_allclose(colour, COLOUR, atol=12)
+            else:
+                assert np.ptp(colour) <= 4 and colour.max() < 0.6 * np.mean(COLOUR)
+
+
+def centre(panel):
+    """Mean place (across, down; 0 to 1) of what has colour in a panel."""
+    weight = np.ptp(panel, axis=-1) ** 2
+    ys, xs = (np.indices(weight.shape) + 0.5) / np.array(weight.shape)[:, None, None]
+    return np.average(xs, weights=weight), np.average(ys, weights=weight)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (150, 300)])
+def test_attention_is_not_shifted(tmp_path, shape):
+    places = [(4, 4), (2, 5), (5, 3), (4, 2)]
+    boxes = panels(tmp_path / "even.png", 4, shape)
+    pixels = draw(tmp_path / "peaks.png", peaks(places, 9), shape)
+    for (row, column), (left, top, width, height) in zip(places, boxes, strict=True):
+        x, y = centre(pixels[top : top + height, left : left + width])
+        assert (x, y) == pytest.approx(((column + 0.5) / 9, (row + 0.5) / 9), abs=0.015)
+
+
+def test_nearly_even_attention_looks_nearly_even(tmp_path):
+    noise = np.random.default_rng(1).uniform(0.9, 1.1, (3, 196))
+    boxes = panels(tmp_path / "even.png", 3)
+    pixels = draw(tmp_path / "noise.png", noise / noise.sum(1, keepdims=True))
+    for left, top, width, height in boxes:
+        panel = pixels[top : top + height, left : left + width]
+        assert (abs(panel - COLOUR) < 0.15 * 255).all()
+
+
+def test_attention_shows_on_a_dark_photograph(tmp_path):
+    boxes = panels(tmp_path / "even.png", 2)
+    pixels = draw(tmp_path / "dark.png", peaks([(0, 0), (7, 7)]), colour=(12, 10, 14))
+    for (left, top, width, height), sign in zip(boxes, (1, -1), strict=True):
+        first, last = pixels[top + 2, left + 2], pixels[top + height - 3, left + width - 3]
+        assert sign * (first.mean() - last.mean()) > 25
+
+
+def test_the_scale_of_alphas_does_not_matter_and_their_type_neither(tmp_path):
+    alphas = torch.rand(1, 49, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = draw(tmp_path / "a.png", alphas.float().numpy())
+    for same in (alphas, alphas.float().requires_grad_(), (alphas.double() / 1024).numpy()):
+        assert (draw(tmp_path / "b.png", same) == expected).all()
+    assert (draw(tmp_path / "b.png", alphas.flip(1)) != expected).any()
+
+
+def test_words_are_not_formulas(tmp_path):
+    words = ["$\\frac$", "$x_1$", "a_b^{", "\\", "%", "<unk>", "слово", "x" * 300]
+    draw(tmp_path / "a.png", even(len(words)), words=words)
+    one, other = (draw(tmp_path / "b.png", even(1), words=[word]) for word in ("$x$", "xxx"))
+    dark = [(pixels.max(-1) < 100).sum() for pixels in (one, other)]
+    assert dark[0] > dark[1]  # two dollars have more ink than two x: they are on paper
+
+
+def test_long_words_stay_off_the_next_panel_and_the_edge(tmp_path):
+    words = ["i", "donaudampfschifffahrtsgesellschaftskapitän"] * 4
+    pixels = draw(tmp_path / "a.png", even(8), words=words)
+    boxes = rectangles(pixels)[1:]
+    assert len(boxes) == 8
+    for left, top, width, _ in boxes:
+        above = pixels[top - 25 : top - 2]
+        inked = np.flatnonzero((above.max(-1) < 200).any(0))
+        inked = inked[(inked > left - 10) & (inked < left + width + 40)]
+        assert len(inked) and inked.min() >= left - 2
+    for left, top, width, _ in boxes[1::2]:
+        beyond = pixels[top - 25 : top - 2, left + width + 15 : left + width + 25]
+        assert (beyond > 250).all()
+    assert (pixels[:, -10:] > 250).all()
+
+
+def test_a_photograph_of_50_megapixels(tmp_path):
+    pixels = draw(tmp_path / "a.png", even(3), (8640, 5760))
+    assert len(rectangles(pixels)) == 4
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    for words, alphas in ((["a"], even(2)), (["a", "b"], even(1)), (["a"], np.ones((1, 50)))):
+        with pytest.raises(ValueError):
+            draw(tmp_path / "a.png", alphas, words=words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        draw(tmp_path / "nowhere" / "a.png", even(1))
+
+
+def test_drawing_touches_nothing_shared(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it now fails
+    photograph = Image.linear_gradient("L").convert("RGB")
+    before = photograph.tobytes()
+    draw_attention(photograph, ["a", "b"], even(2), tmp_path / "a.png")
+    assert photograph.tobytes() == before and photograph.size == (256, 256)

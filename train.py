@@ -1,0 +1,431 @@
+"""Trains the model in two stages: the decoder on a frozen encoder, then both together.
+
+Without arguments it takes the one prepared data set in data/; where there is none it makes the
+demo data and trains on that.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import decoding
+import demo
+import metrics
+import utils
+from datasets import CaptionDataset, cache_features, find_data, read_word_map
+from models import OFFLINE_ENCODER, DecoderWithAttention, Encoder, caption_loss
+from utils import UserError
+
+STAGES = ["decoder", "finetune"]
+# Learnable in minutes on two cores; they stand in for the defaults, which suit photographs.
+DEMO_DEFAULTS = {"encoder": OFFLINE_ENCODER, "stage": "decoder", "epochs": 10}
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    positive, share = utils.number(int, above=0), utils.number(float, least=0, below=1)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_folder", default="data", help="where create_input_files.py put its files")
+    add("--data_name", help="base name of the data set, where the folder holds several")
+    add("--output_folder", help="for checkpoints, log and curves; None: the data folder")
+    add("--overwrite", action="store_true", help="start anew over an earlier run's files")
+    add(
+        "--cache_features",
+        choices=["auto", "off"],
+        default="auto",
+        help="keep the frozen encoder's output on disk, if there is room",
+    )
+    add(
+        "--views",
+        type=positive,
+        default=1,
+        help="views of an image to train on: itself, its mirror image, then crops by chance; "
+        "mirror images belie captions that speak of left and right",
+    )
+    add("--workers", type=utils.number(int, least=0), default=0, help="processes that read batches")
+
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--encoder",
+        default=argparse.SUPPRESS,
+        help="a torchvision model or timm:NAME (default: resnet101; on demo data "
+        f"{DEMO_DEFAULTS['encoder']})",
+    )
+    add("--encoder_weights", help="file of the encoder's state dict; None: its ImageNet weights")
+    add("--encoded_image_size", type=positive, default=14, help="side of the attention's grid")
+    add(
+        "--gate",
+        choices=["scalar", "channel"],
+        default="scalar",
+        help="one gate β_t, as in the paper, or one for each channel",
+    )
+    add("--deep_output", action="store_true", help="the paper's output layer, eq. 7")
+    add("--attention_dim", type=positive, default=512, help="attention's hidden layer")
+    add("--embed_dim", type=positive, default=512, help="word embedding")
+    add("--decoder_dim", type=positive, default=512, help="LSTM state")
+    add("--dropout", type=share, default=0.5, help="probability, before the vocabulary layer")
+
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--stage",
+        choices=["decoder", "finetune", "both"],
+        default=argparse.SUPPRESS,
+        help="the decoder alone, fine-tuning the encoder with it from the best checkpoint, or "
+        f"one after the other (default: both; on demo data {DEMO_DEFAULTS['stage']})",
+    )
+    add("--checkpoint", help="continue from this one, with its model whatever the model options")
+    add(
+        "--epochs",
+        type=positive,
+        default=argparse.SUPPRESS,
+        help=f"at most, in each stage (default: 120; on demo data {DEMO_DEFAULTS['epochs']})",
+    )
+    add("--batch_size", type=positive, default=80, help="captions, stage 1")
+    add("--finetune_batch_size", type=positive, default=32, help="captions, stage 2")
+    add("--decoder_lr", type=utils.number(float, above=0), default=4e-4, help="Adam, decoder")
+    add("--encoder_lr", type=utils.number(float, above=0), default=1e-4, help="Adam, encoder")
+    add(
+        "--schedule",
+        choices=["plateau", "cosine"],
+        default="plateau",
+        help="learning rate: × 0.8 after --patience epochs without a better BLEU-4, or falling "
+        "along a cosine to 0 over --epochs",
+    )
+    add("--patience", type=positive, default=8, help="epochs, for the plateau schedule")
+    add("--stop_after", type=positive, default=20, help="epochs without a better BLEU-4")
+    add("--grad_clip", type=utils.number(float, above=0), default=5.0, help="element-wise")
+    add(
+        "--alpha_c",
+        type=utils.number(float, least=0),
+        default=1.0,
+        help="weight of doubly stochastic attention",
+    )
+    add("--label_smoothing", type=share, default=0.0, help="share spread over the vocabulary")
+    add("--seed", type=int, default=0, help="of everything")
+    utils.add_device_options(parser)
+    return parser.parse_args()
+
+
+def main():
+    options = parse_arguments()
+    # Batches differ in shape, and oneDNN compiles a CPU kernel for each: keep more than 1024.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    torch.manual_seed(options.seed)
+    options.device = utils.choose_device(options.device)
+    base = find_data(options.data_folder, options.data_name)
+    if base is None:
+        print(f"no data set in {options.data_folder}/: making the demo data there")
+        base = demo.prepare(options.data_folder)
+    defaults = {"encoder": "resnet101", "stage": "both", "epochs": 120}
+    if base.startswith("demo_"):
+        defaults = DEMO_DEFAULTS
+        print("demo data: " + ", ".join(f"--{k} {v}" for k, v in defaults.items()), "unless given")
+    options = argparse.Namespace(**(defaults | vars(options)))
+    options.output_folder = Path(options.output_folder or options.data_folder)
+    options.output_folder.mkdir(parents=True, exist_ok=True)
+
+    checkpoint = _starting_point(options, base)
+    trainer = Trainer(options, base, checkpoint)
+    reached = checkpoint["stage"] if checkpoint else "decoder"
+    stages = STAGES if options.stage == "both" else [options.stage]
+    for stage in stages[stages.index(reached) if reached in stages else 0 :]:
+        trainer.start(stage)
+        if checkpoint and stage == reached:
+            trainer.resume(checkpoint)
+        trainer.fit()
+
+
+def _starting_point(options, base):
+    """The checkpoint to go on from, None to start anew."""
+    path, best = options.checkpoint, utils.checkpoint_path(options.output_folder, base, best=True)
+    if path is None and options.stage == "finetune":
+        if not best.exists():
+            raise UserError(
+                f"--stage finetune starts from a trained decoder, and {best} is missing: "
+                "train with --stage decoder first, or name one with --checkpoint"
+            )
+        path = best
+    if path is not None:
+        checkpoint = utils.load_checkpoint(path)
+        if options.stage == "decoder" and checkpoint["stage"] != "decoder":
+            raise UserError(f"{path} is past stage decoder: continue it with --stage finetune")
+        return checkpoint
+    if not options.overwrite and utils.checkpoint_path(options.output_folder, base).exists():
+        raise UserError(
+            f"{options.output_folder} holds an earlier run on {base}: continue it with "
+            f"--checkpoint {utils.checkpoint_path(options.output_folder, base)}, choose another "
+            "--output_folder, or give it up with --overwrite"
+        )
+    return None
+
+
+class Trainer:
+    """A run: models, data, optimizer and what early stopping has seen."""
+
+    def __init__(self, options, base, checkpoint):
+        self.options, self.base, self.device = options, base, options.device
+        self.amp = options.amp == "auto" and utils.has_fast_bfloat16(self.device)
+        self.word_map = read_word_map(options.data_folder, base)
+        self.words = {index: word for word, index in self.word_map.items()}
+        self.log_path = options.output_folder / f"log_{base}.jsonl"
+        self.stage, self.best = None, checkpoint["best_bleu4"] if checkpoint else -1.0
+        if checkpoint is None:
+            self.encoder = Encoder(
+                options.encoder, options.encoded_image_size, options.encoder_weights or "DEFAULT"
+            )
+            self.decoder = DecoderWithAttention(
+                len(self.word_map),
+                self.encoder.dim,
+                options.attention_dim,
+                options.embed_dim,
+                options.decoder_dim,
+                options.dropout,
+                options.encoded_image_size,
+                options.gate,
+                options.deep_output,
+            )
+            self.log_path.unlink(missing_ok=True)
+        else:
+            if checkpoint["word_map"] != self.word_map:
+                raise UserError(f"--checkpoint is of another vocabulary than {base}'s word map")
+            self.encoder, self.decoder = utils.build_models(checkpoint, options.dropout)
+        self.encoder.to(self.device, memory_format=torch.channels_last)
+        self.decoder.to(self.device)
+
+    # ------------------------------------------------------------------------------ stages
+
+    def start(self, stage):
+        """Begins a stage; after another one, from the best checkpoint that it left."""
+        options = self.options
+        if self.stage is not None:
+            best = utils.checkpoint_path(options.output_folder, self.base, best=True)
+            self.decoder.load_state_dict(utils.load_checkpoint(best)["decoder"])
+        self.stage, self.epoch, self.waited = stage, 0, 0
+        self.encoder.fine_tune(stage == "finetune")
+        groups = [{"params": list(self.decoder.parameters()), "lr": options.decoder_lr}]
+        if stage == "finetune":
+            tuned = [p for p in self.encoder.parameters() if p.requires_grad]
+            groups.append({"params": tuned, "lr": options.encoder_lr})
+        self.optimizer = torch.optim.Adam(groups)
+        if options.schedule == "cosine":
+            self.schedule = CosineAnnealingLR(self.optimizer, options.epochs)
+        else:
+            self.schedule = ReduceLROnPlateau(
+                self.optimizer, mode="max", factor=0.8, patience=options.patience - 1, threshold=0
+            )
+        self._open_data(stage == "finetune")
+
+    def resume(self, checkpoint):
+        """Goes on in the middle of the stage that a checkpoint was saved in."""
+        self.epoch, self.waited = checkpoint["epoch"], checkpoint["epochs_without_improvement"]
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.schedule.load_state_dict(checkpoint["schedule"])
+        torch.set_rng_state(checkpoint["random"])
+
+    def _open_data(self, finetune):
+        """Loaders of this stage: images for fine-tuning, otherwise features if they are cached."""
+        options = self.options
+        captions = options.finetune_batch_size if finetune else options.batch_size
+        self.loaders = {}
+        for split, views in (("TRAIN", options.views), ("VAL", 1)):
+            features = None
+            if options.cache_features == "auto" and not finetune:
+                features = cache_features(
+                    self.encoder,
+                    options.data_folder,
+                    self.base,
+                    split,
+                    views,
+                    options.seed,
+                    self.amp,
+                )
+            data = CaptionDataset(options.data_folder, self.base, split, features, views)
+            per_image = data.captions.shape[1]
+            size = max(1, captions // per_image) if split == "TRAIN" else 50
+            self.loaders[split] = DataLoader(
+                data,
+                batch_size=size,
+                shuffle=split == "TRAIN",
+                num_workers=options.workers,
+                pin_memory=self.device.type == "cuda",
+            )
+
+    def fit(self):
+        """Epochs until the stage's last, or until BLEU-4 has not improved for long."""
+        options = self.options
+        print(
+            f"stage {self.stage}: {len(self.loaders['TRAIN'].dataset)} images, "
+            f"{'bfloat16' if self.amp else 'float32'} on {self.device}"
+        )
+        while self.epoch < options.epochs and self.waited < options.stop_after:
+            started = time.perf_counter()
+            self.epoch += 1
+            record = {
+                "stage": self.stage,
+                "epoch": self.epoch,
+                "lr": self.optimizer.param_groups[0]["lr"],
+            }
+            record |= self._train_epoch()
+            scores, captions = self._validate()
+            record |= scores
+            improved = scores["bleu4"] > self.best
+            self.best = max(self.best, scores["bleu4"])
+            self.waited = 0 if improved else self.waited + 1
+            if isinstance(self.schedule, ReduceLROnPlateau):
+                self.schedule.step(scores["bleu4"])
+            else:
+                self.schedule.step()
+            record["seconds"] = round(time.perf_counter() - started, 1)
+            self._report(record, captions, improved)
+            self._save(scores, improved)
+        if self.epoch < options.epochs:
+            print(f"stage {self.stage}: stopped, no better BLEU-4 for {self.waited} epochs")
+
+    # ------------------------------------------------------------------------------ epochs
+
+    def _train_epoch(self):
+        loader, options = self.loaders["TRAIN"], self.options
+        self.decoder.train()
+        total, started = _Means(), time.perf_counter()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        with tqdm(
+            total=loader.dataset.lengths.numel(),
+            desc=f"epoch {self.epoch}",
+            unit="caption",
+            disable=None,
+        ) as bar:
+            for step, batch in enumerate(loader, start=1):
+                loss, top5, words = self._forward(*batch, options.label_smoothing)
+                if not math.isfinite(loss.item()):
+                    raise UserError(
+                        f"the loss is {loss.item()} at step {step} of epoch {self.epoch}, stage "
+                        f"{self.stage}: stopped; continue from the last checkpoint with a lower "
+                        "learning rate or --amp off"
+                    )
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_value_(parameters, options.grad_clip)
+                self.optimizer.step()
+                total.add(words, loss=loss.item(), top5=top5)
+                bar.set_postfix(
+                    loss=f"{total['loss']:.3f}", top5=f"{total['top5']:.1%}", refresh=False
+                )
+                bar.update(batch[2].numel())
+        rate = loader.dataset.lengths.numel() / (time.perf_counter() - started)
+        return {"loss": total["loss"], "top5": total["top5"], "captions_per_second": round(rate, 1)}
+
+    def _forward(self, source, captions, lengths, label_smoothing=0.0):
+        """Loss of a batch, top-5 accuracy and number of the words predicted."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            encoder_out = self._encode(source)
+            captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
+            scores, targets, alphas = self.decoder(encoder_out, captions, lengths.flatten())
+            loss = caption_loss(scores, targets, alphas, self.options.alpha_c, label_smoothing)
+        return loss, metrics.top5_accuracy(scores.data, targets.data), len(targets.data)
+
+    def _encode(self, source):
+        """Features, as they come from the cache or from images."""
+        source = source.to(self.device, non_blocking=True)
+        if source.dtype != torch.uint8:
+            return source
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "finetune"):
+            return self.encoder.features(source)
+
+    @torch.inference_mode()
+    def _validate(self):
+        """Scores of the validation split, and its captions, decoded greedily as text."""
+        loader, total, captions = self.loaders["VAL"], _Means(), []
+        self.decoder.eval()
+        for source, *rest in tqdm(
+            loader, desc="validation", unit="batch", leave=False, disable=None
+        ):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                features = self._encode(source)
+                loss, top5, words = self._forward(features, *rest)
+                decoded = decoding.greedy(self.decoder, features, self.word_map)
+            total.add(words, loss=loss.item(), top5=top5)
+            captions += [" ".join(self.words[w] for w in caption.words) for caption in decoded]
+        references = [reference["captions"] for reference in loader.dataset.references]
+        bleu = metrics.bleu(references, captions).scores
+        scores = {"val_loss": total["loss"], "val_top5": total["top5"]}
+        return scores | {f"bleu{n}": score for n, score in enumerate(bleu, start=1)}, captions
+
+    # ------------------------------------------------------------------------------ records
+
+    def _report(self, record, captions, improved):
+        """A line for people and one for programs, examples, and the curves."""
+        bleu = " / ".join(f"{100 * record[f'bleu{n}']:.1f}" for n in range(1, 5))
+        print(
+            f"epoch {self.epoch}: loss {record['loss']:.3f}, top-5 {record['top5']:.1%}; "
+            f"validation loss {record['val_loss']:.3f}, top-5 {record['val_top5']:.1%}, "
+            f"BLEU-1 to 4 {bleu}, "
+            + ("the best so far" if improved else f"best BLEU-4 {100 * self.best:.1f}")
+            + f"; {record['captions_per_second']:.0f} captions/s, {record['seconds']:.0f} s",
+            flush=True,
+        )
+        references = self.loaders["VAL"].dataset.references
+        for i in range(0, len(captions), math.ceil(len(captions) / 3)):
+            print(f"  {references[i]['filename']}: {captions[i]}")
+            print(f"    human: {references[i]['captions'][0]}", flush=True)
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        utils.draw_curves(self.log_path)
+
+    def _save(self, scores, improved):
+        options = {
+            name: value if isinstance(value, str | int | float | None) else str(value)
+            for name, value in vars(self.options).items()
+        }
+        checkpoint = {
+            "options": options,
+            "base": self.base,
+            "word_map": self.word_map,
+            "encoder_name": self.encoder.name,
+            "encoded_image_size": self.decoder.attention.encoded_image_size,
+            "image_size": self.loaders["VAL"].dataset.image_size,
+            "encoder": self.encoder.state_dict(),
+            "decoder": self.decoder.state_dict(),
+            "stage": self.stage,
+            "epoch": self.epoch,
+            "scores": scores,
+            "best_bleu4": self.best,
+            "epochs_without_improvement": self.waited,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        folder = self.options.output_folder
+        utils.save_checkpoint(utils.checkpoint_path(folder, self.base), checkpoint)
+        if improved:
+            utils.save_checkpoint(utils.checkpoint_path(folder, self.base, best=True), checkpoint)
+
+
+class _Means:
+    """Means of named values over words."""
+
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, count, **values):
+        self.count += count
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + count * value
+
+    def __getitem__(self, name):
+        return self.sums[name] / self.count
+
+
+if __name__ == "__main__":
+    utils.run(main)
