@@ -1,16 +1,16 @@
 # make demo: everything from a fresh machine to a captioned picture. make test: the test suite.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
-DEMO := data/demo_run
+DEMO := demo_5_cap_per_img_5_min_word_freq
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/ready
-	$(PYTHON) create_input_files.py --dataset demo --output_folder $(DEMO)
-	$(PYTHON) train.py --data_folder $(DEMO) --overwrite
-	$(PYTHON) eval.py --data_folder $(DEMO) --beam_size 1 3 5
-	$(PYTHON) caption.py --img $(DEMO)/demo/images/test_0000[0-3].jpg \
-		--model $(DEMO)/BEST_checkpoint_demo_5_cap_per_img_5_min_word_freq.pth.tar
+	$(PYTHON) create_input_files.py --dataset demo
+	$(PYTHON) train.py --data_name $(DEMO) --overwrite
+	$(PYTHON) eval.py --checkpoint data/BEST_checkpoint_$(DEMO).pth.tar --beam_size 1 3 5
+	$(PYTHON) caption.py --model data/BEST_checkpoint_$(DEMO).pth.tar \
+		--img data/demo/images/test_0000[0-5].jpg
 
 test: $(VENV)/ready
 	$(PYTHON) -m pytest

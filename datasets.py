@@ -66,57 +66,54 @@ class CaptionDataset(Dataset):
 
     def __init__(self, data_folder, base, split, features=None, views=1):
         self.split, self.views, self.from_features = split, views, features is not None
-        images_path = utils.input_path(data_folder, base, "IMAGES", split)
-        if not images_path.exists():
-            raise UserError(f"{images_path} is missing: run create_input_files.py")
-        with open_hdf5(images_path) as file:
-            images, self.image_size = file["images"].shape[0], file["images"].shape[-1]
-        self.path = features or images_path
+        images = open_hdf5(utils.input_path(data_folder, base, "IMAGES", split), "images").shape
+        self.image_size = images[-1]
         captions, lengths = (
             _read_numbers(utils.input_path(data_folder, base, kind, split))
             for kind in ("CAPTIONS", "CAPLENS")
         )
         self.references = utils.read_json(utils.input_path(data_folder, base, "REFERENCES", split))
         if (
-            not images
-            or len(self.references) != images
-            or len(captions) % images
+            not images[0]
+            or len(self.references) != images[0]
+            or len(captions) % images[0]
             or len(captions) != len(lengths)
+            or captions.max() >= len(read_word_map(data_folder, base))
+            or lengths.min() < 2
+            or lengths.max() > captions.shape[1]
         ):
             raise UserError(
                 f"the {split} files of {base} in {data_folder} do not belong together "
-                f"({images} images, {len(captions)} captions, {len(lengths)} lengths, "
+                f"({images[0]} images, {len(captions)} captions, {len(lengths)} lengths, "
                 f"{len(self.references)} references): run create_input_files.py again"
             )
-        self.captions = captions.view(images, -1, captions.shape[1])
-        self.lengths = lengths.view(images, -1)
-        self._file = None
+        self.captions = captions.view(images[0], -1, captions.shape[1])
+        self.lengths = lengths.view(images[0], -1)
+        self.path = features or utils.input_path(data_folder, base, "IMAGES", split)
+        self._data = None
 
     def __len__(self):
         return len(self.captions)
 
     def __getitem__(self, i):
-        if self._file is None:  # here, not in __init__: each worker process opens its own
-            self._file = open_hdf5(self.path)
-        data = self._file[self._key]
+        if self._data is None:  # here, not in __init__: each worker process opens its own
+            self._data = open_hdf5(self.path, "features" if self.from_features else "images")
         view = int(torch.randint(self.views, ())) if self.views > 1 else 0
         if self.from_features:
-            source = torch.from_numpy(data[i, view])
+            source = torch.from_numpy(self._data[i, view])
         else:
-            source = make_view(torch.from_numpy(data[i]), view)
+            source = make_view(torch.from_numpy(self._data[i]), view)
         return source, self.captions[i], self.lengths[i]
 
-    @property
-    def _key(self):
-        return "features" if self.from_features else "images"
 
-
-def open_hdf5(path):
-    """An HDF5 file opened for reading. Raises UserError if it cannot be."""
+def open_hdf5(path, name):
+    """The data set `name` of an HDF5 file, opened for reading. Raises UserError if it cannot be."""
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing: run create_input_files.py")
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise UserError(f"{path} is no readable HDF5 file ({error}): make it again") from error
+        return h5py.File(path, "r")[name]
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}): make it again") from error
 
 
 def _read_numbers(path):
@@ -161,9 +158,8 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
         room for it.
     """
     images = utils.input_path(data_folder, base, "IMAGES", split)
-    with open_hdf5(images) as file:
-        count, side = len(file["images"]), file["images"].shape[-1]
-    key = _features_key(encoder, images, views, seed)
+    count, *_, side = open_hdf5(images, "images").shape
+    key = _features_key(encoder, images, views, seed, amp)
     path = Path(data_folder) / f"{split}_FEATURES_{base}_{key}.hdf5"
     if path.exists():
         return path
@@ -190,8 +186,8 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
 def _fill(features, encoder, images, views, seed, amp, batch_size, split):
     device = encoder.mean.device
     encoder = encoder.to(memory_format=torch.channels_last)
+    source = open_hdf5(images, "images")
     with (
-        open_hdf5(images) as source,
         torch.random.fork_rng(),
         torch.autocast(device.type, torch.bfloat16, enabled=amp),
         tqdm(
@@ -200,7 +196,7 @@ def _fill(features, encoder, images, views, seed, amp, batch_size, split):
     ):
         torch.manual_seed(seed)  # of the crops
         for start in range(0, len(features), batch_size):
-            batch = torch.from_numpy(source["images"][start : start + batch_size])
+            batch = torch.from_numpy(source[start : start + batch_size])
             for view in range(views):
                 seen = torch.stack([make_view(image, view) for image in batch])
                 out = encoder.features(seen.to(device))
@@ -208,12 +204,11 @@ def _fill(features, encoder, images, views, seed, amp, batch_size, split):
                 bar.update(len(batch))
 
 
-def _features_key(encoder, images, views, seed):
+def _features_key(encoder, images, views, seed, amp):
     digest = hashlib.sha256()
     for tensor in encoder.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    status = images.stat()
-    digest.update(
-        json.dumps([encoder.name, status.st_size, status.st_mtime_ns, views, seed]).encode()
-    )
+    file = images.stat()
+    rest = [encoder.name, file.st_size, file.st_mtime_ns, views, seed, amp]
+    digest.update(json.dumps(rest).encode())
     return digest.hexdigest()[:12]

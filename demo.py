@@ -50,7 +50,7 @@ TONES = (
     ((60, 66, 78), (76, 84, 98)),
     ((54, 68, 71), (69, 86, 89)),
 )
-SPLITS = {"train": 2000, "val": 250, "test": 250}
+SPLITS = {"train": 1200, "val": 100, "test": 200}
 
 MARGIN = 0.03  # least gap between two shapes, and between a shape and the picture's edge
 RIM = 0.018  # width of the darker line around a shape; its round joints soften the corners

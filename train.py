@@ -26,13 +26,21 @@ from models import OFFLINE_ENCODER, DecoderWithAttention, Encoder, caption_loss
 from utils import UserError
 
 STAGES = ["decoder", "finetune"]
-# Learnable in minutes on two cores; they stand in for the defaults, which suit photographs.
-DEMO_DEFAULTS = {"encoder": OFFLINE_ENCODER, "stage": "decoder", "epochs": 10}
+# Learnable in minutes on two cores; the other defaults suit photographs.
+DEMO_DEFAULTS = {
+    "encoder": OFFLINE_ENCODER,
+    "encoded_image_size": 8,
+    "stage": "decoder",
+    "epochs": 12,
+    "decoder_lr": 1e-3,
+}
 
 
-def parse_arguments():
+def make_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__,
+        epilog="Defaults on demo data: " + _as_flags(DEMO_DEFAULTS),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     positive, share = utils.number(int, above=0), utils.number(float, least=0, below=1)
 
@@ -59,9 +67,8 @@ def parse_arguments():
     add = parser.add_argument_group("model").add_argument
     add(
         "--encoder",
-        default=argparse.SUPPRESS,
-        help="a torchvision model or timm:NAME (default: resnet101; on demo data "
-        f"{DEMO_DEFAULTS['encoder']})",
+        default="resnet101",
+        help="a torchvision model or timm:NAME",
     )
     add("--encoder_weights", help="file of the encoder's state dict; None: its ImageNet weights")
     add("--encoded_image_size", type=positive, default=14, help="side of the attention's grid")
@@ -81,16 +88,16 @@ def parse_arguments():
     add(
         "--stage",
         choices=["decoder", "finetune", "both"],
-        default=argparse.SUPPRESS,
+        default="both",
         help="the decoder alone, fine-tuning the encoder with it from the best checkpoint, or "
-        f"one after the other (default: both; on demo data {DEMO_DEFAULTS['stage']})",
+        "one after the other",
     )
     add("--checkpoint", help="continue from this one, with its model whatever the model options")
     add(
         "--epochs",
         type=positive,
-        default=argparse.SUPPRESS,
-        help=f"at most, in each stage (default: 120; on demo data {DEMO_DEFAULTS['epochs']})",
+        default=120,
+        help="at most, in each stage",
     )
     add("--batch_size", type=positive, default=80, help="captions, stage 1")
     add("--finetune_batch_size", type=positive, default=32, help="captions, stage 2")
@@ -115,24 +122,30 @@ def parse_arguments():
     add("--label_smoothing", type=share, default=0.0, help="share spread over the vocabulary")
     add("--seed", type=int, default=0, help="of everything")
     utils.add_device_options(parser)
-    return parser.parse_args()
+    return parser
+
+
+def _as_flags(options):
+    return " ".join(f"--{name} {value}" for name, value in options.items())
 
 
 def main():
-    options = parse_arguments()
+    parser = make_parser()
+    options = parser.parse_args()
     # Batches differ in shape, and oneDNN compiles a CPU kernel for each: keep more than 1024.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-    torch.manual_seed(options.seed)
-    options.device = utils.choose_device(options.device)
     base = find_data(options.data_folder, options.data_name)
     if base is None:
-        print(f"no data set in {options.data_folder}/: making the demo data there")
+        if options.data_folder != parser.get_default("data_folder"):
+            raise UserError(f"no data set in {options.data_folder}: run create_input_files.py")
+        print(f"no data set in {options.data_folder}: making the demo data there")
         base = demo.prepare(options.data_folder)
-    defaults = {"encoder": "resnet101", "stage": "both", "epochs": 120}
     if base.startswith("demo_"):
-        defaults = DEMO_DEFAULTS
-        print("demo data: " + ", ".join(f"--{k} {v}" for k, v in defaults.items()), "unless given")
-    options = argparse.Namespace(**(defaults | vars(options)))
+        print(f"demo data, so the defaults are {_as_flags(DEMO_DEFAULTS)}")
+        parser.set_defaults(**DEMO_DEFAULTS)
+        options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    options.device = utils.choose_device(options.device)
     options.output_folder = Path(options.output_folder or options.data_folder)
     options.output_folder.mkdir(parents=True, exist_ok=True)
 

@@ -1,0 +1,103 @@
+"""Scores against computations of the test's own."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import metrics
+
+WORDS = st.sampled_from(["a", "dog", "runs", "on", "the", "red", "grass"])
+# four words or more: of a shorter caption nltk counts one 4-gram, the definition none
+SENTENCES = st.lists(WORDS, min_size=4, max_size=8)
+
+
+def bleu_by_hand(references, captions, n, penalised=True):
+    """Papineni et al. (2002): clipped n-gram precisions over the corpus, geometric mean."""
+    log_precision, length, closest = 0.0, 0, 0
+    for order in range(1, n + 1):
+        matches = total = 0
+        for sentences, caption in zip(references, captions, strict=True):
+
+            def grams(words, order=order):
+                return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
+
+            most = Counter()
+            for sentence in sentences:
+                most |= grams(sentence)
+            matches += sum((grams(caption) & most).values())
+            total += max(len(caption) - order + 1, 0)
+        if not matches:
+            return 0.0
+        log_precision += math.log(matches / total) / n
+    for sentences, caption in zip(references, captions, strict=True):
+        length += len(caption)
+        closest += min((abs(len(s) - len(caption)), len(s)) for s in sentences)[1]
+    penalty = 1.0 if length > closest else math.exp(1 - closest / length)
+    return math.exp(log_precision) * (penalty if penalised else 1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.lists(SENTENCES, min_size=1, max_size=5), SENTENCES), min_size=1))
+def test_bleu_equals_its_definition_with_and_without_brevity_penalty(corpus):
+    references, captions = zip(*corpus, strict=True)
+    as_text = [[" ".join(s) for s in sentences] for sentences in references]
+    found = metrics.bleu(as_text, [" ".join(c) for c in captions])
+    for n in range(1, 5):
+        for scores, penalised in ((found.scores, True), (found.unpenalised, False)):
+            expected = bleu_by_hand(references, captions, n, penalised)
+            assert scores[n - 1] == pytest.approx(expected, abs=1e-9)
+
+
+def test_bleu_compares_words_without_case_and_punctuation():
+    found = metrics.bleu([["A man's dog , running ."]], ["a mans dog running"])
+    assert found.scores == pytest.approx([1, 1, 1, 1])
+
+
+def test_a_short_caption_is_penalised_as_the_formula_says():
+    found = metrics.bleu([["a dog runs on the grass"]], ["a dog runs"])
+    assert found.unpenalised[0] == pytest.approx(1)
+    assert found.scores[0] == pytest.approx(math.exp(1 - 6 / 3))
+
+
+def test_describe_counts():
+    assert metrics.describe(["a dog", "a dog runs on"]) == {
+        "captions": 2,
+        "mean_length": 3.0,
+        "distinct_words": 4,
+    }
+
+
+def test_the_pointing_game_counts_peaks_inside_the_named_objects_box():
+    corner = np.zeros(16)
+    corner[3] = 1.0  # of the 4×4 grid the top right place, centre (0.875, 0.125)
+    even = np.full(16, 1 / 16)  # peaks nowhere: the centre of the picture
+    caption = (["a", "star", "heart", "cross"], np.stack([corner, corner, even, corner]))
+    boxes = {"star": [0.8, 0.0, 1.0, 0.2], "heart": [0.0, 0.0, 0.4, 0.4]}
+    game = metrics.pointing_game([caption], [boxes], ("star", "heart", "cross"))
+    assert (game.hits, game.words) == (1, 3)  # the heart is missed, there is no cross
+    assert game.chance == pytest.approx((0.2 * 0.2 + 0.4 * 0.4) / 3)
+
+
+def test_the_peak_of_places_blown_up_from_a_coarser_grid_is_their_middle():
+    alphas = np.kron([[0, 1], [0, 0]], np.ones((2, 2))).reshape(1, 16) / 4
+    boxes = {"star": [0.74, 0.24, 0.76, 0.26]}
+    assert metrics.pointing_game([(["star"], alphas)], [boxes], ("star",)).hits == 1
+
+
+def test_no_named_object_is_no_game():
+    assert metrics.pointing_game([(["a"], np.ones((1, 4)))], [{}], ("star",)) == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 40])
+def test_top5_accuracy_equals_a_loop(vocabulary):
+    scores, targets = torch.randn(30, vocabulary), torch.randint(vocabulary, (30,))
+    right = [
+        t in sorted(range(vocabulary), key=lambda w, row=row: -row[w])[:5]
+        for row, t in zip(scores.tolist(), targets.tolist(), strict=True)
+    ]
+    assert metrics.top5_accuracy(scores, targets) == pytest.approx(sum(right) / 30)
