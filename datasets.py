@@ -65,7 +65,7 @@ class CaptionDataset(Dataset):
     """
 
     def __init__(self, data_folder, base, split, features=None, views=1):
-        self.split, self.views, self.from_features = split, views, features is not None
+        self.base, self.views, self.from_features = base, views, features is not None
         images = open_hdf5(utils.input_path(data_folder, base, "IMAGES", split), "images").shape
         self.image_size = images[-1]
         captions, lengths = (

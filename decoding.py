@@ -10,6 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Finished images leave the batch once it is no fuller than this: leaving copies the others, and on
+# a CPU every new batch size has its kernels compiled.
+LEAVE = 0.75
+
 MAX_LENGTH = 50  # words
 
 
@@ -120,12 +124,14 @@ def beam_search(
 
         # log p only falls, and dividing by the greatest length lifts it most
         bound = log_probs.amax(1) / (max_length + 1) ** length_penalty
-        going = (bound > best.score[active]).nonzero().squeeze(1)
-        if not len(going):
+        going = bound > best.score[active]
+        if not going.any():
             break
-        rows = (going.unsqueeze(1) * k + parents[going]).flatten()
-        state = state.select(rows)
-        if len(going) < len(active):
+        state = state.select(
+            (torch.arange(len(active), device=device)[:, None] * k + parents).flatten()
+        )
+        if going.float().mean() < LEAVE:
+            state = state.select(going.repeat_interleave(k))
             memory = memory.select(going)
             active, words, log_probs, places = (
                 tensor[going] for tensor in (active, words, log_probs, places)

@@ -229,7 +229,7 @@ class Annotations(NamedTuple):
     pooling: Tensor | None  # (L, l) adaptive average pooling P, None where L = l
 
     def select(self, images: Tensor) -> "Annotations":
-        """Those of the given images, (n,) int64."""
+        """Those of the given images: indices or a mask."""
         return self._replace(vectors=self.vectors[images], projected=self.projected[images])
 
     def mean(self) -> Tensor:
@@ -347,7 +347,7 @@ class State(NamedTuple):
     c: Tensor  # (n, decoder_dim)
 
     def select(self, rows: Tensor) -> "State":
-        """Those of the given rows, (m,) int64."""
+        """Those of the given rows: indices or a mask."""
         return State(self.h[rows], self.c[rows])
 
 
@@ -361,7 +361,7 @@ class Memory(NamedTuple):
     context_weight: Tensor  # and those for the gated context
 
     def select(self, images: Tensor) -> "Memory":
-        """The memory of the given images alone, (n,) int64."""
+        """The memory of the given images alone: indices or a mask."""
         return self._replace(annotations=self.annotations.select(images))
 
     def detach_weights(self) -> "Memory":
