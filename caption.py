@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def main():
     path = options.model or utils.newest_best_checkpoint("data")
     model = utils.load_model(path, options.device, options.amp, options.word_map)
     utils.check_beam_size(options.beam_size, model.word_map)
-    pictures = name_pictures(paths, Path(options.output_folder))
+    pictures = name_pictures(paths, utils.make_folder(options.output_folder))
 
     records, unreadable = [], []
     for start in range(0, len(paths), options.batch_size):
@@ -48,22 +49,28 @@ def main():
                 images.append(utils.read_image(path, model.checkpoint["image_size"]))
                 batch.append(path)
             except UserError as error:  # the others get their captions before it is reported
-                unreadable.append(str(error))
+                unreadable.append(path)
+                print(error, file=sys.stderr)
         for path, caption in zip(batch, caption_images(model, images, options), strict=True):
             records.append(report(path, caption, pictures[path], model, options))
     if options.json:
         print(json.dumps(records, indent=2))
     if unreadable:
-        raise UserError("; ".join(unreadable))
+        raise UserError(
+            f"{len(unreadable)} of {len(paths)} images cannot be read (named above): "
+            "mend them or leave them out of --img"
+        )
 
 
 def find_images(arguments):
     """The files named, and those in the folders named that have an image's ending, sorted."""
-    endings = Image.registered_extensions()
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
     for argument in map(Path, arguments):
         if argument.is_dir():
-            found = sorted(p for p in argument.iterdir() if p.suffix.lower() in endings)
+            found = sorted(
+                p for p in argument.iterdir() if p.suffix.lower() in endings and p.name[0] != "."
+            )
             if not found:
                 raise UserError(f"--img {argument}: no image in this folder")
             paths += found
@@ -74,11 +81,11 @@ def find_images(arguments):
 
 def name_pictures(paths, folder):
     """Path of each image's picture; files of the same name get numbers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = {}
+    pictures, taken = {}, set()
     for path in paths:
         names = (f"{path.stem}{number}_attention.png" for number in ["", *range(2, len(paths) + 1)])
-        pictures[path] = next(folder / n for n in names if folder / n not in pictures.values())
+        pictures[path] = folder / next(name for name in names if name not in taken)
+        taken.add(pictures[path].name)
     return pictures
 
 

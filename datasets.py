@@ -68,16 +68,16 @@ class CaptionDataset(Dataset):
         self.base, self.views, self.from_features = base, views, features is not None
         images = open_hdf5(utils.input_path(data_folder, base, "IMAGES", split), "images").shape
         self.image_size = images[-1]
-        captions, lengths = (
-            _read_numbers(utils.input_path(data_folder, base, kind, split))
-            for kind in ("CAPTIONS", "CAPLENS")
-        )
-        self.references = utils.read_json(utils.input_path(data_folder, base, "REFERENCES", split))
+        captions = _read_numbers(utils.input_path(data_folder, base, "CAPTIONS", split), 2)
+        lengths = _read_numbers(utils.input_path(data_folder, base, "CAPLENS", split), 1)
+        path = utils.input_path(data_folder, base, "REFERENCES", split)
+        self.references = _read_references(path)
         if (
             not images[0]
             or len(self.references) != images[0]
             or len(captions) % images[0]
             or len(captions) != len(lengths)
+            or captions.min() < 0
             or captions.max() >= len(read_word_map(data_folder, base))
             or lengths.min() < 2
             or lengths.max() > captions.shape[1]
@@ -116,11 +116,24 @@ def open_hdf5(path, name):
         raise UserError(f"{path} is damaged ({error}): make it again") from error
 
 
-def _read_numbers(path):
+def _read_numbers(path, dimensions):
+    """The whole numbers of a JSON file, int64. Raises UserError if it holds something else."""
     try:
-        return torch.tensor(utils.read_json(path), dtype=torch.int64)
-    except (TypeError, ValueError) as error:
+        numbers = torch.tensor(utils.read_json(path))
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not hold lists of numbers of equal length") from error
+    if numbers.dtype != torch.int64 or numbers.dim() != dimensions:
+        raise UserError(f"{path} does not hold whole numbers in {dimensions} dimensions")
+    return numbers
+
+
+def _read_references(path):
+    references = utils.read_json(path)
+    if not isinstance(references, list) or not all(
+        isinstance(r, dict) and {"filename", "id", "captions"} <= r.keys() for r in references
+    ):
+        raise UserError(f"{path} is no list of file names, ids and captions")
+    return references
 
 
 # ------------------------------------------------------------------------------------ views
@@ -174,7 +187,7 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
     if free < 1.1 * size:
         print(f"not cached, as only {free / 1e9:.2f} GB are free: the encoder runs in every epoch")
         return None
-    with utils.atomic_write(path) as temporary, h5py.File(temporary, "w") as out:
+    with utils.atomic_write(path) as temporary, utils.new_hdf5(temporary) as out:
         features = out.create_dataset(
             "features", (count, views, *shape), "float16", chunks=(1, 1, *shape)
         )
@@ -188,7 +201,7 @@ def _fill(features, encoder, images, views, seed, amp, batch_size, split):
     encoder = encoder.to(memory_format=torch.channels_last)
     source = open_hdf5(images, "images")
     with (
-        torch.random.fork_rng(),
+        torch.random.fork_rng(devices=[]),
         torch.autocast(device.type, torch.bfloat16, enabled=amp),
         tqdm(
             total=len(features) * views, desc=f"features {split}", unit="image", disable=None
@@ -209,6 +222,6 @@ def _features_key(encoder, images, views, seed, amp):
     for tensor in encoder.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
     file = images.stat()
-    rest = [encoder.name, file.st_size, file.st_mtime_ns, views, seed, amp]
+    rest = [encoder.name, file.st_size, file.st_mtime_ns, views, amp, seed if views > 2 else None]
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()[:12]

@@ -12,7 +12,6 @@ Lengths and places are fractions of the picture's side; x runs right and y runs 
 
 import argparse
 import json
-import os
 import string
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +23,7 @@ from numpy.random import Generator
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from utils import create_input_files
+import utils
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond")
 COLOURS = {
@@ -140,7 +139,7 @@ def captions(scene: Scene, rng: Generator) -> list[str]:
             if not blanks(wording) <= known.keys():
                 continue
             text = wording.format(**known)
-            if SHORTEST <= len(words(text)) <= LONGEST and text not in chosen:
+            if SHORTEST <= len(utils.tokenize(text)) <= LONGEST and text not in chosen:
                 chosen.append(text)
             if len(chosen) == CAPTIONS:
                 return chosen
@@ -212,11 +211,6 @@ def place(thing: Thing) -> str | None:
 def blanks(wording: str) -> set[str]:
     """The names in braces."""
     return {name for _, name, _, _ in string.Formatter().parse(wording) if name}
-
-
-def words(text: str) -> list[str]:
-    """The caption's tokens: lower-case, without punctuation."""
-    return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
 
 # ------------------------------------------------------------------------------------- drawing it
@@ -365,9 +359,8 @@ def make_demo(
         picture = draw(scene, image_size, rng)
         picture.save(folder / "images" / entries[-1]["filename"], quality=95, subsampling=0)
 
-    unfinished = target.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"dataset": "demo", "images": entries}))
-    os.replace(unfinished, target)
+    with utils.atomic_write(target) as temporary:
+        temporary.write_text(json.dumps({"dataset": "demo", "images": entries}))
     return target
 
 
@@ -380,7 +373,7 @@ def prepare(output_folder: str | Path, **options) -> str:
     karpathy_json = folder / "dataset_demo.json"
     if not karpathy_json.exists():
         make_demo(folder)
-    summary = create_input_files(
+    summary = utils.create_input_files(
         "demo", karpathy_json, folder / "images", output_folder=output_folder, **options
     )
     return summary["base"]
@@ -390,7 +383,7 @@ def entry(scene: Scene, texts: list[str], filename: str, split: str, imgid: int)
     """The image's entry in the JSON."""
     sentences = [
         {
-            "tokens": words(text),
+            "tokens": utils.tokenize(text),
             "raw": text.capitalize() + " .",
             "imgid": imgid,
             "sentid": imgid * CAPTIONS + k,
@@ -421,8 +414,10 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("data/demo"), help="where to write")
     for split, count in SPLITS.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} images")
-    parser.add_argument("--image-size", type=int, default=256, help="side in pixels")
+        parser.add_argument(
+            f"--{split}", type=utils.number(int, least=0), default=count, help=f"{split} images"
+        )
+    parser.add_argument("--image_size", type=int, default=256, help="side in pixels")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another data set")
     args = parser.parse_args()
     images = {split: getattr(args, split) for split in SPLITS}
@@ -430,4 +425,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    utils.run(main)

@@ -22,8 +22,8 @@ def parse_arguments():
     )
     positive = utils.number(int, above=0)
     add = parser.add_argument
-    add("--checkpoint", help="None: the newest BEST checkpoint under the data folder")
-    add("--data_folder", default="data", help="where create_input_files.py put its files")
+    add("--checkpoint", help="None: the newest BEST checkpoint under --data_folder, or data/")
+    add("--data_folder", help="with the input files; None: the one that the model was trained on")
     add("--split", choices=["test", "val"], default="test")
     add("--beam_size", type=positive, nargs="+", default=[5], help="one, or several to compare")
     add("--batch_size", type=positive, default=50, help="images")
@@ -36,10 +36,11 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
-    path = Path(options.checkpoint or utils.newest_best_checkpoint(options.data_folder))
+    path = Path(options.checkpoint or utils.newest_best_checkpoint(options.data_folder or "data"))
     model = utils.load_model(path, options.device, options.amp)
     utils.check_beam_size(max(options.beam_size), model.word_map)
     data = open_split(path, model, options)
+    folder = utils.make_folder(options.results_folder or path.parent)
 
     captions = caption_split(model, data, options)
     references = [reference["captions"] for reference in data.references]
@@ -50,7 +51,6 @@ def main():
     )
     for line in format_table([score(*item, references, data) for item in captions.items()]):
         print(line)
-    folder = Path(options.results_folder or path.parent)
     for beam_size, found in captions.items():
         results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
         write_results(results, found, data)
@@ -59,7 +59,8 @@ def main():
 
 def open_split(path, model, options):
     """The data set that a checkpoint was trained on. Raises UserError if it is not at hand."""
-    base, folder = model.checkpoint["base"], options.data_folder
+    base = model.checkpoint["base"]
+    folder = options.data_folder or model.checkpoint["options"]["data_folder"]
     find_data(folder, base)
     if read_word_map(folder, base) != model.word_map:
         raise UserError(f"{path} is of another vocabulary than {base} in {folder}")

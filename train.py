@@ -31,7 +31,7 @@ DEMO_DEFAULTS = {
     "encoder": OFFLINE_ENCODER,
     "encoded_image_size": 8,
     "stage": "decoder",
-    "epochs": 12,
+    "epochs": 8,
     "decoder_lr": 1e-3,
 }
 
@@ -47,7 +47,10 @@ def make_parser():
     add = parser.add_argument_group("data").add_argument
     add("--data_folder", default="data", help="where create_input_files.py put its files")
     add("--data_name", help="base name of the data set, where the folder holds several")
-    add("--output_folder", help="for checkpoints, log and curves; None: the data folder")
+    add(
+        "--output_folder",
+        help="for checkpoints, log and curves; None: the data folder, or that of --checkpoint",
+    )
     add("--overwrite", action="store_true", help="start anew over an earlier run's files")
     add(
         "--cache_features",
@@ -92,7 +95,10 @@ def make_parser():
         help="the decoder alone, fine-tuning the encoder with it from the best checkpoint, or "
         "one after the other",
     )
-    add("--checkpoint", help="continue from this one, with its model whatever the model options")
+    add(
+        "--checkpoint",
+        help="continue from this one, with its model, whatever the model options but dropout",
+    )
     add(
         "--epochs",
         type=positive,
@@ -134,6 +140,7 @@ def main():
     options = parser.parse_args()
     # Batches differ in shape, and oneDNN compiles a CPU kernel for each: keep more than 1024.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    device = utils.choose_device(options.device)
     base = find_data(options.data_folder, options.data_name)
     if base is None:
         if options.data_folder != parser.get_default("data_folder"):
@@ -145,9 +152,9 @@ def main():
         parser.set_defaults(**DEMO_DEFAULTS)
         options = parser.parse_args()
     torch.manual_seed(options.seed)
-    options.device = utils.choose_device(options.device)
-    options.output_folder = Path(options.output_folder or options.data_folder)
-    options.output_folder.mkdir(parents=True, exist_ok=True)
+    options.device = device
+    own_folder = Path(options.checkpoint).parent if options.checkpoint else options.data_folder
+    options.output_folder = utils.make_folder(options.output_folder or own_folder)
 
     checkpoint = _starting_point(options, base)
     trainer = Trainer(options, base, checkpoint)
@@ -157,12 +164,15 @@ def main():
         trainer.start(stage)
         if checkpoint and stage == reached:
             trainer.resume(checkpoint)
+        elif not checkpoint and stage == stages[0]:
+            trainer.clear()
         trainer.fit()
 
 
 def _starting_point(options, base):
-    """The checkpoint to go on from, None to start anew."""
-    path, best = options.checkpoint, utils.checkpoint_path(options.output_folder, base, best=True)
+    """The checkpoint to go on from, None to start anew; never over another run's files unasked."""
+    path, folder = options.checkpoint, options.output_folder
+    newest, best = (utils.checkpoint_path(folder, base, best=best) for best in (False, True))
     if path is None and options.stage == "finetune":
         if not best.exists():
             raise UserError(
@@ -170,18 +180,18 @@ def _starting_point(options, base):
                 "train with --stage decoder first, or name one with --checkpoint"
             )
         path = best
-    if path is not None:
-        checkpoint = utils.load_checkpoint(path)
-        if options.stage == "decoder" and checkpoint["stage"] != "decoder":
-            raise UserError(f"{path} is past stage decoder: continue it with --stage finetune")
-        return checkpoint
-    if not options.overwrite and utils.checkpoint_path(options.output_folder, base).exists():
+    own = path is not None and Path(path).resolve().parent == folder.resolve()
+    if (newest.exists() or best.exists()) and not own and not options.overwrite:
         raise UserError(
-            f"{options.output_folder} holds an earlier run on {base}: continue it with "
-            f"--checkpoint {utils.checkpoint_path(options.output_folder, base)}, choose another "
-            "--output_folder, or give it up with --overwrite"
+            f"{folder} holds an earlier run on {base}: continue it with --checkpoint {newest}, "
+            "choose another --output_folder, or give it up with --overwrite"
         )
-    return None
+    if path is None:
+        return None
+    checkpoint = utils.load_checkpoint(path)
+    if options.stage == "decoder" and checkpoint["stage"] != "decoder":
+        raise UserError(f"{path} is past stage decoder: continue it with --stage finetune")
+    return checkpoint
 
 
 class Trainer:
@@ -193,6 +203,8 @@ class Trainer:
         self.word_map = read_word_map(options.data_folder, base)
         self.words = {index: word for word, index in self.word_map.items()}
         self.log_path = options.output_folder / f"log_{base}.jsonl"
+        self.newest_path = utils.checkpoint_path(options.output_folder, base)
+        self.best_path = utils.checkpoint_path(options.output_folder, base, best=True)
         self.stage, self.best = None, checkpoint["best_bleu4"] if checkpoint else -1.0
         if checkpoint is None:
             self.encoder = Encoder(
@@ -209,7 +221,6 @@ class Trainer:
                 options.gate,
                 options.deep_output,
             )
-            self.log_path.unlink(missing_ok=True)
         else:
             if checkpoint["word_map"] != self.word_map:
                 raise UserError(f"--checkpoint is of another vocabulary than {base}'s word map")
@@ -223,8 +234,7 @@ class Trainer:
         """Begins a stage; after another one, from the best checkpoint that it left."""
         options = self.options
         if self.stage is not None:
-            best = utils.checkpoint_path(options.output_folder, self.base, best=True)
-            self.decoder.load_state_dict(utils.load_checkpoint(best)["decoder"])
+            self.decoder.load_state_dict(utils.load_checkpoint(self.best_path)["decoder"])
         self.stage, self.epoch, self.waited = stage, 0, 0
         self.encoder.fine_tune(stage == "finetune")
         groups = [{"params": list(self.decoder.parameters()), "lr": options.decoder_lr}]
@@ -240,12 +250,30 @@ class Trainer:
             )
         self._open_data(stage == "finetune")
 
+    def clear(self):
+        """Gives up what an earlier run left in the output folder."""
+        for path in (self.newest_path, self.best_path, self.log_path):
+            path.unlink(missing_ok=True)
+
     def resume(self, checkpoint):
-        """Goes on in the middle of the stage that a checkpoint was saved in."""
+        """Goes on in the middle of the stage that a checkpoint was saved in.
+
+        Learning rates that differ from the run's own apply from here on, and so does a schedule.
+        """
+        options, before = self.options, checkpoint["options"]
         self.epoch, self.waited = checkpoint["epoch"], checkpoint["epochs_without_improvement"]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.schedule.load_state_dict(checkpoint["schedule"])
+        shape = ["schedule", "patience" if options.schedule == "plateau" else "epochs"]
+        if all(getattr(options, name) == before[name] for name in shape):
+            self.schedule.load_state_dict(checkpoint["schedule"])
+        for group, name in zip(
+            self.optimizer.param_groups, ("decoder_lr", "encoder_lr"), strict=False
+        ):
+            if getattr(options, name) != before[name]:
+                group["lr"] = getattr(options, name)
         torch.set_rng_state(checkpoint["random"])
+        if not self.best_path.exists():  # continued into another folder
+            utils.save_checkpoint(self.best_path, checkpoint)
 
     def _open_data(self, finetune):
         """Loaders of this stage: images for fine-tuning, otherwise features if they are cached."""
@@ -301,9 +329,11 @@ class Trainer:
             else:
                 self.schedule.step()
             record["seconds"] = round(time.perf_counter() - started, 1)
-            self._report(record, captions, improved)
             self._save(scores, improved)
-        if self.epoch < options.epochs:
+            self._report(record, captions, improved)
+        if self.epoch >= options.epochs:
+            print(f"stage {self.stage}: its {options.epochs} epochs are done")
+        else:
             print(f"stage {self.stage}: stopped, no better BLEU-4 for {self.waited} epochs")
 
     # ------------------------------------------------------------------------------ epochs
@@ -419,10 +449,9 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "random": torch.get_rng_state(),
         }
-        folder = self.options.output_folder
-        utils.save_checkpoint(utils.checkpoint_path(folder, self.base), checkpoint)
+        utils.save_checkpoint(self.newest_path, checkpoint)
         if improved:
-            utils.save_checkpoint(utils.checkpoint_path(folder, self.base, best=True), checkpoint)
+            utils.save_checkpoint(self.best_path, checkpoint)
 
 
 class _Means:

@@ -1,6 +1,7 @@
 """What the scripts share: errors a user can mend, files written whole, images, input files."""
 
 import argparse
+import io
 import json
 import math
 import os
@@ -60,10 +61,20 @@ def atomic_write(path):
         os.replace(temporary, path)
 
 
+def new_hdf5(path):
+    """A new h5py.File to write.
+
+    Without a chunk cache, a full disk is an error of the write that fills it; with one, HDF5
+    finds out when it closes the file, and may crash.
+    """
+    return h5py.File(path, "w", rdcc_nbytes=0)
+
+
 @contextmanager
 def _temporaries(paths, goal):
     """Yields a temporary path beside each path; those not renamed by the end are removed."""
-    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    # the process's number keeps two of them apart that write the same file
+    temporaries = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
     try:
         try:
             yield temporaries
@@ -83,6 +94,15 @@ def _flush(path):
     """Returns when the file's contents are on the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def make_folder(path):
+    """The folder of that path, made if it is missing. Raises UserError if it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {_reason(error)}") from error
+    return Path(path)
 
 
 def read_json(path):
@@ -373,9 +393,7 @@ def _write_images(path, samples, pictures, size, captions_per_image):
     """Writes the next len(samples) of `pictures` to a new HDF5 file, without those that are error
     lines: these go to stderr. Returns the samples whose picture is in the file."""
     readable = []
-    # Without a cache, a full disk is an error of the write below; with one, HDF5 finds out when
-    # it closes the file, and may crash.
-    with h5py.File(path, "w", rdcc_nbytes=0) as file:
+    with new_hdf5(path) as file:
         file.attrs["captions_per_image"] = captions_per_image
         images = file.create_dataset(
             "images",
@@ -440,10 +458,20 @@ def checkpoint_path(folder, base, best=False):
     return Path(folder) / f"{'BEST_' if best else ''}checkpoint_{base}.pth.tar"
 
 
+# What a checkpoint holds
+CHECKPOINT_KEYS = {
+    *("encoder_name", "encoded_image_size", "image_size", "encoder", "decoder"),  # the model
+    *("base", "options", "stage", "epoch", "scores"),  # where it comes from
+    *("optimizer", "schedule", "random", "best_bleu4", "epochs_without_improvement"),  # to go on
+}  # and "word_map", for which --word_map can stand in
+
+
 def save_checkpoint(path, checkpoint):
     """Writes a dict of tensors, numbers, strings, lists and dicts, whole or not at all."""
+    contents = io.BytesIO()
+    torch.save(checkpoint, contents)  # not to the file: of a full disk it makes a RuntimeError
     with atomic_write(path) as temporary:
-        torch.save(checkpoint, temporary)
+        temporary.write_bytes(contents.getbuffer())
 
 
 def load_checkpoint(path):
@@ -460,8 +488,7 @@ def load_checkpoint(path):
         raise UserError(
             f"{path} is damaged or no checkpoint of train.py ({type(error).__name__})"
         ) from error
-    wanted = {"encoder_name", "encoder", "decoder", "encoded_image_size", "image_size"}
-    missing = wanted.difference(checkpoint) if isinstance(checkpoint, dict) else wanted
+    missing = CHECKPOINT_KEYS.difference(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise UserError(
             f"{path} is no checkpoint of train.py: it has no {', '.join(sorted(missing))}"
@@ -577,7 +604,8 @@ def has_fast_bfloat16(device):
     """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # private, so it may go
+    return device.type == "cpu" and supported()
 
 
 def add_device_options(parser):
@@ -633,10 +661,14 @@ def draw_curves(log_path):
     (0 to 1) and `lr`; epochs of stage "finetune" that follow others are shaded.
 
     Raises:
-        UserError: the PNG cannot be written.
+        UserError: a line of the log is damaged, or the PNG cannot be written.
     """
     log_path = Path(log_path)
-    records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
+    lines = log_path.read_text(encoding="utf-8").splitlines()
+    try:
+        records = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{log_path} has a damaged line, take it out: {error}") from error
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
     loss, bleu, rate = figure.subplots(1, 3)

@@ -88,7 +88,7 @@ def tiny_data(scenes, tmp_path_factory):
         "demo",
         scenes / "karpathy.json",
         scenes / "images",
-        captions_per_image=2,
+        captions_per_image=10,  # copies: more steps an epoch
         min_word_freq=0,
         max_len=20,
         output_folder=folder,

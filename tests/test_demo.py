@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import demo
+import utils
 
 COUNTS = {"train": 60, "val": 5, "test": 3}
 
@@ -191,7 +192,7 @@ def test_captions_are_five_distinct_grammatical_sentences_of_few_words():
         texts = demo.captions(demo.compose(rng), rng)
         assert len(texts) == len(set(texts)) == 5
         for text in texts:
-            tokens = demo.words(text)
+            tokens = utils.tokenize(text)
             assert 5 <= len(tokens) <= 16
             vocabulary.update(tokens)
             for article, following in pairwise(tokens):

@@ -23,15 +23,19 @@ WORDS = {"<pad>": 0, "a": 1, "dog": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
 
 def tiny_checkpoint(**changes):
     """Has all keys of a checkpoint, but no models."""
-    return {
-        "encoder_name": "none",
-        "encoder": {"weight": torch.arange(6.0).view(2, 3)},
-        "decoder": {"weight": torch.ones(2, dtype=torch.bfloat16)},
-        "encoded_image_size": 3,
-        "image_size": 64,
-        "best": -1.5,
-        "history": [1, {"two": [None, True]}],
-    } | changes
+    return (
+        dict.fromkeys(utils.CHECKPOINT_KEYS)
+        | {
+            "encoder_name": "none",
+            "encoder": {"weight": torch.arange(6.0).view(2, 3)},
+            "decoder": {"weight": torch.ones(2, dtype=torch.bfloat16)},
+            "encoded_image_size": 3,
+            "image_size": 64,
+            "best": -1.5,
+            "history": [1, {"two": [None, True]}],
+        }
+        | changes
+    )
 
 
 @pytest.fixture(scope="module")
