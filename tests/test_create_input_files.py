@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import create_input_files as create_input_files_script
+import demo
 import utils
 from utils import UserError, create_input_files, read_image
 
@@ -556,7 +557,7 @@ def test_script_makes_the_demo_once(source, monkeypatch):
         source.images.rename(folder / "images")
         (folder / "dataset_demo.json").write_text(json.dumps({"images": source.entries}))
 
-    monkeypatch.setattr(create_input_files_script, "make_demo", make_demo)
+    monkeypatch.setattr(demo, "make_demo", make_demo)
     options = ["--captions_per_image", 2, "--min_word_freq", 1, "--image_size", SIZE]
     for _ in range(2):
         call_main(monkeypatch, "--dataset=demo", "--output_folder", source.output, *options)
