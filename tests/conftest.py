@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import demo
 import utils
+
+settings.register_profile("suite", deadline=None, derandomize=True)  # the same on any machine
+settings.load_profile("suite")
 
 ROOT = Path(__file__).parent.parent
 OFFLINE = "timm:tf_efficientnet_lite2"
