@@ -198,7 +198,6 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
 @torch.inference_mode()
 def _fill(features, encoder, images, views, seed, amp, batch_size, split):
     device = encoder.mean.device
-    encoder = encoder.to(memory_format=torch.channels_last)
     source = open_hdf5(images, "images")
     with (
         torch.random.fork_rng(devices=[]),

@@ -458,12 +458,12 @@ def checkpoint_path(folder, base, best=False):
     return Path(folder) / f"{'BEST_' if best else ''}checkpoint_{base}.pth.tar"
 
 
-# What a checkpoint holds
+# What a checkpoint holds, beside the word map, for which --word_map can stand in
 CHECKPOINT_KEYS = {
     *("encoder_name", "encoded_image_size", "image_size", "encoder", "decoder"),  # the model
     *("base", "options", "stage", "epoch", "scores"),  # where it comes from
     *("optimizer", "schedule", "random", "best_bleu4", "epochs_without_improvement"),  # to go on
-}  # and "word_map", for which --word_map can stand in
+}
 
 
 def save_checkpoint(path, checkpoint):
