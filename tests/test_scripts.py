@@ -38,10 +38,12 @@ def best(trained):
 
 
 def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(trained, tiny_data):
-    folder, base = tiny_data
-    output, *_ = trained
+    folder, _ = tiny_data
+    output, base, _ = trained
+    # not the best checkpoint, which is the first whose greedy captions are right, by a hair maybe
+    newest = utils.checkpoint_path(output, base)
     process = run_script(
-        "eval.py", "--data_folder", folder, "--checkpoint", best(trained), "--beam_size", 1, 5
+        "eval.py", "--data_folder", folder, "--checkpoint", newest, "--beam_size", 1, 5
     )
     assert process.returncode == 0, process.stderr
     results = json.loads((output / f"results_test_beam5_{base}.json").read_text())
