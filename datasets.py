@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import h5py
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -48,24 +50,24 @@ def read_word_map(data_folder, base):
 
 
 class CaptionDataset(Dataset):
-    """Item i is image i with all its captions: (source, captions, lengths).
+    """Item i, or (i, view), is image i with all its captions: (source, captions, lengths).
 
-    source: uint8 (3, S, S), the image; or float16 (g, g, D), its features, where `features` names
-        their file. With several views, one of them by chance.
+    source: uint8 (3, S, S), a view of the image, by itself its first: see `make_view`; or float16
+        (g, g, D), the view's features, where `features` names their file.
     captions: int64 (K, T), `<start>` to `<end>`, padded.
     lengths: int64 (K,), `<start>` and `<end>` counted.
 
     Args:
         data_folder, base, split: which input files; split is TRAIN, VAL or TEST.
         features: path from `cache_features`, or None for images.
-        views: number of views of an image to choose from: see `make_view`.
+        seed: of the views.
 
     Raises:
         UserError: a file is missing, damaged, or does not belong to the others.
     """
 
-    def __init__(self, data_folder, base, split, features=None, views=1):
-        self.base, self.views, self.from_features = base, views, features is not None
+    def __init__(self, data_folder, base, split, features=None, seed=0):
+        self.base, self.seed, self.from_features = base, seed, features is not None
         images = open_hdf5(utils.input_path(data_folder, base, "IMAGES", split), "images").shape
         self.image_size = images[-1]
         captions = _read_numbers(utils.input_path(data_folder, base, "CAPTIONS", split), 2)
@@ -95,15 +97,59 @@ class CaptionDataset(Dataset):
     def __len__(self):
         return len(self.captions)
 
-    def __getitem__(self, i):
+    def __getitem__(self, item):
+        i, view = item if isinstance(item, tuple) else (item, 0)
         if self._data is None:  # here, not in __init__: each worker process opens its own
             self._data = open_hdf5(self.path, "features" if self.from_features else "images")
-        view = int(torch.randint(self.views, ())) if self.views > 1 else 0
         if self.from_features:
             source = torch.from_numpy(self._data[i, view])
         else:
-            source = make_view(torch.from_numpy(self._data[i]), view)
+            source = make_view(torch.from_numpy(self._data[i]), view, (self.seed, i))
         return source, self.captions[i], self.lengths[i]
+
+
+class LengthSampler(Sampler):
+    """Batches of images whose captions are about equally long; every image once an epoch.
+
+    A batch takes as many steps as its longest caption has words, so an epoch's images, shuffled,
+    are cut into pools of `POOL` batches, and each pool is sorted by the images' longest caption
+    before it becomes batches. These are shuffled again. The order follows from seed and epoch.
+
+    Yields lists of (image, view) for `CaptionDataset`, the view by chance.
+
+    Args:
+        lengths: (I, K) captions' lengths.
+        batch_size: images, at most; batches differ by one image at most.
+        views: number of views to choose from.
+        rank, world_size: take every `world_size`-th item of each batch, from item `rank` on.
+    """
+
+    POOL = 16
+
+    def __init__(self, lengths, batch_size, views=1, seed=0, rank=0, world_size=1):
+        self.longest = lengths.amax(dim=1).numpy()
+        self.batches = -(-len(lengths) // batch_size)
+        self.views, self.seed, self.epoch = views, seed, 0
+        self.share = slice(rank, None, world_size)
+
+    def set_epoch(self, epoch):
+        """The epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.batches
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed % 2**32, self.epoch])
+        order = rng.permutation(len(self.longest))
+        views = rng.integers(self.views, size=len(order))
+        batches = np.array_split(order, self.batches)
+        pools = np.repeat(np.arange(self.batches) // self.POOL, [len(batch) for batch in batches])
+        order = order[np.lexsort((self.longest[order], pools))]
+        batches = np.array_split(order, self.batches)
+        for i in rng.permutation(self.batches):
+            images = batches[i][self.share]
+            yield list(zip(images.tolist(), views[images].tolist(), strict=True))
 
 
 def open_hdf5(path, name):
@@ -139,16 +185,19 @@ def _read_references(path):
 # ------------------------------------------------------------------------------------ views
 
 
-def make_view(image, view):
-    """View 0 is the image (3, S, S) itself, 1 its mirror image, others crops by chance.
+def make_view(image, view, seed=()):
+    """View 0 is the image (3, S, S) itself, 1 its mirror image, others are crops of it.
 
     A crop keeps half of the area or more and is squeezed back to S × S; every second is mirrored.
+    Which part it keeps follows from the view and the seed, a tuple of ints.
     """
     if view == 0:
         return image
     if view > 1:
-        crop = v2.RandomResizedCrop(image.shape[-2:], scale=(0.5, 1.0), antialias=True)
-        image = crop(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.default_rng((*seed, view)).integers(2**32)))
+            crop = v2.RandomResizedCrop(image.shape[-2:], scale=(0.5, 1.0), antialias=True)
+            image = crop(image)
     return image.flip(-1) if view % 2 else image
 
 
@@ -158,17 +207,22 @@ def make_view(image, view):
 def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False, batch_size=32):
     """Runs a frozen encoder over a split once and keeps its features in an HDF5 file.
 
-    The file's name carries a hash of the encoder's name and weights, of the images' file and of
-    the views, so that a changed encoder or data set never meets old features.
+    The file's name carries a hash of the encoder's name and weights, of the images' file, the
+    views and the precision, so that a changed encoder or data set never meets old features. What
+    an interrupted call has computed is kept, and the next one goes on from there.
 
     Args:
         encoder: on the device it is to run on.
         views: how many views of each image to keep.
+        seed: of the views.
         amp: compute in bfloat16.
 
     Returns:
         the path: data set `features`, float16 (I, views, g, g, D); None where the disk has no
         room for it.
+
+    Raises:
+        UserError: the file cannot be written, or another process is at it.
     """
     images = utils.input_path(data_folder, base, "IMAGES", split)
     count, *_, side = open_hdf5(images, "images").shape
@@ -178,8 +232,8 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
         return path
     device = encoder.mean.device
     with torch.inference_mode():
-        shape = encoder.features(torch.zeros(1, 3, side, side, device=device)).shape[1:]
-    size = 2 * count * views * shape.numel()
+        grid = encoder.features(torch.zeros(1, 3, side, side, device=device)).shape[1:]
+    size = 2 * count * views * grid.numel()
     free = shutil.disk_usage(data_folder).free
     print(
         f"caching {split} features, {count} images × {views} views: {size / 1e9:.2f} GB in {path}"
@@ -187,33 +241,49 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
     if free < 1.1 * size:
         print(f"not cached, as only {free / 1e9:.2f} GB are free: the encoder runs in every epoch")
         return None
-    with utils.atomic_write(path) as temporary, utils.new_hdf5(temporary) as out:
-        features = out.create_dataset(
-            "features", (count, views, *shape), "float16", chunks=(1, 1, *shape)
-        )
-        _fill(features, encoder, images, views, seed, amp, batch_size, split)
+    partial = path.with_suffix(".part")
+    if not partial.exists():
+        with utils.atomic_write(partial) as temporary:
+            _allocate(temporary, (count, views, *grid))
+    with utils.os_errors_as_user_errors(partial):
+        _fill(partial, encoder, images, seed, amp, batch_size)
+        os.replace(partial, path)
     return path
 
 
+def _allocate(path, shape):
+    """A new file of features whose structure is whole from the start.
+
+    Writing the values later changes nothing but them, so that a process that is killed meanwhile
+    leaves a readable file.
+    """
+    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with utils.new_hdf5(path) as file:
+        file.create_dataset("features", shape, "float16", dcpl=early)
+        file["done"] = 0  # images
+
+
 @torch.inference_mode()
-def _fill(features, encoder, images, views, seed, amp, batch_size, split):
+def _fill(path, encoder, images, seed, amp, batch_size):
     device = encoder.mean.device
     source = open_hdf5(images, "images")
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.autocast(device.type, torch.bfloat16, enabled=amp),
-        tqdm(
-            total=len(features) * views, desc=f"features {split}", unit="image", disable=None
-        ) as bar,
-    ):
-        torch.manual_seed(seed)  # of the crops
-        for start in range(0, len(features), batch_size):
+    with h5py.File(path, "r+") as file, torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        features, done = file["features"], int(file["done"][()])
+        bar = tqdm(total=len(source), initial=done, desc="features", unit="image", disable=None)
+        for start in range(done, len(source), batch_size):
             batch = torch.from_numpy(source[start : start + batch_size])
-            for view in range(views):
-                seen = torch.stack([make_view(image, view) for image in batch])
-                out = encoder.features(seen.to(device))
+            for view in range(features.shape[1]):
+                seen = [make_view(image, view, (seed, start + i)) for i, image in enumerate(batch)]
+                out = encoder.features(torch.stack(seen).to(device))
                 features[start : start + len(batch), view] = out.half().cpu().numpy()
-                bar.update(len(batch))
+            file.flush()
+            utils.flush(path)
+            file["done"][()] = start + len(batch)
+            bar.update(len(batch))
+        bar.close()
+    utils.flush(path)
 
 
 def _features_key(encoder, images, views, seed, amp):

@@ -21,7 +21,7 @@ import decoding
 import demo
 import metrics
 import utils
-from datasets import CaptionDataset, cache_features, find_data, read_word_map
+from datasets import CaptionDataset, LengthSampler, cache_features, find_data, read_word_map
 from models import OFFLINE_ENCODER, DecoderWithAttention, Encoder, caption_loss
 from utils import UserError
 
@@ -248,7 +248,7 @@ class Trainer:
             self.schedule = ReduceLROnPlateau(
                 self.optimizer, mode="max", factor=0.8, patience=options.patience - 1, threshold=0
             )
-        self._open_data(stage == "finetune")
+        self._open_data()
 
     def clear(self):
         """Gives up what an earlier run left in the output folder."""
@@ -275,33 +275,36 @@ class Trainer:
         if not self.best_path.exists():  # continued into another folder
             utils.save_checkpoint(self.best_path, checkpoint)
 
-    def _open_data(self, finetune):
-        """Loaders of this stage: images for fine-tuning, otherwise features if they are cached."""
+    def _open_data(self):
+        """Loaders of this stage's images, or of their features where they can be cached."""
         options = self.options
+        self.encoder.to(self.device)
+        train, val = self._open_split("TRAIN", options.views), self._open_split("VAL", 1)
+        if train.from_features and val.from_features:
+            self.encoder.cpu()  # its place on the device is free for the decoder
+        finetune = self.stage == "finetune"
         captions = options.finetune_batch_size if finetune else options.batch_size
-        self.loaders = {}
-        for split, views in (("TRAIN", options.views), ("VAL", 1)):
-            features = None
-            if options.cache_features == "auto" and not finetune:
-                features = cache_features(
-                    self.encoder,
-                    options.data_folder,
-                    self.base,
-                    split,
-                    views,
-                    options.seed,
-                    self.amp,
-                )
-            data = CaptionDataset(options.data_folder, self.base, split, features, views)
-            per_image = data.captions.shape[1]
-            size = max(1, captions // per_image) if split == "TRAIN" else 50
-            self.loaders[split] = DataLoader(
-                data,
-                batch_size=size,
-                shuffle=split == "TRAIN",
-                num_workers=options.workers,
-                pin_memory=self.device.type == "cuda",
+        images = max(1, captions // train.captions.shape[1])
+        self.sampler = LengthSampler(train.lengths, images, options.views, options.seed)
+        common = {"num_workers": options.workers, "pin_memory": self.device.type == "cuda"}
+        self.loaders = {
+            "TRAIN": DataLoader(train, batch_sampler=self.sampler, **common),
+            "VAL": DataLoader(val, batch_size=50, **common),
+        }
+
+    def _open_split(self, split, views):
+        options, features = self.options, None
+        if options.cache_features == "auto" and self.stage == "decoder":
+            features = cache_features(
+                self.encoder,
+                options.data_folder,
+                self.base,
+                split,
+                views,
+                options.seed,
+                self.amp,
             )
+        return CaptionDataset(options.data_folder, self.base, split, features, options.seed)
 
     def fit(self):
         """Epochs until the stage's last, or until BLEU-4 has not improved for long."""
@@ -340,6 +343,7 @@ class Trainer:
 
     def _train_epoch(self):
         loader, options = self.loaders["TRAIN"], self.options
+        self.sampler.set_epoch(self.epoch)
         self.decoder.train()
         total, started = _Means(), time.perf_counter()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

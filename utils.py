@@ -57,7 +57,7 @@ def atomic_write(path):
     path = Path(path)
     with _temporaries([path], path) as [temporary]:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
 
 
@@ -75,14 +75,23 @@ def _temporaries(paths, goal):
     """Yields a temporary path beside each path; those not renamed by the end are removed."""
     # the process's number keeps two of them apart that write the same file
     temporaries = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
-    try:
+    with os_errors_as_user_errors(goal):
         try:
             yield temporaries
         finally:
             for temporary in temporaries:
                 temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def os_errors_as_user_errors(path):
+    """Makes any OSError of the block, which writes `path`, a UserError that names it."""
+    try:
+        yield
+    except BlockingIOError as error:  # HDF5 locks the files that it writes
+        raise UserError(f"cannot write {path}: another run is writing it") from error
     except OSError as error:
-        raise UserError(f"cannot write {goal}: {_reason(error)}") from error
+        raise UserError(f"cannot write {path}: {_reason(error)}") from error
 
 
 def _reason(error):
@@ -90,7 +99,7 @@ def _reason(error):
     return os.strerror(error.errno) if error.errno else error
 
 
-def _flush(path):
+def flush(path):
     """Returns when the file's contents are on the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
@@ -368,7 +377,7 @@ def _all_or_nothing(folder, base, splits):
         folder.mkdir(parents=True, exist_ok=True)
         yield dict(zip(paths, temporaries, strict=True))
         for temporary in temporaries:
-            _flush(temporary)
+            flush(temporary)
         # Only renames are left. The WORDMAP goes first and comes last, so that if they are cut
         # short none vouches for a mixture of old and new files.
         paths["WORDMAP", None].unlink(missing_ok=True)

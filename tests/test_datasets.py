@@ -1,18 +1,25 @@
 """Data sets, views and cached features against the files and a plain computation."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import chain, combinations
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE
+from conftest import OFFLINE, ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
 import datasets
 import utils
-from datasets import CaptionDataset, cache_features, find_data, make_view
+from datasets import CaptionDataset, LengthSampler, cache_features, find_data, make_view
 from models import Encoder
 from utils import UserError
 
@@ -69,47 +76,90 @@ def test_items_are_the_images_with_all_their_captions(tiny_data, images):
         assert length.tolist() == lengths[10 * i : 10 * i + 10]
 
 
-def test_an_epoch_visits_every_image_once_in_an_order_of_the_seed(tiny_data, images):
-    data = CaptionDataset(*tiny_data, "TRAIN")
+captions = st.integers(1, 60).flatmap(
+    lambda images: st.lists(
+        st.lists(st.integers(2, 52), min_size=3, max_size=3), min_size=images, max_size=images
+    )
+)
 
-    def epoch(seed):
-        torch.manual_seed(seed)
-        batches = DataLoader(data, batch_size=3, shuffle=True)
-        return torch.cat([source for source, *_ in batches])
 
-    first = epoch(1)
-    assert sorted(i.sum() for i in first) == sorted(i.sum() for i in images)
-    assert torch.equal(first, epoch(1))
-    assert not torch.equal(first, epoch(2))
+@given(captions, st.integers(1, 9), st.integers(1, 4), st.integers(-3, 3), st.integers(1, 3))
+def test_an_epoch_visits_every_image_once_in_batches_of_nearly_equal_size(
+    lengths, size, views, seed, world
+):
+    lengths = torch.tensor(lengths)
+    shares = [list(LengthSampler(lengths, size, views, seed, rank, world)) for rank in range(world)]
+    assert {len(share) for share in shares} == {-(-len(lengths) // size)}
+    batches = [list(chain(*batch)) for batch in zip(*shares, strict=True)]
+    assert sorted(i for batch in batches for i, _ in batch) == list(range(len(lengths)))
+    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+    assert max(map(len, batches)) <= size
+    assert {view for batch in batches for _, view in batch} <= set(range(views))
+    whole = LengthSampler(lengths, size, views, seed)
+    assert [sorted(batch) for batch in whole] == [sorted(batch) for batch in batches]
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = LengthSampler(torch.full((100, 5), 9), 8, views=3, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    orders = [order(1, 1), order(1, 2), order(2, 1), order(2, 2)]
+    assert all(a != b for a, b in combinations(orders, 2))
+    assert order(1, 1) == orders[0]
+
+
+def test_captions_of_similar_length_come_together():
+    lengths = torch.randint(5, 30, (4096, 5), generator=torch.Generator().manual_seed(0))
+
+    def steps(batches):
+        return sum(int(lengths[[i for i, _ in batch]].max()) for batch in batches)
+
+    shuffled = torch.randperm(4096, generator=torch.Generator().manual_seed(1)).tolist()
+    by_chance = steps([[(i, 0) for i in shuffled[n : n + 16]] for n in range(0, 4096, 16)])
+    sorted_ = lengths.amax(dim=1).sort(descending=True).values[::16].sum()
+    assert steps(LengthSampler(lengths, 16)) < sorted_ + 0.15 * (by_chance - sorted_)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_features_of_random_views_come_with_their_images_captions(tiny_data, workers, tmp_path):
+def test_features_of_views_come_with_their_images_captions(tiny_data, workers, tmp_path):
     folder, base = tiny_data
     features = tmp_path / "features.hdf5"
     with h5py.File(features, "w") as file:  # 10 × image + view, everywhere
         values = 10 * np.arange(8)[:, None] + np.arange(3)
         file["features"] = np.broadcast_to(values[:, :, None, None, None], (8, 3, 2, 2, 5))
-    data = CaptionDataset(folder, base, "TRAIN", features, views=3)
-    seen = set()
-    for _ in range(8):
-        for source, words, _ in DataLoader(data, batch_size=8, num_workers=workers):
-            image, view = source[:, 0, 0, 0] // 10, source[:, 0, 0, 0] % 10
-            assert image.tolist() == list(range(8))
-            assert torch.equal(words, data.captions)
-            seen |= set(view.tolist())
-    assert seen == {0, 1, 2}
+    data = CaptionDataset(folder, base, "TRAIN", features)
+    sampler = LengthSampler(data.lengths, 3, views=3)
+    seen = []
+    for epoch in range(8):
+        sampler.set_epoch(epoch)
+        loader = DataLoader(data, batch_sampler=sampler, num_workers=workers)
+        for items, (source, words, lengths) in zip(sampler, loader, strict=True):
+            assert source[:, 0, 0, 0].tolist() == [10 * i + view for i, view in items]
+            images = [i for i, _ in items]
+            assert torch.equal(words, data.captions[images])
+            assert torch.equal(lengths, data.lengths[images])
+            seen += [view for _, view in items]
+    assert set(seen) == {0, 1, 2}
 
 
-def test_views_are_the_image_its_mirror_image_and_crops(images):
-    image = images[0]
-    assert torch.equal(make_view(image, 0), image)
-    assert torch.equal(make_view(image, 1), torch.from_numpy(image.numpy()[:, :, ::-1].copy()))
-    for view in (2, 3):
-        crop = make_view(image, view)
+def test_views_are_the_image_its_mirror_image_and_crops(tiny_data, images):
+    data = CaptionDataset(*tiny_data, "TRAIN")
+    image = images[5]
+    assert torch.equal(data[5][0], image)
+    assert torch.equal(data[5, 0][0], image)
+    mirrored = torch.from_numpy(image.numpy()[:, :, ::-1].copy())
+    assert torch.equal(data[5, 1][0], mirrored)
+    crops = [data[5, 2][0], data[5, 3][0], data[5, 4][0], make_view(image, 2, (0, 6))]
+    crops.append(CaptionDataset(*tiny_data, "TRAIN", seed=1)[5, 2][0])
+    for crop in crops:
         assert crop.shape == image.shape
         assert crop.dtype == torch.uint8
-        assert not torch.equal(crop, make_view(image, view)), "crops are by chance"
+    assert all(not torch.equal(a, b) for a, b in combinations(crops, 2)), "each its own"
+    state = torch.get_rng_state()
+    assert torch.equal(data[5, 2][0], crops[0]), "always the same"
+    assert torch.equal(torch.get_rng_state(), state), "and leaves other random numbers alone"
 
 
 def test_cached_features_are_the_encoders(cache, images):
@@ -159,16 +209,81 @@ def test_whatever_changes_the_features_changes_their_file(cache, tmp_path):
     assert cache(TinyEncoder())[0] not in paths
 
 
-def test_an_interrupted_cache_leaves_no_file(cache, tmp_path):
-    class Failing(TinyEncoder):
-        def features(self, images):
-            if len(images) == 2:  # the last batch of eight images by threes
-                raise KeyboardInterrupt
-            return super().features(images)
+class Counting(TinyEncoder):
+    """Counts its images, without the probe's black one, and may fail at some."""
 
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.seen, self.fail_at = 0, fail_at
+
+    def features(self, images):
+        if images.any():
+            self.seen += len(images)
+        if self.seen == self.fail_at:
+            raise KeyboardInterrupt
+        return super().features(images)
+
+
+def test_an_interrupted_cache_goes_on_where_it_was(cache, tmp_path):
+    _, whole = cache(Counting(), views=3)
+    next(tmp_path.glob("*FEATURES*.hdf5")).unlink()
     with pytest.raises(KeyboardInterrupt):
-        cache(Failing())
-    assert not list(tmp_path.glob("*FEATURES*"))
+        cache(Counting(fail_at=18 + 4), views=3)  # in the last batch of eight images by threes
+    assert not list(tmp_path.glob("*FEATURES*.hdf5"))
+    second = Counting()
+    path, features = cache(second, views=3)
+    assert second.seen == 3 * 2
+    assert torch.equal(features, whole)
+    assert [p for p in tmp_path.glob("*FEATURES*") if p != path] == []
+
+
+def cache_elsewhere(tmp_path, encoder):
+    """Calls cache_features on the data in tmp_path in a process of its own, which it returns."""
+    base = next(tmp_path.glob("TRAIN_IMAGES*")).stem.removeprefix("TRAIN_IMAGES_")
+    program = f"""
+import os, signal
+import datasets, test_datasets
+{encoder}
+datasets.cache_features(Other(), {str(tmp_path)!r}, {base!r}, "TRAIN", batch_size=3)
+"""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_killed_process_leaves_what_it_has_cached(cache, tmp_path):
+    path, whole = cache(TinyEncoder())
+    path.unlink()
+    process = cache_elsewhere(
+        tmp_path,
+        """
+class Other(test_datasets.Counting):
+    def features(self, images):
+        if self.seen == 3:  # in the second batch
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().features(images)
+""",
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert not path.exists()
+    last = Counting()
+    again, features = cache(last)
+    assert (again, last.seen) == (path, 8 - 3)
+    assert torch.equal(features, whole)
+
+
+def test_two_processes_do_not_cache_into_one_file(cache, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        cache(Counting(fail_at=3))
+    (partial,) = tmp_path.glob("*FEATURES*.part")
+    with h5py.File(partial, "r+"):
+        process = cache_elsewhere(tmp_path, "Other = test_datasets.Counting")
+    assert "another run is writing it" in process.stderr
 
 
 def test_without_room_nothing_is_cached(cache, tmp_path, monkeypatch, capsys):
