@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import utils
 from utils import UserError
@@ -122,6 +121,9 @@ class LengthSampler(Sampler):
         batch_size: images, at most; batches differ by one image at most.
         views: number of views to choose from.
         rank, world_size: take every `world_size`-th item of each batch, from item `rank` on.
+
+    Raises:
+        UserError: a batch has fewer images than there are processes.
     """
 
     POOL = 16
@@ -129,6 +131,11 @@ class LengthSampler(Sampler):
     def __init__(self, lengths, batch_size, views=1, seed=0, rank=0, world_size=1):
         self.longest = lengths.amax(dim=1).numpy()
         self.batches = -(-len(lengths) // batch_size)
+        if len(lengths) // self.batches < world_size:
+            raise UserError(
+                f"{len(lengths)} images in batches of {batch_size} at most leave some of "
+                f"{world_size} processes without an image: use a larger --batch_size"
+            )
         self.views, self.seed, self.epoch = views, seed, 0
         self.share = slice(rank, None, world_size)
 
@@ -271,7 +278,7 @@ def _fill(path, encoder, images, seed, amp, batch_size):
     source = open_hdf5(images, "images")
     with h5py.File(path, "r+") as file, torch.autocast(device.type, torch.bfloat16, enabled=amp):
         features, done = file["features"], int(file["done"][()])
-        bar = tqdm(total=len(source), initial=done, desc="features", unit="image", disable=None)
+        bar = utils.progress(total=len(source), initial=done, desc="features", unit="image")
         for start in range(done, len(source), batch_size):
             batch = torch.from_numpy(source[start : start + batch_size])
             for view in range(features.shape[1]):

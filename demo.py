@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 import utils
 
@@ -350,9 +349,7 @@ def make_demo(
     counts = SPLITS if images is None else images
     jobs = [(split, i) for split, n in counts.items() for i in range(n)]
     entries = []
-    for imgid, (split, i) in enumerate(
-        tqdm(jobs, desc="drawing the demo", unit="image", disable=None)
-    ):
+    for imgid, (split, i) in enumerate(utils.progress(jobs, desc="drawing the demo", unit="image")):
         rng = np.random.default_rng([seed, list(SPLITS).index(split), i])
         scene = compose(rng)
         entries.append(entry(scene, captions(scene, rng), f"{split}_{i:05d}.jpg", split, imgid))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import decoding
 import demo
+import distributed
 import metrics
 import utils
 from datasets import CaptionDataset, find_data, read_word_map
@@ -36,6 +36,12 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
+    options.device = utils.choose_device(options.device)
+    with distributed.group(options.device):
+        evaluate(options)
+
+
+def evaluate(options):
     path = Path(options.checkpoint or utils.newest_best_checkpoint(options.data_folder or "data"))
     model = utils.load_model(path, options.device, options.amp)
     utils.check_beam_size(max(options.beam_size), model.word_map)
@@ -43,6 +49,8 @@ def main():
     folder = utils.make_folder(options.results_folder or path.parent)
 
     captions = caption_split(model, data, options)
+    if not distributed.is_main:
+        return
     references = [reference["captions"] for reference in data.references]
     print(f"{path}, stage {model.checkpoint['stage']}, epoch {model.checkpoint['epoch']}")
     print(
@@ -74,8 +82,9 @@ def open_split(path, model, options):
 def caption_split(model, data, options):
     """beam_size -> list of (words, alphas) per image; the encoder runs once for all beams."""
     captions = {beam_size: [] for beam_size in options.beam_size}
-    loader = DataLoader(data, options.batch_size, num_workers=options.workers)
-    for images, *_ in tqdm(loader, desc="captioning", unit="batch", disable=None):
+    share = distributed.share(len(data))
+    loader = DataLoader(data, options.batch_size, sampler=share, num_workers=options.workers)
+    for images, *_ in utils.progress(loader, desc="captioning", unit="batch"):
         with model.autocast():
             features = model.encoder.features(images.to(model.device))
             for beam_size, found in captions.items():
@@ -88,7 +97,7 @@ def caption_split(model, data, options):
                     options.length_penalty,
                 )
                 found += [(model.to_words(caption), caption.alphas) for caption in beams]
-    return captions
+    return {beam_size: distributed.collect(found) for beam_size, found in captions.items()}
 
 
 def score(beam_size, captions, references, data):

@@ -566,19 +566,25 @@ class DecoderWithAttention(nn.Module):
         return self.fc(self.dropout(h))
 
 
-def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0):
+def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0, sizes=None):
     """What training minimises: -log p of the words, and doubly stochastic attention (§4.2.1).
 
     Args:
         scores, targets, alphas: from `DecoderWithAttention.forward`.
         alpha_c: λ, weight of the mean over captions and places of (1 - Σ_t α_ti)².
         label_smoothing: share of the target spread over the vocabulary.
+        sizes: words and captions of the batch that this is a part of, and to whose loss the
+            parts' losses add up; None for a batch by itself.
 
     Returns:
         scalar float32: the mean over the real words, plus the regularisation.
     """
-    words = F.cross_entropy(scores.data.float(), targets.data, label_smoothing=label_smoothing)
-    return words + alpha_c * ((1 - alphas.sum(dim=1)) ** 2).mean()
+    words, captions = (len(targets.data), len(alphas)) if sizes is None else sizes
+    missed = F.cross_entropy(
+        scores.data.float(), targets.data, label_smoothing=label_smoothing, reduction="sum"
+    )
+    uneven = ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1).sum()
+    return missed / words + alpha_c * uneven / captions
 
 
 def _pack(sequences: Tensor, lengths: Tensor) -> PackedSequence:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import decoding
 import demo
+import distributed
 import metrics
 import utils
 from datasets import CaptionDataset, LengthSampler, cache_features, find_data, read_word_map
@@ -140,19 +140,26 @@ def main():
     options = parser.parse_args()
     # Batches differ in shape, and oneDNN compiles a CPU kernel for each: keep more than 1024.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-    device = utils.choose_device(options.device)
-    base = find_data(options.data_folder, options.data_name)
-    if base is None:
-        if options.data_folder != parser.get_default("data_folder"):
-            raise UserError(f"no data set in {options.data_folder}: run create_input_files.py")
-        print(f"no data set in {options.data_folder}: making the demo data there")
-        base = demo.prepare(options.data_folder)
+    options.device = utils.choose_device(options.device)
+    with distributed.group(options.device):
+        train(parser, options)
+
+
+def train(parser, options):
+    """Trains with the options, or with the demo data's defaults for those not given."""
+    with distributed.main_first():
+        base = find_data(options.data_folder, options.data_name)
+        if base is None:
+            if options.data_folder != parser.get_default("data_folder"):
+                raise UserError(f"no data set in {options.data_folder}: run create_input_files.py")
+            print(f"no data set in {options.data_folder}: making the demo data there")
+            base = demo.prepare(options.data_folder)
     if base.startswith("demo_"):
         print(f"demo data, so the defaults are {_as_flags(DEMO_DEFAULTS)}")
         parser.set_defaults(**DEMO_DEFAULTS)
-        options = parser.parse_args()
+        device, options = options.device, parser.parse_args()
+        options.device = device
     torch.manual_seed(options.seed)
-    options.device = device
     own_folder = Path(options.checkpoint).parent if options.checkpoint else options.data_folder
     options.output_folder = utils.make_folder(options.output_folder or own_folder)
 
@@ -227,6 +234,8 @@ class Trainer:
             self.encoder, self.decoder = utils.build_models(checkpoint, options.dropout)
         self.encoder.to(self.device, memory_format=torch.channels_last)
         self.decoder.to(self.device)
+        if not distributed.is_main:  # each process drops other values out
+            torch.manual_seed(options.seed + distributed.rank)
 
     # ------------------------------------------------------------------------------ stages
 
@@ -234,7 +243,8 @@ class Trainer:
         """Begins a stage; after another one, from the best checkpoint that it left."""
         options = self.options
         if self.stage is not None:
-            self.decoder.load_state_dict(utils.load_checkpoint(self.best_path)["decoder"])
+            with distributed.main_first():  # which wrote it
+                self.decoder.load_state_dict(utils.load_checkpoint(self.best_path)["decoder"])
         self.stage, self.epoch, self.waited = stage, 0, 0
         self.encoder.fine_tune(stage == "finetune")
         groups = [{"params": list(self.decoder.parameters()), "lr": options.decoder_lr}]
@@ -252,8 +262,9 @@ class Trainer:
 
     def clear(self):
         """Gives up what an earlier run left in the output folder."""
-        for path in (self.newest_path, self.best_path, self.log_path):
-            path.unlink(missing_ok=True)
+        if distributed.is_main:
+            for path in (self.newest_path, self.best_path, self.log_path):
+                path.unlink(missing_ok=True)
 
     def resume(self, checkpoint):
         """Goes on in the middle of the stage that a checkpoint was saved in.
@@ -271,9 +282,10 @@ class Trainer:
         ):
             if getattr(options, name) != before[name]:
                 group["lr"] = getattr(options, name)
-        torch.set_rng_state(checkpoint["random"])
-        if not self.best_path.exists():  # continued into another folder
-            utils.save_checkpoint(self.best_path, checkpoint)
+        if distributed.is_main:
+            torch.set_rng_state(checkpoint["random"])
+            if not self.best_path.exists():  # continued into another folder
+                utils.save_checkpoint(self.best_path, checkpoint)
 
     def _open_data(self):
         """Loaders of this stage's images, or of their features where they can be cached."""
@@ -285,25 +297,34 @@ class Trainer:
         finetune = self.stage == "finetune"
         captions = options.finetune_batch_size if finetune else options.batch_size
         images = max(1, captions // train.captions.shape[1])
-        self.sampler = LengthSampler(train.lengths, images, options.views, options.seed)
+        self.sampler = LengthSampler(
+            train.lengths,
+            images,
+            options.views,
+            options.seed,
+            distributed.rank,
+            distributed.world_size,
+        )
         common = {"num_workers": options.workers, "pin_memory": self.device.type == "cuda"}
+        share = distributed.share(len(val))
         self.loaders = {
             "TRAIN": DataLoader(train, batch_sampler=self.sampler, **common),
-            "VAL": DataLoader(val, batch_size=50, **common),
+            "VAL": DataLoader(val, batch_size=50, sampler=share, **common),
         }
 
     def _open_split(self, split, views):
         options, features = self.options, None
         if options.cache_features == "auto" and self.stage == "decoder":
-            features = cache_features(
-                self.encoder,
-                options.data_folder,
-                self.base,
-                split,
-                views,
-                options.seed,
-                self.amp,
-            )
+            with distributed.main_first():
+                features = cache_features(
+                    self.encoder,
+                    options.data_folder,
+                    self.base,
+                    split,
+                    views,
+                    options.seed,
+                    self.amp,
+                )
         return CaptionDataset(options.data_folder, self.base, split, features, options.seed)
 
     def fit(self):
@@ -332,8 +353,9 @@ class Trainer:
             else:
                 self.schedule.step()
             record["seconds"] = round(time.perf_counter() - started, 1)
-            self._save(scores, improved)
-            self._report(record, captions, improved)
+            if distributed.is_main:
+                self._save(scores, improved)
+                self._report(record, captions, improved)
         if self.epoch >= options.epochs:
             print(f"stage {self.stage}: its {options.epochs} epochs are done")
         else:
@@ -347,39 +369,46 @@ class Trainer:
         self.decoder.train()
         total, started = _Means(), time.perf_counter()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        with tqdm(
+        with utils.progress(
             total=loader.dataset.lengths.numel(),
             desc=f"epoch {self.epoch}",
             unit="caption",
-            disable=None,
         ) as bar:
             for step, batch in enumerate(loader, start=1):
-                loss, top5, words = self._forward(*batch, options.label_smoothing)
-                if not math.isfinite(loss.item()):
+                lengths = batch[2]
+                sizes = torch.tensor([(lengths - 1).sum(), lengths.numel()], dtype=torch.float32)
+                sizes = distributed.add_up(sizes.to(self.device))
+                loss, top5, words = self._forward(*batch, options.label_smoothing, sizes)
+                value = distributed.add_up(loss.detach().clone()).item()
+                if not math.isfinite(value):
                     raise UserError(
-                        f"the loss is {loss.item()} at step {step} of epoch {self.epoch}, stage "
+                        f"the loss is {value} at step {step} of epoch {self.epoch}, stage "
                         f"{self.stage}: stopped; continue from the last checkpoint with a lower "
                         "learning rate or --amp off"
                     )
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                distributed.add_up_gradients(parameters)
                 nn.utils.clip_grad_value_(parameters, options.grad_clip)
                 self.optimizer.step()
-                total.add(words, loss=loss.item(), top5=top5)
+                total.add(words, loss=value, top5=top5)
                 bar.set_postfix(
                     loss=f"{total['loss']:.3f}", top5=f"{total['top5']:.1%}", refresh=False
                 )
-                bar.update(batch[2].numel())
+                bar.update(lengths.numel() * distributed.world_size)
+        total.add_up(self.device)
         rate = loader.dataset.lengths.numel() / (time.perf_counter() - started)
         return {"loss": total["loss"], "top5": total["top5"], "captions_per_second": round(rate, 1)}
 
-    def _forward(self, source, captions, lengths, label_smoothing=0.0):
+    def _forward(self, source, captions, lengths, label_smoothing=0.0, sizes=None):
         """Loss of a batch, top-5 accuracy and number of the words predicted."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             encoder_out = self._encode(source)
             captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
             scores, targets, alphas = self.decoder(encoder_out, captions, lengths.flatten())
-            loss = caption_loss(scores, targets, alphas, self.options.alpha_c, label_smoothing)
+            loss = caption_loss(
+                scores, targets, alphas, self.options.alpha_c, label_smoothing, sizes
+            )
         return loss, metrics.top5_accuracy(scores.data, targets.data), len(targets.data)
 
     def _encode(self, source):
@@ -395,15 +424,15 @@ class Trainer:
         """Scores of the validation split, and its captions, decoded greedily as text."""
         loader, total, captions = self.loaders["VAL"], _Means(), []
         self.decoder.eval()
-        for source, *rest in tqdm(
-            loader, desc="validation", unit="batch", leave=False, disable=None
-        ):
+        for source, *rest in utils.progress(loader, desc="validation", unit="batch", leave=False):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 features = self._encode(source)
                 loss, top5, words = self._forward(features, *rest)
                 decoded = decoding.greedy(self.decoder, features, self.word_map)
             total.add(words, loss=loss.item(), top5=top5)
             captions += [" ".join(self.words[w] for w in caption.words) for caption in decoded]
+        captions = distributed.collect(captions)
+        total.add_up(self.device)
         references = [reference["captions"] for reference in loader.dataset.references]
         bleu = metrics.bleu(references, captions).scores
         scores = {"val_loss": total["loss"], "val_top5": total["top5"]}
@@ -468,6 +497,12 @@ class _Means:
         self.count += count
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + count * value
+
+    def add_up(self, device):
+        """Takes in what the other processes have found."""
+        values = torch.tensor([self.count, *self.sums.values()], dtype=torch.float64)
+        self.count, *sums = distributed.add_up(values.to(device)).tolist()
+        self.sums = dict(zip(self.sums, sums, strict=True))
 
     def __getitem__(self, name):
         return self.sums[name] / self.count

@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import distributed
 from models import DecoderWithAttention, Encoder, EncoderError
 
 # ---------------------------------------------------------------------------- errors and files
@@ -45,6 +46,11 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def progress(iterable=None, **options):
+    """tqdm's bar, on a terminal and in the main process alone."""
+    return tqdm(iterable, disable=None if distributed.is_main else True, **options)
 
 
 @contextmanager
@@ -183,7 +189,7 @@ def _read_images(paths, size, workers):
         workers = len(affinity(0)) if affinity else os.cpu_count()
     files = _ImageFiles(paths, size)
     loader = DataLoader(files, batch_size=1, collate_fn=itemgetter(0), num_workers=workers)
-    yield from tqdm(loader, desc="reading images", unit="image", disable=None)
+    yield from progress(loader, desc="reading images", unit="image")
 
 
 # ------------------------------------------------------------------------------------ captions
@@ -598,7 +604,12 @@ def check_word_map(word_map, source):
 
 
 def choose_device(name=None):
-    """The device of that name, or CUDA when present, else the CPU. Raises UserError."""
+    """The device of that name, or CUDA when present, else the CPU. Raises UserError.
+
+    Where several processes share a machine's GPUs, each has its own.
+    """
+    if distributed.world_size > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{distributed.local_rank}"
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,154 @@
+"""Two processes against one: the same parameters, scores and captions."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import OFFLINE, ROOT, run_script
+
+import utils
+from models import DecoderWithAttention, Encoder
+
+TRAIN = ["--encoder", OFFLINE, "--encoded_image_size", 3, "--dropout", 0, "--amp", "off"]
+TRAIN += [f"--{name}_dim=32" for name in ("attention", "embed", "decoder")]
+TRAIN += ["--batch_size", 30, "--finetune_batch_size", 40, "--device", "cpu", "--views", 2]
+
+
+def run_torchrun(count):
+    """What `run_script` does, by `torchrun --nproc_per_node=COUNT SCRIPT …`."""
+
+    def run(script, *arguments):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return subprocess.run(
+            [*torchrun, f"--nproc_per_node={count}", str(ROOT / script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+run_two = run_torchrun(2)
+
+
+STEPS = """
+import sys, torch, distributed
+from models import DecoderWithAttention, caption_loss
+torch.manual_seed(0)
+decoder = DecoderWithAttention(20, 6, 5, 7, 8, dropout=0, encoded_image_size=3)
+optimizer = torch.optim.SGD(decoder.parameters(), lr=0.5)
+with distributed.group(torch.device("cpu")):
+    for step in range(4):
+        features, captions = torch.rand(5, 3, 3, 6), torch.randint(20, (5, 4, 12))
+        lengths = torch.randint(2, 13, (5, 4))
+        mine = distributed.share(5)
+        sizes = torch.tensor([float((lengths[mine] - 1).sum()), 4.0 * len(mine)])
+        sizes = distributed.add_up(sizes)
+        outputs = decoder(features[mine], captions[mine].flatten(0, 1), lengths[mine].flatten())
+        loss = caption_loss(*outputs, sizes=sizes)
+        optimizer.zero_grad()
+        loss.backward()
+        distributed.add_up_gradients(decoder.parameters())
+        optimizer.step()
+    loss = distributed.add_up(loss.detach())
+    order = distributed.collect([10 * i for i in mine])
+    if distributed.is_main:
+        found = {"loss": loss, "order": torch.tensor(order), **decoder.state_dict()}
+        torch.save(found, sys.argv[1])
+"""
+
+
+def test_steps_shared_out_equal_steps_of_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "steps.py").write_text(STEPS)
+    runs = []
+    for run in (run_script, run_torchrun(3)):
+        result = tmp_path / f"{run.__name__}.pt"
+        process = run(tmp_path / "steps.py", result)
+        assert process.returncode == 0, process.stderr
+        runs.append(torch.load(result, weights_only=True))
+    for name, expected in runs[0].items():
+        torch.testing.assert_close(runs[1][name], expected, rtol=1e-5, atol=1e-6)
+    assert runs[0]["order"].tolist() == [0, 10, 20, 30, 40]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_data, tmp_path_factory):
+    """Folders of the same training by one process and by two, both stages."""
+    folder, _ = tiny_data
+    runs = []
+    for run in (run_script, run_two):
+        output = tmp_path_factory.mktemp(run.__name__)
+        process = run(
+            *("train.py", "--data_folder", folder, "--output_folder", output),
+            *(*TRAIN, "--stage", "both", "--epochs", 2),
+        )
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("the best so far") >= 1
+        runs.append((output, process.stdout))
+    return runs
+
+
+def test_two_processes_train_the_same_parameters_as_one(runs, tiny_data):
+    one, two = (
+        torch.load(utils.checkpoint_path(output, tiny_data[1]), weights_only=True)
+        for output, _ in runs
+    )
+    torch.manual_seed(0)
+    encoder = Encoder(OFFLINE, 3)
+    decoder = DecoderWithAttention(len(one["word_map"]), encoder.dim, 32, 32, 32, 0, 3)
+    for part, start in (("encoder", encoder.state_dict()), ("decoder", decoder.state_dict())):
+        # Adam makes a full step of a gradient that is nothing but rounding, so the parameters
+        # are compared as a whole, with how far training has brought them
+        come = distance(one[part], start)
+        assert come > 0
+        assert distance(one[part], two[part]) < 0.02 * come, part
+
+
+def distance(a, b):
+    return sum(float((a[name] - b[name]).double().square().sum()) for name in a) ** 0.5
+
+
+def test_two_processes_report_what_one_does_and_write_it_once(runs, tiny_data):
+    (one, said), (two, said_by_two) = runs
+    logs = [
+        [json.loads(line) for line in (folder / f"log_{tiny_data[1]}.jsonl").open()]
+        for folder in (one, two)
+    ]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for expected, found in zip(*logs, strict=True):
+        for name in ("loss", "top5", "val_loss", "val_top5", "bleu1", "bleu4"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+    assert said_by_two.count("epoch ") == said.count("epoch ")
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+
+
+def test_two_processes_evaluate_to_the_same_captions(runs, tiny_data, tmp_path):
+    (folder, _), _ = runs
+    checkpoint = utils.checkpoint_path(folder, tiny_data[1])
+    results = []
+    for run in (run_script, run_two):
+        output = tmp_path / run.__name__
+        process = run(
+            *("eval.py", "--checkpoint", checkpoint, "--results_folder", output),
+            *("--beam_size", 1, 3, "--batch_size", 3, "--device", "cpu", "--amp", "off"),
+        )
+        assert process.returncode == 0, process.stderr
+        results.append(
+            [path.read_text() for path in sorted(output.iterdir())]
+            + [line for line in process.stdout.splitlines() if line.startswith("|")]
+        )
+    assert results[0] == results[1]
+    assert len(results[0]) == 2 + 4
+
+
+def test_a_batch_smaller_than_the_group_is_refused(tiny_data, tmp_path):
+    process = run_two(
+        *("train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path),
+        *(*TRAIN, "--batch_size", 10),
+    )
+    assert process.returncode != 0
+    assert "use a larger --batch_size" in process.stderr
