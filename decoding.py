@@ -59,6 +59,7 @@ def sample(decoder, encoder_out, word_map, max_length=MAX_LENGTH, temperature=1.
 def _roll_out(decoder, encoder_out, word_map, max_length, choose):
     memory = decoder.prepare(encoder_out)
     state = decoder.init_state(memory)
+    allow = _Allow(word_map, max_length, encoder_out.device)
     end = word_map["<end>"]
     words = torch.full((len(encoder_out),), word_map["<start>"], device=encoder_out.device)
     done = torch.zeros_like(words, dtype=torch.bool)
@@ -66,7 +67,7 @@ def _roll_out(decoder, encoder_out, word_map, max_length, choose):
     history, alphas = [], []
     for step in range(max_length + 1):
         scores, alpha, state = decoder.step(words, state, memory)
-        log_probs = _allowed_log_probs(scores, word_map, step, max_length)
+        log_probs = allow(scores, step)
         words = choose(log_probs).masked_fill(done, end)
         total += log_probs.gather(1, words.unsqueeze(1)).squeeze(1).masked_fill(done, 0.0)
         history.append(words)
@@ -99,6 +100,7 @@ def beam_search(
     memory = decoder.prepare(encoder_out)
     state = decoder.init_state(memory)
     state = state.select(torch.arange(count, device=device).repeat_interleave(k))
+    allow = _Allow(word_map, max_length, device)
     end = word_map["<end>"]
 
     active = torch.arange(count, device=device)  # the images still searched, in rows of k beams
@@ -110,7 +112,7 @@ def beam_search(
     history = _History(count, k)
     for step in range(max_length + 1):
         scores, alphas, state = decoder.step(words.flatten(), state, memory)
-        allowed = _allowed_log_probs(scores, word_map, step, max_length)
+        allowed = allow(scores, step)
         candidates = log_probs.unsqueeze(2) + allowed.view(len(active), k, -1)
         log_probs, chosen = candidates.flatten(1).topk(k)
         parents, words = chosen // allowed.shape[1], chosen % allowed.shape[1]
@@ -125,17 +127,16 @@ def beam_search(
         # log p only falls, and dividing by the greatest length lifts it most
         bound = log_probs.amax(1) / (max_length + 1) ** length_penalty
         going = bound > best.score[active]
-        if not going.any():
+        still = int(going.sum())  # the only time in a step that the host waits for the device
+        if still == 0:
             break
-        state = state.select(
-            (torch.arange(len(active), device=device)[:, None] * k + parents).flatten()
-        )
-        if going.float().mean() < LEAVE:
-            state = state.select(going.repeat_interleave(k))
+        rows = torch.arange(len(active), device=device)[:, None] * k + parents
+        if still < LEAVE * len(active):
             memory = memory.select(going)
-            active, words, log_probs, places = (
-                tensor[going] for tensor in (active, words, log_probs, places)
+            rows, active, words, log_probs, places = (
+                tensor[going] for tensor in (rows, active, words, log_probs, places)
             )
+        state = state.select(rows.flatten())
     words, alphas = history.trace(best, end)
     return _captions(words, alphas, best.log_prob, end)
 
@@ -154,9 +155,9 @@ class _Best:
         log_prob, beam = log_probs.max(dim=1)
         score = log_prob / (step + 1) ** length_penalty
         better = score > self.score[images]
-        images = images[better]
-        self.score[images], self.log_prob[images] = score[better], log_prob[better]
-        self.step[images], self.beam[images] = step, beam[better]
+        found = (score, log_prob, torch.full_like(beam, step), beam)
+        for own, new in zip((self.score, self.log_prob, self.step, self.beam), found, strict=True):
+            own[images] = new.where(better, own[images])
 
 
 class _History:
@@ -190,16 +191,20 @@ class _History:
         return torch.stack(words[::-1], dim=1), torch.stack(alphas[::-1], dim=1)
 
 
-def _allowed_log_probs(scores, word_map, step, max_length):
-    """log p (n, V) float32, -inf for what may not come at this step."""
-    log_probs = scores.float().log_softmax(dim=1)
-    if step == max_length:
-        allowed = torch.full_like(log_probs, -torch.inf)
-        allowed[:, word_map["<end>"]] = log_probs[:, word_map["<end>"]]
-        return allowed
-    never = [word_map[word] for word in ("<pad>", "<start>", "<unk>")]
-    log_probs[:, never + [word_map["<end>"]] * (step == 0)] = -torch.inf
-    return log_probs
+class _Allow:
+    """log p (n, V) float32 of scores, -inf for the words that may not come at a step."""
+
+    def __init__(self, word_map, max_length, device):
+        never = torch.zeros(len(word_map))
+        never[[word_map[word] for word in ("<pad>", "<start>", "<unk>")]] = -torch.inf
+        first, last = never.clone(), torch.full_like(never, -torch.inf)
+        first[word_map["<end>"]], last[word_map["<end>"]] = -torch.inf, 0.0
+        self.first, self.later, self.last = (mask.to(device) for mask in (first, never, last))
+        self.max_length = max_length
+
+    def __call__(self, scores, step):
+        mask = self.first if step == 0 else self.last if step == self.max_length else self.later
+        return scores.float().log_softmax(dim=1) + mask
 
 
 def _captions(words, alphas, log_probs, end):
