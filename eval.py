@@ -83,10 +83,16 @@ def caption_split(model, data, options):
     """beam_size -> list of (words, alphas) per image; the encoder runs once for all beams."""
     captions = {beam_size: [] for beam_size in options.beam_size}
     share = distributed.share(len(data))
-    loader = DataLoader(data, options.batch_size, sampler=share, num_workers=options.workers)
-    for images, *_ in utils.progress(loader, desc="captioning", unit="batch"):
+    loader = DataLoader(
+        data,
+        options.batch_size,
+        sampler=share,
+        num_workers=options.workers,
+        pin_memory=model.device.type == "cuda",
+    )
+    batches = utils.progress(loader, desc="captioning", unit="batch")
+    for features in model.encode_ahead(images for images, *_ in batches):
         with model.autocast():
-            features = model.encoder.features(images.to(model.device))
             for beam_size, found in captions.items():
                 beams = decoding.beam_search(
                     model.decoder,

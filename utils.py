@@ -11,7 +11,8 @@ import string
 import sys
 import textwrap
 import warnings
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, product
@@ -551,6 +552,33 @@ class Model:
     def autocast(self):
         """The context in which the model computes."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def encode_ahead(self, batches):
+        """`Encoder.features` of batches of images, each computed while the one before is in use.
+
+        Args:
+            batches: uint8 (n, 3, S, S) each.
+
+        Yields:
+            (n, g, g, D) in the compute precision, on the model's device.
+        """
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+        @torch.inference_mode()
+        def encode(images):
+            with torch.cuda.stream(stream), self.autocast():
+                features = self.encoder.features(images.to(self.device, non_blocking=True))
+            if stream:
+                stream.synchronize()
+            return features
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque()
+            for images in batches:
+                ahead.append(pool.submit(encode, images))
+                if len(ahead) == 2:
+                    yield ahead.popleft().result()
+            yield from (future.result() for future in ahead)
 
     def to_words(self, caption):
         """The words of a `decoding.Caption`, as a list of text."""
