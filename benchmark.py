@@ -10,12 +10,15 @@ figures are medians.
 import argparse
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
+import sys
 import tempfile
+import textwrap
 import time
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +27,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
@@ -132,54 +134,485 @@ def textbook_input_files(paths, output, size):
 
 
 class Scene:
-    """Weights and data that both sides share.
+    """Weights and features that both sides share.
+
+    Captions have Flickr8k's lengths: 10.9 words on average, with a standard deviation of 3.8.
 
     Args:
         options: from the command line.
-        images: how many, each with `per_image` captions.
-        words: mean of a caption's; their spread is that of Flickr8k, 0.35 of the mean.
+        images: how many, each with `PER_IMAGE` captions.
+        words: mean of a caption's; the deviation grows with it.
+        vocabulary: V.
     """
 
-    def __init__(self, options, images=16, per_image=PER_IMAGE, words=10.9, vocabulary=VOCABULARY):
+    def __init__(self, options, images=16, words=10.9, vocabulary=VOCABULARY):
         self.device = options.device
         torch.manual_seed(0)
-        self.grid, self.dim = {"resnet101": (8, 2048), "lite2": (8, 1280)}[options.geometry]
+        self.encoder = Encoder(ENCODERS[options.geometry], SIZE, weights=None)
         self.decoder = DecoderWithAttention(
-            vocabulary, self.dim, dropout=0.0, encoded_image_size=SIZE
-        ).to(self.device)
-        special = {"<pad>": 0, "<unk>": vocabulary - 3}
-        special |= {"<start>": vocabulary - 2, "<end>": vocabulary - 1}
-        self.word_map = special | {f"w{i}": i for i in range(1, vocabulary - 3)}
-        with torch.no_grad():  # captions of the search all get the same length
-            self.decoder.fc.bias[self.word_map["<end>"]] = -100.0
-        features = torch.randn(images, self.grid, self.grid, self.dim).relu()
-        self.features = features.to(self.device)
-        count = images * per_image
-        rng = np.random.default_rng(0)
-        drawn = rng.gamma(8.2, words / 8.2, count).round().clip(1, 50)
-        self.lengths = torch.from_numpy(drawn.astype(np.int64)) + 2
+            vocabulary, self.encoder.dim, dropout=0.0, encoded_image_size=SIZE
+        )
+        names = ["<pad>", *(f"w{i}" for i in range(vocabulary - 4)), "<unk>", "<start>", "<end>"]
+        self.word_map = {name: i for i, name in enumerate(names)}
+        with torch.no_grad():  # every caption that is searched for is as long as it may be
+            self.decoder.fc.bias[-1] = -100.0
+        count = images * PER_IMAGE
+        drawn = np.random.default_rng(0).gamma(8.2, words / 8.2, count)
+        self.lengths = torch.from_numpy(drawn.round().clip(1, 50).astype(np.int64)) + 2
         self.captions = torch.randint(1, vocabulary - 3, (count, int(self.lengths.max())))
-        self.captions[:, 0] = special["<start>"]
-        self.captions[torch.arange(count), self.lengths - 1] = special["<end>"]
-        self.captions = self.captions.to(self.device)
-        self.per_image = per_image
+        self.captions[:, 0] = vocabulary - 2
+        self.images = torch.randint(256, (images, 3, 256, 256), dtype=torch.uint8)
+        self.features = torch.randn(images, 8, 8, self.encoder.dim).relu()
+        for name in ("encoder", "decoder", "captions", "images", "features"):
+            setattr(self, name, getattr(self, name).to(self.device))
+
+    def autocast(self, amp):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=amp)
+
+    def rows(self, per_image):
+        """A row for each caption, of what there is for each image."""
+        return per_image.repeat_interleave(PER_IMAGE, dim=0)
 
     def pooled(self, features):
-        """The textbook's annotation vectors: pooled to 14×14, (n, L, D)."""
+        """The textbook's annotation vectors (n, L, D), from (n, g, g, D)."""
         pooled = F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), SIZE)
         return pooled.permute(0, 2, 3, 1).flatten(1, 2)
 
-    def loss(self, amp=False):
+    def ours(self, features, amp=False):
+        with self.autocast(amp):
+            return caption_loss(*self.decoder(features, self.captions, self.lengths))
+
+    def textbook(self, features):
+        rows = self.pooled(self.rows(features))
+        return textbook_loss(self.decoder, rows, self.captions, self.lengths)
+
+    def step(self, loss):
+        """Gradients of what loss() gives; returns its value."""
+        self.encoder.zero_grad(set_to_none=True)
         self.decoder.zero_grad(set_to_none=True)
-        with autocast(self.device, amp):
-            return caption_loss(*self.decoder(self.features, self.captions, self.lengths))
+        loss = loss()
+        loss.backward()
+        return loss.detach()
 
-    def textbook_loss(self, amp=False):
-        self.decoder.zero_grad(set_to_none=True)
-        rows = self.features.repeat_interleave(self.per_image, dim=0)
-        with autocast(self.device, amp):
-            return textbook_loss(self.decoder, self.pooled(rows), self.captions, self.lengths)
+    def gradients(self):
+        parameters = [*self.decoder.named_parameters(), *self.encoder.named_parameters()]
+        return {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
 
-def autocast(device, amp):
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+def check_equal(scene):
+    """Raises AssertionError unless loss and every gradient agree in float32.
+
+    Where the textbook's own gradient is uncertain by more than 1e-4, as rounding cancels out in
+    the attention's, ours must be as near to the gradient in float64.
+    """
+    features = scene.features
+    losses, sides = [], []
+    for side in (scene.textbook, scene.ours):
+        losses.append(scene.step(partial(side, features)))
+        sides.append(scene.gradients())
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    scene.decoder.double()
+    scene.step(partial(scene.textbook, features.double()))
+    exact = scene.gradients()
+    scene.decoder.float()
+    for name, gradient in exact.items():
+        theirs, ours = ((side[name] - gradient).norm() / gradient.norm() for side in sides)
+        assert ours < max(1e-4, 1.1 * theirs), f"{name}: {ours} apart, the textbook {theirs}"
+
+
+# -------------------------------------------------------------------------------------- timing
+
+
+@dataclass
+class Row:
+    """A line of the table; times in seconds, `flops` those of ours."""
+
+    name: str
+    target: float | None
+    textbook: float
+    ours: float
+    flops: float = 0.0
+    amp: bool = False
+
+    @property
+    def ratio(self):
+        return self.textbook / self.ours
+
+
+def alternate(device, rounds, *functions):
+    """Median seconds of each function, called in turn `rounds` times after a call unmeasured."""
+    seconds = [[] for _ in functions]
+    for i in range(rounds + 1):
+        for function, times in zip(functions, seconds, strict=True):
+            synchronize(device)
+            started = time.perf_counter()
+            function()
+            synchronize(device)
+            if i:
+                times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in seconds]
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def peak_flops(device, dtype):
+    """Floating point operations a second of a large matrix product: the best of ten."""
+    a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
+    seconds = min(alternate(device, 1, lambda: a @ b)[0] for _ in range(10))
+    return 2 * 4096**3 / seconds
+
+
+# ---------------------------------------------------------------------------------- benchmarks
+
+
+def decoder_step(options):
+    """A training step of the decoder on features: 80 captions of 16 images."""
+    scene = Scene(options)
+    textbook = partial(scene.step, lambda: scene.textbook(scene.features))
+    check_equal(scene)
+    for amp, target in ((False, 8), (True, 15)):
+        if amp and not options.amp:
+            continue
+        ours = partial(scene.step, lambda amp=amp: scene.ours(scene.features, amp))
+        seconds = alternate(options.device, options.rounds, textbook, ours)
+        name = f"decoder training step, {'bfloat16' if amp else 'float32'}"
+        yield Row(name, target, *seconds, count_flops(ours), amp)
+
+
+def stage1_epoch(options):
+    """An epoch of stage 1, after the first, over 64 images with 5 captions, from their files."""
+    scene = Scene(options, images=64)
+    optimizer = torch.optim.Adam(scene.decoder.parameters(), 4e-4)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_input_files(scene, folder)
+        with redirect_stdout(None):
+            features = cache_features(scene.encoder, folder, BASE, "TRAIN", amp=options.amp)
+        data = CaptionDataset(folder, BASE, "TRAIN", features)
+        loader = DataLoader(data, batch_sampler=LengthSampler(data.lengths, 16))
+
+        def ours():
+            for source, captions, lengths in loader:
+                optimizer.zero_grad(set_to_none=True)
+                source, captions = source.to(options.device), captions.to(options.device)
+                with scene.autocast(options.amp):
+                    outputs = scene.decoder(source, captions.flatten(0, 1), lengths.flatten())
+                    loss = caption_loss(*outputs)
+                loss.backward()
+                optimizer.step()
+
+        images = CaptionDataset(folder, BASE, "TRAIN")
+        places = [(i, k) for i in range(len(images)) for k in range(PER_IMAGE)]
+
+        def textbook():
+            for chosen in torch.randperm(len(places)).split(80):
+                rows = [(images[places[j][0]], places[j][1]) for j in chosen]
+                optimizer.zero_grad(set_to_none=True)
+                batch = torch.stack([source for (source, *_), _ in rows]).to(options.device)
+                captions = torch.stack([c[k] for (_, c, _), k in rows]).to(options.device)
+                lengths = torch.stack([n[k] for (*_, n), k in rows])
+                with torch.no_grad():
+                    encoder_out = scene.encoder(batch).flatten(1, 2)
+                textbook_loss(scene.decoder, encoder_out, captions, lengths).backward()
+                optimizer.step()
+
+        seconds = alternate(options.device, options.slow_rounds, textbook, ours)
+        yield Row("stage-1 epoch after the first", 50, *seconds, count_flops(ours), options.amp)
+
+
+def finetuning_step(options):
+    """A training step of encoder and decoder: 30 captions of 6 images."""
+    scene = Scene(options, images=6)
+    scene.encoder.fine_tune(True)
+
+    def ours(amp=options.amp):
+        with scene.autocast(amp):
+            features = scene.encoder.features(scene.images)
+        return scene.ours(features, amp)
+
+    def textbook():
+        encoder_out = scene.encoder(scene.rows(scene.images)).flatten(1, 2)
+        return textbook_loss(scene.decoder, encoder_out, scene.captions, scene.lengths)
+
+    textbook_step, ours_step = partial(scene.step, textbook), partial(scene.step, ours)
+    scene.encoder.to(memory_format=torch.channels_last)
+    seconds = alternate(options.device, options.slow_rounds, textbook_step, ours_step)
+    yield Row("fine-tuning step", 4, *seconds, count_flops(ours_step), options.amp)
+
+
+def search_sides(scene, options, few):
+    """The textbook's search of the first `few` images, and ours of all, from features."""
+
+    def textbook():
+        return [
+            textbook_beam_search(
+                scene.decoder, scene.pooled(features[None]), scene.word_map, BEAM, WORDS
+            )
+            for features in scene.features[:few]
+        ]
+
+    @torch.inference_mode()
+    def ours(amp=options.amp):
+        with scene.autocast(amp):
+            return search(scene, scene.features)
+
+    return textbook, ours
+
+
+def search(scene, features):
+    return decoding.beam_search(scene.decoder, features, scene.word_map, BEAM, WORDS)
+
+
+def evaluation(options):
+    """Beam search with five beams for captions of eleven words: seconds for one image."""
+    count, few = 64, 4
+    scene = Scene(options, images=count)
+    textbook, ours = search_sides(scene, options, few)
+    assert [caption.words for caption in ours(amp=False)[:few]] == textbook()
+
+    def textbook_from_photographs():
+        for image in scene.images[:few]:
+            with torch.no_grad():
+                encoder_out = scene.encoder(image[None]).flatten(1, 2)
+            textbook_beam_search(scene.decoder, encoder_out, scene.word_map, BEAM, WORDS)
+
+    model = utils.Model(
+        scene.encoder, scene.decoder, scene.word_map, {}, options.device, options.amp
+    )
+
+    def ours_from_photographs():
+        for features in model.encode_ahead(scene.images.split(32)):
+            with model.autocast():
+                search(scene, features)
+
+    scene.encoder.to(memory_format=torch.channels_last)
+    for source, target, *sides in (
+        ("features", 30, textbook, ours),
+        ("photographs", 8, textbook_from_photographs, ours_from_photographs),
+    ):
+        seconds = alternate(options.device, options.rounds, *sides)
+        name = f"beam-5 evaluation from {source}, an image"
+        flops = count_flops(sides[1]) / count
+        yield Row(name, target, seconds[0] / few, seconds[1] / count, flops, options.amp)
+
+
+def input_files(options):
+    """Input files from 256 photographs of 640×480 pixels."""
+    count = 256
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder, images = Path(folder), []
+        for i in range(count):
+            small = Image.fromarray(rng.integers(256, size=(48, 64, 3), dtype=np.uint8))
+            small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+            sentences = [{"tokens": ["a", "dog"]}] * PER_IMAGE
+            split = "train" if i else "val"
+            images.append({"filename": f"{i}.jpg", "split": split, "sentences": sentences})
+        (folder / "karpathy.json").write_text(json.dumps({"images": images}))
+        paths = [folder / image["filename"] for image in images]
+
+        def ours():
+            with redirect_stdout(None):
+                utils.create_input_files(
+                    "flickr8k", folder / "karpathy.json", folder, output_folder=folder / "ours"
+                )
+
+        def textbook():
+            textbook_input_files(paths, folder / "textbook.hdf5", 256)
+
+        seconds = alternate(torch.device("cpu"), options.slow_rounds, textbook, ours)
+        yield Row(f"input files of {count} photographs", None, *seconds)
+
+
+BASE = "benchmark_5_cap_per_img_0_min_word_freq"
+
+
+def write_input_files(scene, folder):
+    """The scene's images and captions as the files that training reads."""
+    with utils.new_hdf5(utils.input_path(folder, BASE, "IMAGES", "TRAIN")) as file:
+        file["images"] = scene.images.cpu().numpy()
+    contents = {
+        ("CAPTIONS", "TRAIN"): scene.captions.tolist(),
+        ("CAPLENS", "TRAIN"): scene.lengths.tolist(),
+        ("REFERENCES", "TRAIN"): [{"filename": "", "id": 0, "captions": []}] * len(scene.images),
+        ("WORDMAP", None): scene.word_map,
+    }
+    for (kind, split), value in contents.items():
+        utils.input_path(folder, BASE, kind, split).write_text(json.dumps(value))
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+def peak_memory(options):
+    """Bytes that a decoder training step takes at its peak beyond model and data: both sides."""
+    if options.device.type == "cuda":
+        return [_peak_of_step(options, side) for side in ("textbook", "ours")]
+    found = []
+    for side in ("textbook", "ours"):  # a process for each, whose peak only grows
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found.append(pool.submit(_peak_of_step, options, side).result())
+    return found
+
+
+def _peak_of_step(options, side):
+    scene = Scene(options)
+    amp = {"amp": options.amp} if side == "ours" else {}
+    cuda = options.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else _peak_rss()
+    scene.step(lambda: getattr(scene, side)(scene.features, **amp))
+    return (torch.cuda.max_memory_allocated() if cuda else _peak_rss()) - before
+
+
+def _peak_rss():
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+# -------------------------------------------------------------------------------------- growth
+
+GROWTH = {  # axis -> argument of Scene, its values
+    "images in a training batch": ("images", [4, 8, 16, 32]),
+    "words in a caption": ("words", [5, 11, 22]),
+    "words in the vocabulary": ("vocabulary", [2_500, 10_000, 40_000]),
+}
+
+
+def growth(options):
+    """Axis -> values, and median seconds of textbook and ours at each."""
+    found = {}
+    for axis, (name, values) in GROWTH.items():
+        seconds = []
+        for value in values:
+            scene = Scene(options, **{name: value})
+            textbook = partial(scene.step, partial(scene.textbook, scene.features))
+            ours = partial(scene.step, partial(scene.ours, scene.features, options.amp))
+            seconds.append(alternate(options.device, options.slow_rounds, textbook, ours))
+        found[axis] = (values, seconds)
+    counts = [1, 4, 16]
+    seconds = []
+    for count in counts:
+        sides = search_sides(Scene(options, images=count), options, count)
+        seconds.append(alternate(options.device, options.slow_rounds, *sides))
+    found["images to caption"] = (counts, seconds)
+    return found
+
+
+# -------------------------------------------------------------------------------------- report
+
+
+def describe(options, peaks, rows, memory):
+    """The table in Markdown, and what it was measured on."""
+    device = (
+        torch.cuda.get_device_name(options.device)
+        if options.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    speeds = ", ".join(
+        f"{peak / 1e9:,.0f} GFLOP/s in {'bfloat16' if amp else 'float32'}"
+        for amp, peak in peaks.items()
+    )
+    lines = [
+        f"{options.geometry} geometry, {device}, PyTorch {torch.__version__}; "
+        f"a large matrix product runs at {speeds}.",
+        "",
+        "| | textbook / ours | at least | share of the matrix product's speed |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        share = f"{row.flops / row.ours / peaks[row.amp]:.0%}" if row.flops else ""
+        target = f"{row.target}×" if row.target else ""
+        lines.append(f"| {row.name} | {row.ratio:.1f}× | {target} | {share} |")
+    textbook, ours = memory
+    lines.append(
+        f"| peak memory of a training step, {textbook / 2**20:.0f} / {ours / 2**20:.0f} MiB "
+        f"| {textbook / ours:.1f}× | 3× | |"
+    )
+    return "\n".join(lines)
+
+
+def draw(rows, grown):
+    """Bars of the ratios, and how the times of both sides grow along each axis."""
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.2])
+    bars = left.subplots()
+    names = [textwrap.fill(row.name, 26) for row in rows]
+    drawn = bars.barh(names, [row.ratio for row in rows], color="#4c72b0", label="measured")
+    bars.bar_label(drawn, [f"{row.ratio:.1f}×" for row in rows], padding=4)
+    goals = [(row.target, i) for i, row in enumerate(rows) if row.target]
+    bars.scatter(*zip(*goals, strict=True), color="black", marker="|", s=500, label="goal")
+    bars.set_xscale("log")
+    bars.set_xlim(0.8, 3 * max(row.ratio for row in rows))
+    bars.invert_yaxis()
+    bars.set_title("times faster than the textbook formulation", loc="left")
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.legend(loc="lower right", frameon=False)
+    for axes, (axis, (values, seconds)) in zip(
+        right.subplots(2, 2).flat, grown.items(), strict=True
+    ):
+        for label, times in zip(("textbook", "ours"), zip(*seconds, strict=True), strict=True):
+            relative = [time / seconds[0][1] for time in times]
+            axes.plot(values, relative, "o-", label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(axis)
+        axes.set_ylabel("time, relative to our least")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    return figure
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    positive = utils.number(int, above=0)
+    add = parser.add_argument
+    add("--geometry", choices=list(ENCODERS), default="resnet101", help="of encoder and features")
+    add("--rounds", type=positive, default=5, help="of which the median is taken")
+    add("--slow_rounds", type=positive, default=3, help="likewise, where the encoder runs")
+    add("--output_folder", default="benchmark", help="for table and picture")
+    utils.add_device_options(parser)
+    options = parser.parse_args()
+    options.device = utils.choose_device(options.device)
+    options.amp = options.amp == "auto" and utils.has_fast_bfloat16(options.device)
+    return options
+
+
+def main():
+    options = parse_arguments()
+    folder = utils.make_folder(options.output_folder)
+    peaks = {
+        amp: peak_flops(options.device, torch.bfloat16 if amp else torch.float32)
+        for amp in {False, options.amp}
+    }
+    rows = []
+    for benchmark in (decoder_step, stage1_epoch, finetuning_step, evaluation, input_files):
+        for row in benchmark(options):
+            print(f"{row.name}: {row.ratio:.1f}×", flush=True)
+            rows.append(row)
+    memory, grown = peak_memory(options), growth(options)
+    report = describe(options, peaks, rows, memory)
+    print(report)
+    with utils.atomic_write(folder / f"benchmark_{options.geometry}.md") as temporary:
+        temporary.write_text(report + "\n", encoding="utf-8")
+    with utils.atomic_write(folder / f"benchmark_{options.geometry}.png") as temporary:
+        draw(rows, grown).savefig(temporary, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -401,6 +401,7 @@ class DecoderWithAttention(nn.Module):
         encoded_image_size: side of the grid of L places that the alphas cover.
         gate: "scalar" for the paper's one β_t, "channel" for one for each of D channels.
         deep_output: compute the words from h_t, ẑ_t and the previous word (eq. 7), not h_t alone.
+        embed_dropout: probability, on the embeddings of the true words in `forward`.
     """
 
     def __init__(
@@ -414,10 +415,12 @@ class DecoderWithAttention(nn.Module):
         encoded_image_size=14,
         gate="scalar",
         deep_output=False,
+        embed_dropout=0.0,
     ):
         super().__init__()
         self.attention = Attention(encoder_dim, decoder_dim, attention_dim, encoded_image_size)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
+        self.embed_dropout = nn.Dropout(embed_dropout)
         self.decode_step = nn.LSTMCell(embed_dim + encoder_dim, decoder_dim)
         self.init_h = nn.Linear(encoder_dim, decoder_dim)
         self.init_c = nn.Linear(encoder_dim, decoder_dim)
@@ -433,7 +436,7 @@ class DecoderWithAttention(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     @classmethod
-    def from_state_dict(cls, state, dropout=0.5, encoded_image_size=14):
+    def from_state_dict(cls, state, dropout=0.5, encoded_image_size=14, embed_dropout=0.0):
         """A decoder of the sizes, gate and output layer that the tensors' shapes tell.
 
         Raises:
@@ -453,6 +456,7 @@ class DecoderWithAttention(nn.Module):
                 encoded_image_size,
                 gate="scalar" if gates == 1 else "channel",
                 deep_output="output_h.weight" in state,
+                embed_dropout=embed_dropout,
             )
             decoder.load_state_dict(state)
         except KeyError as error:
@@ -501,7 +505,7 @@ class DecoderWithAttention(nn.Module):
 
         memory = self.prepare(encoder_out)
         state = self.init_state(memory).select(slots // per_image)
-        words = self.embedding(inputs.data)
+        words = self.embed_dropout(self.embedding(inputs.data))
         offsets = self._offsets(words, memory)
         hidden_inputs, context_inputs = [], []
         recurrent = _DeferredGradient.apply(memory.recurrent_weight, len(words), hidden_inputs)

@@ -86,6 +86,7 @@ def make_parser():
     add("--embed_dim", type=positive, default=512, help="word embedding")
     add("--decoder_dim", type=positive, default=512, help="LSTM state")
     add("--dropout", type=share, default=0.5, help="probability, before the vocabulary layer")
+    add("--embed_dropout", type=share, default=0.0, help="probability, on the words' embeddings")
 
     add = parser.add_argument_group("training").add_argument
     add(
@@ -227,11 +228,14 @@ class Trainer:
                 options.encoded_image_size,
                 options.gate,
                 options.deep_output,
+                options.embed_dropout,
             )
         else:
             if checkpoint["word_map"] != self.word_map:
                 raise UserError(f"--checkpoint is of another vocabulary than {base}'s word map")
-            self.encoder, self.decoder = utils.build_models(checkpoint, options.dropout)
+            self.encoder, self.decoder = utils.build_models(
+                checkpoint, options.dropout, options.embed_dropout
+            )
         self.encoder.to(self.device, memory_format=torch.channels_last)
         self.decoder.to(self.device)
         if not distributed.is_main:  # each process drops other values out

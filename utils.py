@@ -521,7 +521,7 @@ def newest_best_checkpoint(folder):
     return newest
 
 
-def build_models(checkpoint, dropout=0.5):
+def build_models(checkpoint, dropout=0.5, embed_dropout=0.0):
     """The encoder and decoder of a checkpoint, in evaluation mode, on the CPU.
 
     Raises:
@@ -531,7 +531,9 @@ def build_models(checkpoint, dropout=0.5):
     encoder = Encoder(checkpoint["encoder_name"], size, weights=None)
     try:
         encoder.load_state_dict(checkpoint["encoder"])
-        decoder = DecoderWithAttention.from_state_dict(checkpoint["decoder"], dropout, size)
+        decoder = DecoderWithAttention.from_state_dict(
+            checkpoint["decoder"], dropout, size, embed_dropout
+        )
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the checkpoint's weights do not fit its models: {reason}") from error

@@ -279,6 +279,20 @@ def test_dropout_falls_on_what_enters_the_vocabulary_layer_alone():
     assert 0.45 < kept.float().mean() < 0.55
 
 
+def test_embedding_dropout_falls_on_the_words_in_training_alone():
+    decoder = make_decoder(5, dropout=0.0, embed_dropout=0.5)
+    batch = make_batch([6, 4, 5, 3], 2)
+    expected = make_decoder(5, dropout=0.0).train()(*batch)[0].data
+    torch.testing.assert_close(decoder.eval()(*batch)[0].data, expected)
+    embedded = []
+    decoder.embed_dropout.register_forward_hook(lambda *hooked: embedded.append(hooked[1:]))
+    assert not torch.allclose(decoder.train()(*batch)[0].data, expected)
+    (((words,), dropped),) = embedded
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], 2 * words[kept])
+    assert 0.3 < kept.float().mean() < 0.7
+
+
 def test_bfloat16_autocast_is_near_float32_and_its_alphas_are_float32():
     decoder = make_decoder(6)
     batch = make_batch([5, 3, 6, 4], 2, grid=2)
