@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # needs no download: a package carries its weights
 
@@ -300,8 +301,9 @@ class Attention(nn.Module):
 class _Energies(torch.autograd.Function):
     """e_ti = w · relu(W_a a_i + W_h h_{t-1}) for n rows at L places.
 
-    The hidden layer (n, L, A) is the model's largest tensor by far. On a CPU it is made some rows
-    at a time, which stay in the cache, and it is never kept: the backward pass makes it again.
+    The hidden layer (n, L, A) is the model's largest tensor by far, and is never kept: the backward
+    pass needs only where it is positive, which is where W_a a_i > -W_h h_{t-1}. On a CPU it is made
+    some rows at a time, which stay in the cache.
     """
 
     CACHE = 2**20  # bytes; second-level caches hold one to two million
@@ -319,14 +321,15 @@ class _Energies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         projected, query, w, images = ctx.saved_tensors
+        threshold = -query
         grad_projected, grad_query = torch.zeros_like(projected), torch.empty_like(query)
-        grad_w = torch.zeros_like(w)
         for rows in _Energies.chunks(projected, query):
-            hidden = projected.index_select(0, images[rows]).add_(query[rows, None]).relu_()
-            grad_w += grad[rows].flatten() @ hidden.flatten(0, 1)
-            passed = hidden.sign_()  # 1 where relu let the value through
-            grad_query[rows] = (grad[rows, None] @ passed).squeeze(1)
-            grad_projected.index_add_(0, images[rows], passed.mul_(grad[rows, :, None]))
+            positive = projected.index_select(0, images[rows]).gt_(threshold[rows, None])
+            grad_query[rows] = (grad[rows, None] @ positive).squeeze(1)
+            weighted = positive.mul_(grad[rows, :, None])
+            grad_projected.index_add_(0, images[rows], weighted)
+        # Σ grad · hidden, where hidden = positive · (W_a a_i + W_h h)
+        grad_w = (projected * grad_projected).sum((0, 1)) + (query * grad_query).sum(0)
         return grad_projected.mul_(w), grad_query.mul_(w), grad_w, None
 
     @staticmethod
@@ -584,11 +587,23 @@ def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0, size
         scalar float32: the mean over the real words, plus the regularisation.
     """
     words, captions = (len(targets.data), len(alphas)) if sizes is None else sizes
-    missed = F.cross_entropy(
-        scores.data.float(), targets.data, label_smoothing=label_smoothing, reduction="sum"
+    missed = sum(
+        checkpoint(_missed, *part, label_smoothing, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(scores.data.split(PART), targets.data.split(PART), strict=True)
     )
     uneven = ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1).sum()
     return missed / words + alpha_c * uneven / captions
+
+
+# rows of scores that become float32 at a time: all of them would be the largest tensor of a step
+PART = 256
+
+
+def _missed(scores, targets, label_smoothing):
+    """Σ -log p of the targets, computed in float32."""
+    return F.cross_entropy(
+        scores.float(), targets, label_smoothing=label_smoothing, reduction="sum"
+    )
 
 
 def _pack(sequences: Tensor, lengths: Tensor) -> PackedSequence:
