@@ -112,10 +112,12 @@ def beam_search(
     history = _History(count, k)
     for step in range(max_length + 1):
         scores, alphas, state = decoder.step(words.flatten(), state, memory)
-        allowed = allow(scores, step)
-        candidates = log_probs.unsqueeze(2) + allowed.view(len(active), k, -1)
+        # a beam's own k likeliest words hold all that its image may keep
+        width = min(k, scores.shape[1])
+        likeliest, likely_words = allow(scores, step).topk(width)
+        candidates = log_probs.unsqueeze(2) + likeliest.view(len(active), k, width)
         log_probs, chosen = candidates.flatten(1).topk(k)
-        parents, words = chosen // allowed.shape[1], chosen % allowed.shape[1]
+        parents, words = chosen // width, likely_words.view(len(active), -1).gather(1, chosen)
         history.append(active, words, parents, alphas)
 
         kept = (torch.arange(k, device=device) < places) & log_probs.isfinite()
@@ -195,16 +197,18 @@ class _Allow:
     """log p (n, V) float32 of scores, -inf for the words that may not come at a step."""
 
     def __init__(self, word_map, max_length, device):
-        never = torch.zeros(len(word_map))
-        never[[word_map[word] for word in ("<pad>", "<start>", "<unk>")]] = -torch.inf
-        first, last = never.clone(), torch.full_like(never, -torch.inf)
-        first[word_map["<end>"]], last[word_map["<end>"]] = -torch.inf, 0.0
-        self.first, self.later, self.last = (mask.to(device) for mask in (first, never, last))
-        self.max_length = max_length
+        never, end = [word_map[word] for word in ("<pad>", "<start>", "<unk>")], word_map["<end>"]
+        self.never = torch.tensor(never, device=device)
+        self.never_first = torch.tensor([*never, end], device=device)
+        self.end, self.max_length = end, max_length
 
     def __call__(self, scores, step):
-        mask = self.first if step == 0 else self.last if step == self.max_length else self.later
-        return scores.float().log_softmax(dim=1) + mask
+        log_probs = scores.log_softmax(dim=1, dtype=torch.float32)
+        if step == self.max_length:
+            end = log_probs[:, self.end].clone()
+            log_probs.fill_(-torch.inf)[:, self.end] = end
+            return log_probs
+        return log_probs.index_fill_(1, self.never if step else self.never_first, -torch.inf)
 
 
 def _captions(words, alphas, log_probs, end):
