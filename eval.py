@@ -28,7 +28,7 @@ def parse_arguments():
     add("--beam_size", type=positive, nargs="+", default=[5], help="one, or several to compare")
     add("--batch_size", type=positive, default=50, help="images")
     add("--results_folder", help="for the captions; None: the checkpoint's folder")
-    add("--workers", type=utils.number(int, least=0), default=0, help="processes that read images")
+    utils.add_workers_option(parser)
     utils.add_decoding_options(parser)
     utils.add_device_options(parser)
     return parser.parse_args()
@@ -83,13 +83,7 @@ def caption_split(model, data, options):
     """beam_size -> list of (words, alphas) per image; the encoder runs once for all beams."""
     captions = {beam_size: [] for beam_size in options.beam_size}
     share = distributed.share(len(data))
-    loader = DataLoader(
-        data,
-        options.batch_size,
-        sampler=share,
-        num_workers=options.workers,
-        pin_memory=model.device.type == "cuda",
-    )
+    loader = DataLoader(data, options.batch_size, sampler=share, **utils.loader_options(options))
     batches = utils.progress(loader, desc="captioning", unit="batch")
     for features in model.encode_ahead(images for images, *_ in batches):
         with model.autocast():

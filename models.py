@@ -226,7 +226,9 @@ class Annotations(NamedTuple):
     """What the decoder looks at, prepared once per image, in the compute precision."""
 
     vectors: Tensor  # (I, l, D) annotation vectors a at the encoder's grid, l places
-    projected: Tensor  # (I, L, A) W_a a + b at the L places of the attention
+    projected: Tensor  # (I, L, A) W_a a + b at the L places of the attention, detached
+    w: Tensor  # (A,), detached
+    deferred: "_Deferred"  # the gradients of these two
     pooling: Tensor | None  # (L, l) adaptive average pooling P, None where L = l
 
     def select(self, images: Tensor) -> "Annotations":
@@ -267,11 +269,13 @@ class Attention(nn.Module):
         """Everything that does not depend on the step, from (I, g, g, D) of any grid g."""
         grid, size = encoder_out.shape[1], self.encoded_image_size
         vectors = encoder_out.flatten(1, 2).to(_compute_dtype(self.encoder_att.weight))
-        projected = self.encoder_att(vectors)
-        if grid == size:
-            return Annotations(vectors, projected, None)
-        pooling = pooling_matrix(grid, size).to(vectors)
-        return Annotations(vectors, pooling @ projected, pooling)
+        projected, pooling = self.encoder_att(vectors), None
+        if grid != size:
+            pooling = pooling_matrix(grid, size).to(vectors)
+            projected = pooling @ projected
+        w = self.full_att.weight.squeeze(0).to(vectors)
+        deferred = _Deferred(projected, w)
+        return Annotations(vectors, projected.detach(), w.detach(), deferred, pooling)
 
     def forward(self, annotations: Annotations, query: Tensor, slots: Tensor, per_image: int):
         """Looks at each row's image.
@@ -285,8 +289,9 @@ class Attention(nn.Module):
         Returns:
             context ẑ_t (n, D), and alphas (n, L), float32, which sum to one in each row.
         """
-        w = self.full_att.weight.squeeze(0).to(query.dtype)
-        energies = _Energies.apply(annotations.projected, query, w, slots // per_image)
+        _, projected, w, deferred, _ = annotations
+        images = slots // per_image
+        energies = _Energies.apply(projected, query, w, images, deferred.token, deferred.sums)
         alphas = (energies.float() + self.full_att.bias).softmax(dim=1)
         weights = alphas.to(query.dtype)
         if annotations.pooling is not None:
@@ -303,14 +308,16 @@ class _Energies(torch.autograd.Function):
 
     The hidden layer (n, L, A) is the model's largest tensor by far, and is never kept: the backward
     pass needs only where it is positive, which is where W_a a_i > -W_h h_{t-1}. On a CPU it is made
-    some rows at a time, which stay in the cache.
+    some rows at a time, which stay in the cache. What the backward pass finds for the step's own
+    query it returns; what all steps share it adds to the `sums` of `_Deferred`.
     """
 
     CACHE = 2**20  # bytes; second-level caches hold one to two million
 
     @staticmethod
-    def forward(ctx, projected, query, w, images):
+    def forward(ctx, projected, query, w, images, token, sums):
         ctx.save_for_backward(projected, query, w, images)
+        ctx.sums = sums
         energies = query.new_empty(len(query), projected.shape[1])
         for rows in _Energies.chunks(projected, query):
             hidden = projected.index_select(0, images[rows]).add_(query[rows, None]).relu_()
@@ -321,16 +328,16 @@ class _Energies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         projected, query, w, images = ctx.saved_tensors
-        threshold = -query
-        grad_projected, grad_query = torch.zeros_like(projected), torch.empty_like(query)
+        if not ctx.sums:
+            ctx.sums.extend([torch.zeros_like(projected), torch.zeros_like(w, dtype=torch.float32)])
+        of_projected, of_w = ctx.sums
+        threshold, grad_query = -query, torch.empty_like(query)
         for rows in _Energies.chunks(projected, query):
             positive = projected.index_select(0, images[rows]).gt_(threshold[rows, None])
             grad_query[rows] = (grad[rows, None] @ positive).squeeze(1)
-            weighted = positive.mul_(grad[rows, :, None])
-            grad_projected.index_add_(0, images[rows], weighted)
-        # Σ grad · hidden, where hidden = positive · (W_a a_i + W_h h)
-        grad_w = (projected * grad_projected).sum((0, 1)) + (query * grad_query).sum(0)
-        return grad_projected.mul_(w), grad_query.mul_(w), grad_w, None
+            of_projected.index_add_(0, images[rows], positive.mul_(grad[rows, :, None]))
+        of_w += (query * grad_query).sum(dim=0, dtype=torch.float32)
+        return None, grad_query.mul_(w), None, None, grad.new_zeros(()), None
 
     @staticmethod
     def chunks(projected, query):
@@ -338,6 +345,35 @@ class _Energies(torch.autograd.Function):
         row = projected[0].numel() * projected.element_size()
         size = max(1, _Energies.CACHE // row) if query.device.type == "cpu" else len(query)
         return [slice(start, start + size) for start in range(0, len(query), size)]
+
+
+class _Deferred:
+    """Gradients of W_a a_i and w, made once from what all steps have left in `sums`.
+
+    `sums` holds Σ_t grad · (hidden > 0), (I, L, A), and the share of W_h h_{t-1} in w's gradient.
+    Every step takes the token, so that its gradient, zero itself, comes when all have been.
+    """
+
+    def __init__(self, projected, w):
+        self.sums = []
+        self.token = _Token.apply(projected, w, self.sums)
+
+
+class _Token(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projected, w, sums):
+        ctx.save_for_backward(projected, w)
+        ctx.sums = sums
+        return projected.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        projected, w = ctx.saved_tensors
+        of_projected, of_w = ctx.sums
+        ctx.sums.clear()
+        of_w += (projected * of_projected).sum((0, 1), dtype=torch.float32)
+        return of_projected.mul_(w), of_w.to(w), None
 
 
 # ------------------------------------------------------------------------------------ decoder
@@ -390,7 +426,8 @@ class _DeferredGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.T @ torch.cat(ctx.inputs).to(grad.dtype), None, None
+        # laid out anew, as oneDNN takes up to four times as long on a transposed view
+        return grad.T.contiguous() @ torch.cat(ctx.inputs).to(grad.dtype), None, None
 
 
 class DecoderWithAttention(nn.Module):

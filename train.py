@@ -65,7 +65,6 @@ def make_parser():
         help="views of an image to train on: itself, its mirror image, then crops by chance; "
         "mirror images belie captions that speak of left and right",
     )
-    add("--workers", type=utils.number(int, least=0), default=0, help="processes that read batches")
 
     add = parser.add_argument_group("model").add_argument
     add(
@@ -128,6 +127,7 @@ def make_parser():
     )
     add("--label_smoothing", type=share, default=0.0, help="share spread over the vocabulary")
     add("--seed", type=int, default=0, help="of everything")
+    utils.add_workers_option(parser)
     utils.add_device_options(parser)
     return parser
 
@@ -309,7 +309,7 @@ class Trainer:
             distributed.rank,
             distributed.world_size,
         )
-        common = {"num_workers": options.workers, "pin_memory": self.device.type == "cuda"}
+        common = utils.loader_options(options)
         share = distributed.share(len(val))
         self.loaders = {
             "TRAIN": DataLoader(train, batch_sampler=self.sampler, **common),

@@ -665,6 +665,22 @@ def add_device_options(parser):
     add("--amp", choices=["auto", "off"], default="auto", help="bfloat16 where it is faster")
 
 
+def add_workers_option(parser):
+    """Who reads the data, for training and evaluation."""
+    parser.add_argument(
+        "--workers",
+        type=number(int, least=0),
+        help="processes that read batches ahead; None: 4 for a GPU, else none",
+    )
+
+
+def loader_options(options):
+    """DataLoader's arguments for what --device and --workers say."""
+    cuda = options.device.type == "cuda"
+    workers = options.workers if options.workers is not None else 4 if cuda else 0
+    return {"num_workers": workers, "pin_memory": cuda}
+
+
 def add_decoding_options(parser):
     """How captions are searched for, beside --beam_size."""
     add = parser.add_argument
