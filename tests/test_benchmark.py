@@ -1,0 +1,57 @@
+"""The benchmark's two sides do the same; its table and picture hold what was measured."""
+
+import argparse
+
+import pytest
+import torch
+from PIL import Image
+
+import benchmark
+from benchmark import Row, Scene
+
+OPTIONS = argparse.Namespace(
+    geometry="lite2", device=torch.device("cpu"), amp=False, rounds=1, slow_rounds=1
+)
+
+
+def test_both_sides_compute_the_same_step():
+    benchmark.check_equal(Scene(OPTIONS, images=2, vocabulary=50))
+
+
+def test_a_side_that_differs_is_noticed():
+    scene = Scene(OPTIONS, images=2, vocabulary=50)
+    ours = scene.ours
+    scene.ours = lambda *arguments: 1.001 * ours(*arguments)
+    with pytest.raises(AssertionError):
+        benchmark.check_equal(scene)
+
+
+def test_both_sides_find_the_same_captions():
+    textbook, ours = benchmark.search_sides(Scene(OPTIONS, images=3, vocabulary=50), OPTIONS, 3)
+    captions = [caption.words for caption in ours()]
+    assert captions == textbook()
+    assert all(len(words) == benchmark.WORDS for words in captions)
+
+
+def test_alternate_gives_the_medians_of_calls_in_turn():
+    called = []
+    clock = iter([0, 0, 9, 10, 11, 19, 20, 25, 30, 36])  # the first two are not measured
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "time", argparse.Namespace(perf_counter=lambda: next(clock)))
+        found = benchmark.alternate(
+            OPTIONS.device, 2, lambda: called.append("a"), lambda: called.append("b")
+        )
+    assert called == ["a", "b"] * 3
+    assert found == [(1 + 5) / 2, (8 + 6) / 2]
+
+
+def test_the_report_holds_ratios_goals_and_shares(tmp_path):
+    rows = [Row("a step", 8, 6.0, 0.5, flops=5e9), Row("files", None, 3.0, 2.0)]
+    text = benchmark.describe(OPTIONS, {False: 1e11}, rows, (3 * 2**20, 2**20))
+    assert "| a step | 12.0× | 8× | 10% |" in text
+    assert "| files | 1.5× |  |  |" in text
+    assert "3 / 1 MiB | 3.0× | 3× | |" in text
+    grown = {axis: ([1, 2], [(2.0, 1.0), (4.0, 1.5)]) for axis in "abcd"}
+    benchmark.draw(rows, grown).savefig(tmp_path / "benchmark.png", dpi=110)
+    with Image.open(tmp_path / "benchmark.png") as image:
+        assert image.width == 1430
