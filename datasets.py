@@ -118,7 +118,7 @@ class LengthSampler(Sampler):
 
     Args:
         lengths: (I, K) captions' lengths.
-        batch_size: images, at most; batches differ by one image at most.
+        batch_size: images, at most; batches differ by one image at most, `total` an epoch.
         views: number of views to choose from.
         rank, world_size: take every `world_size`-th item of each batch, from item `rank` on.
 
@@ -130,31 +130,32 @@ class LengthSampler(Sampler):
 
     def __init__(self, lengths, batch_size, views=1, seed=0, rank=0, world_size=1):
         self.longest = lengths.amax(dim=1).numpy()
-        self.batches = -(-len(lengths) // batch_size)
-        if len(lengths) // self.batches < world_size:
+        self.batch_size = batch_size
+        self.total = -(-len(lengths) // batch_size)
+        if len(lengths) // self.total < world_size:
             raise UserError(
                 f"{len(lengths)} images in batches of {batch_size} at most leave some of "
                 f"{world_size} processes without an image: use a larger --batch_size"
             )
-        self.views, self.seed, self.epoch = views, seed, 0
+        self.views, self.seed, self.epoch, self.start = views, seed, 0, 0
         self.share = slice(rank, None, world_size)
 
-    def set_epoch(self, epoch):
-        """The epoch whose order comes next."""
-        self.epoch = epoch
+    def set_epoch(self, epoch, start=0):
+        """The epoch whose order comes next, from its batch `start` on."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self):
-        return self.batches
+        return self.total - self.start
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed % 2**32, self.epoch])
         order = rng.permutation(len(self.longest))
         views = rng.integers(self.views, size=len(order))
-        batches = np.array_split(order, self.batches)
-        pools = np.repeat(np.arange(self.batches) // self.POOL, [len(batch) for batch in batches])
+        batches = np.array_split(order, self.total)
+        pools = np.repeat(np.arange(self.total) // self.POOL, [len(batch) for batch in batches])
         order = order[np.lexsort((self.longest[order], pools))]
-        batches = np.array_split(order, self.batches)
-        for i in rng.permutation(self.batches):
+        batches = np.array_split(order, self.total)
+        for i in rng.permutation(self.total)[self.start :]:
             images = batches[i][self.share]
             yield list(zip(images.tolist(), views[images].tolist(), strict=True))
 

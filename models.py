@@ -26,6 +26,12 @@ from torch.utils.checkpoint import checkpoint
 OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # needs no download: a package carries its weights
 
 
+# Products over all words of a batch are filled up with zeros to a multiple of so many rows: oneDNN
+# compiles a bfloat16 kernel for every new number of rows, which takes longer than the product, and
+# keeps it with megabytes of scratch memory.
+ROWS = 256
+
+
 class EncoderError(ValueError):
     """An encoder that cannot be built: unknown name, no weights, weights of another network."""
 
@@ -545,7 +551,9 @@ class DecoderWithAttention(nn.Module):
 
         memory = self.prepare(encoder_out)
         state = self.init_state(memory).select(slots // per_image)
-        words = self.embed_dropout(self.embedding(inputs.data))
+        rows = len(inputs.data)
+        filler = -rows % ROWS
+        words = self.embed_dropout(self.embedding(F.pad(inputs.data, (0, filler))))
         offsets = self._offsets(words, memory)
         hidden_inputs, context_inputs = [], []
         recurrent = _DeferredGradient.apply(memory.recurrent_weight, len(words), hidden_inputs)
@@ -555,7 +563,7 @@ class DecoderWithAttention(nn.Module):
 
         hs, contexts, alphas = [], [], []
         batch_sizes = inputs.batch_sizes.tolist()
-        for n, offset in zip(batch_sizes, offsets.split(batch_sizes), strict=True):
+        for n, offset in zip(batch_sizes, offsets[:rows].split(batch_sizes), strict=True):
             state = State(state.h[:n], state.c[:n])  # sorted by length: the first n go on
             hidden_inputs.append(state.h.detach())
             state, context, alpha = self._advance(memory, state, offset, slots[:n], per_image)
@@ -563,7 +571,9 @@ class DecoderWithAttention(nn.Module):
             hs.append(state.h)
             contexts.append(context)
             alphas.append(F.pad(alpha, (0, 0, 0, len(slots) - n)))
-        scores = self._scores(torch.cat(hs), torch.cat(contexts), words)
+        for values in (hidden_inputs, context_inputs, hs, contexts):
+            values.append(values[0].new_zeros(filler, values[0].shape[1]))
+        scores = self._scores(torch.cat(hs), torch.cat(contexts), words)[:rows]
         alphas = torch.stack(alphas, dim=1)[inputs.unsorted_indices]
         return inputs._replace(data=scores), targets, alphas
 

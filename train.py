@@ -7,7 +7,8 @@ demo data and trains on that.
 import argparse
 import json
 import math
-import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -100,6 +101,18 @@ def make_parser():
         help="continue from this one, with its model, whatever the model options but dropout",
     )
     add(
+        "--resume",
+        action="store_true",
+        help="go on where the run in the output folder was stopped, or start it: the result is "
+        "that of a run never stopped",
+    )
+    add(
+        "--save_every",
+        type=_interval,
+        default="10m",
+        help="checkpoints inside an epoch: minutes, as 10m, or steps, as 500",
+    )
+    add(
         "--epochs",
         type=positive,
         default=120,
@@ -132,6 +145,12 @@ def make_parser():
     return parser
 
 
+def _interval(text):
+    """An argparse type: ("minutes", n) of "10m", ("steps", n) of "500"."""
+    number = utils.number(int, above=0)
+    return ("minutes", number(text[:-1])) if text.endswith("m") else ("steps", number(text))
+
+
 def _as_flags(options):
     return " ".join(f"--{name} {value}" for name, value in options.items())
 
@@ -139,8 +158,6 @@ def _as_flags(options):
 def main():
     parser = make_parser()
     options = parser.parse_args()
-    # Batches differ in shape, and oneDNN compiles a CPU kernel for each: keep more than 1024.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     options.device = utils.choose_device(options.device)
     with distributed.group(options.device):
         train(parser, options)
@@ -174,13 +191,22 @@ def train(parser, options):
             trainer.resume(checkpoint)
         elif not checkpoint and stage == stages[0]:
             trainer.clear()
-        trainer.fit()
+        with _Stop() as stop:
+            trainer.fit(stop)
 
 
 def _starting_point(options, base):
     """The checkpoint to go on from, None to start anew; never over another run's files unasked."""
     path, folder = options.checkpoint, options.output_folder
     newest, best = (utils.checkpoint_path(folder, base, best=best) for best in (False, True))
+    keys = utils.MODEL_KEYS | utils.RUN_KEYS
+    if options.resume:
+        if path is not None or options.overwrite:
+            raise UserError("--resume goes without --checkpoint and --overwrite")
+        path, checkpoint = utils.newest_whole_checkpoint([newest, best], keys) or (None, None)
+        if checkpoint:
+            print(f"resuming from {path}: {_where(checkpoint)}")
+            return checkpoint
     if path is None and options.stage == "finetune":
         if not best.exists():
             raise UserError(
@@ -191,15 +217,41 @@ def _starting_point(options, base):
     own = path is not None and Path(path).resolve().parent == folder.resolve()
     if (newest.exists() or best.exists()) and not own and not options.overwrite:
         raise UserError(
-            f"{folder} holds an earlier run on {base}: continue it with --checkpoint {newest}, "
+            f"{folder} holds an earlier run on {base}: continue it with --resume, "
             "choose another --output_folder, or give it up with --overwrite"
         )
     if path is None:
         return None
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = utils.load_checkpoint(path, keys)
     if options.stage == "decoder" and checkpoint["stage"] != "decoder":
         raise UserError(f"{path} is past stage decoder: continue it with --stage finetune")
     return checkpoint
+
+
+def _where(checkpoint):
+    """How far the run of a checkpoint has come, for people."""
+    inside = f" and {checkpoint['step']} steps" if checkpoint["step"] else ""
+    return f"stage {checkpoint['stage']}, {checkpoint['epoch']} epochs{inside}"
+
+
+class _Stop:
+    """Takes SIGTERM and Ctrl-C while it is entered: `signal` is then their number. A second one
+    acts at once, as it would without this."""
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __enter__(self):
+        self.signal = None
+        self.before = [signal.signal(number, self._note) for number in self.signals]
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in zip(self.signals, self.before, strict=True):
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        self.signal = number
+        self.__exit__()
 
 
 class Trainer:
@@ -214,6 +266,7 @@ class Trainer:
         self.newest_path = utils.checkpoint_path(options.output_folder, base)
         self.best_path = utils.checkpoint_path(options.output_folder, base, best=True)
         self.stage, self.best = None, checkpoint["best_bleu4"] if checkpoint else -1.0
+        self.log = checkpoint["log"] if checkpoint else []
         if checkpoint is None:
             self.encoder = Encoder(
                 options.encoder, options.encoded_image_size, options.encoder_weights or "DEFAULT"
@@ -250,6 +303,7 @@ class Trainer:
             with distributed.main_first():  # which wrote it
                 self.decoder.load_state_dict(utils.load_checkpoint(self.best_path)["decoder"])
         self.stage, self.epoch, self.waited = stage, 0, 0
+        self.step, self.partial, self.seconds = 0, _Means(), 0.0
         self.encoder.fine_tune(stage == "finetune")
         groups = [{"params": list(self.decoder.parameters()), "lr": options.decoder_lr}]
         if stage == "finetune":
@@ -286,10 +340,33 @@ class Trainer:
         ):
             if getattr(options, name) != before[name]:
                 group["lr"] = getattr(options, name)
+        if checkpoint["step"]:
+            if checkpoint["order"] != self._order():
+                raise UserError(
+                    f"the checkpoint stands inside epoch {self.epoch + 1}: continue it with the "
+                    f"batch size, views, seed and number of processes of its run, "
+                    f"{checkpoint['order']}, not {self._order()}"
+                )
+            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         if distributed.is_main:
-            torch.set_rng_state(checkpoint["random"])
+            self.partial.load(checkpoint["partial"])
+            self._write_log()
             if not self.best_path.exists():  # continued into another folder
                 utils.save_checkpoint(self.best_path, checkpoint)
+        if distributed.rank < len(checkpoint["random"]):
+            cpu, cuda = checkpoint["random"][distributed.rank]
+            torch.set_rng_state(cpu)
+            if cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.device)
+
+    def _order(self):
+        """What the order of the batches follows from, beside the epoch."""
+        return {
+            "images": self.sampler.batch_size,
+            "views": self.options.views,
+            "seed": self.options.seed,
+            "processes": distributed.world_size,
+        }
 
     def _open_data(self):
         """Loaders of this stage's images, or of their features where they can be cached."""
@@ -309,7 +386,8 @@ class Trainer:
             distributed.rank,
             distributed.world_size,
         )
-        common = utils.loader_options(options)
+        # a generator of their own: making an iterator draws a number
+        common = utils.loader_options(options) | {"generator": torch.Generator()}
         share = distributed.share(len(val))
         self.loaders = {
             "TRAIN": DataLoader(train, batch_sampler=self.sampler, **common),
@@ -331,22 +409,25 @@ class Trainer:
                 )
         return CaptionDataset(options.data_folder, self.base, split, features, options.seed)
 
-    def fit(self):
-        """Epochs until the stage's last, or until BLEU-4 has not improved for long."""
+    def fit(self, stop):
+        """Epochs until the stage's last, or until BLEU-4 has not improved for long.
+
+        Args:
+            stop: a `_Stop`; at its signal, saves a checkpoint and ends the process.
+        """
         options = self.options
         print(
             f"stage {self.stage}: {len(self.loaders['TRAIN'].dataset)} images, "
             f"{'bfloat16' if self.amp else 'float32'} on {self.device}"
         )
         while self.epoch < options.epochs and self.waited < options.stop_after:
-            started = time.perf_counter()
-            self.epoch += 1
+            started = time.perf_counter() - self.seconds
             record = {
                 "stage": self.stage,
-                "epoch": self.epoch,
+                "epoch": self.epoch + 1,
                 "lr": self.optimizer.param_groups[0]["lr"],
             }
-            record |= self._train_epoch()
+            record |= self._train_epoch(started, stop)
             scores, captions = self._validate()
             record |= scores
             improved = scores["bleu4"] > self.best
@@ -357,52 +438,93 @@ class Trainer:
             else:
                 self.schedule.step()
             record["seconds"] = round(time.perf_counter() - started, 1)
+            self.epoch += 1
+            self.step, self.partial, self.seconds = 0, _Means(), 0.0
+            self.log.append(record)
+            self._save(improved)
             if distributed.is_main:
-                self._save(scores, improved)
                 self._report(record, captions, improved)
+            if distributed.add_up(torch.tensor(float(bool(stop.signal)), device=self.device)):
+                self._leave(stop)
         if self.epoch >= options.epochs:
             print(f"stage {self.stage}: its {options.epochs} epochs are done")
         else:
             print(f"stage {self.stage}: stopped, no better BLEU-4 for {self.waited} epochs")
 
+    def _leave(self, stop):
+        """Ends the process at a signal, once the checkpoint is written."""
+        name = signal.Signals(stop.signal or signal.SIGTERM).name  # another process may have it
+        print(
+            f"stopped by {name} after {self.epoch} epochs and {self.step} steps of stage "
+            f"{self.stage}: go on from {self.newest_path} with --resume",
+            flush=True,
+        )
+        sys.exit(128 + signal.Signals[name])
+
     # ------------------------------------------------------------------------------ epochs
 
-    def _train_epoch(self):
-        loader, options = self.loaders["TRAIN"], self.options
-        self.sampler.set_epoch(self.epoch)
+    def _train_epoch(self, started, stop):
+        """The steps of an epoch that are still to do; its mean loss and accuracy, its speed."""
+        loader, total = self.loaders["TRAIN"], self.partial
+        self.sampler.set_epoch(self.epoch + 1, self.step)
         self.decoder.train()
-        total, started = _Means(), time.perf_counter()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        saved, (unit, interval) = time.monotonic(), self.options.save_every
         with utils.progress(
-            total=loader.dataset.lengths.numel(),
-            desc=f"epoch {self.epoch}",
-            unit="caption",
+            total=self.sampler.total, initial=self.step, desc=f"epoch {self.epoch + 1}", unit="step"
         ) as bar:
-            for step, batch in enumerate(loader, start=1):
-                lengths = batch[2]
-                sizes = torch.tensor([(lengths - 1).sum(), lengths.numel()], dtype=torch.float32)
-                sizes = distributed.add_up(sizes.to(self.device))
-                loss, top5, words = self._forward(*batch, options.label_smoothing, sizes)
-                value = distributed.add_up(loss.detach().clone()).item()
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"the loss is {value} at step {step} of epoch {self.epoch}, stage "
-                        f"{self.stage}: stopped; continue from the last checkpoint with a lower "
-                        "learning rate or --amp off"
-                    )
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                distributed.add_up_gradients(parameters)
-                nn.utils.clip_grad_value_(parameters, options.grad_clip)
-                self.optimizer.step()
-                total.add(words, loss=value, top5=top5)
+            for batch in loader:
+                minutes = (time.monotonic() - saved) / 60
+                due = (self.step + 1) % interval == 0 if unit == "steps" else minutes >= interval
+                stopping, due = self._step(batch, bool(stop.signal), due)
                 bar.set_postfix(
-                    loss=f"{total['loss']:.3f}", top5=f"{total['top5']:.1%}", refresh=False
+                    loss=f"{total['loss']:.3f}",
+                    top5=f"{total['top5']:.1%}",
+                    captions_per_second=f"{self._rate(started):.0f}",
+                    refresh=False,
                 )
-                bar.update(lengths.numel() * distributed.world_size)
-        total.add_up(self.device)
-        rate = loader.dataset.lengths.numel() / (time.perf_counter() - started)
+                bar.update()
+                if stopping or due:
+                    self.seconds = time.perf_counter() - started
+                    self._save()
+                    saved = time.monotonic()
+                if stopping:
+                    self._leave(stop)
+        rate = self._rate(started)
+        total = total.add_up(self.device)
         return {"loss": total["loss"], "top5": total["top5"], "captions_per_second": round(rate, 1)}
+
+    def _rate(self, started):
+        """Captions per second in this epoch, by all processes."""
+        captions = self.loaders["TRAIN"].dataset.lengths.numel() * self.step / self.sampler.total
+        return captions / (time.perf_counter() - started)
+
+    def _step(self, batch, stop, save):
+        """One update; whether any process wants to stop, and to save.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        lengths = batch[2]
+        sizes = torch.tensor([(lengths - 1).sum(), lengths.numel()], dtype=torch.float32)
+        sizes = distributed.add_up(sizes.to(self.device))
+        loss, top5, words = self._forward(*batch, self.options.label_smoothing, sizes)
+        news = torch.stack([loss.detach(), *loss.new_tensor([stop, save])])
+        value, stop, save = distributed.add_up(news).tolist()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {self.step + 1} of epoch {self.epoch + 1}, stage "
+                f"{self.stage}: stopped; continue from the last checkpoint with a lower "
+                "learning rate or --amp off"
+            )
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        distributed.add_up_gradients(parameters)
+        nn.utils.clip_grad_value_(parameters, self.options.grad_clip)
+        self.optimizer.step()
+        self.partial.add(words, loss=value, top5=top5)
+        self.step += 1
+        return bool(stop), bool(save)
 
     def _forward(self, source, captions, lengths, label_smoothing=0.0, sizes=None):
         """Loss of a batch, top-5 accuracy and number of the words predicted."""
@@ -436,7 +558,7 @@ class Trainer:
             total.add(words, loss=loss.item(), top5=top5)
             captions += [" ".join(self.words[w] for w in caption.words) for caption in decoded]
         captions = distributed.collect(captions)
-        total.add_up(self.device)
+        total = total.add_up(self.device)
         references = [reference["captions"] for reference in loader.dataset.references]
         bleu = metrics.bleu(references, captions).scores
         scores = {"val_loss": total["loss"], "val_top5": total["top5"]}
@@ -448,7 +570,7 @@ class Trainer:
         """A line for people and one for programs, examples, and the curves."""
         bleu = " / ".join(f"{100 * record[f'bleu{n}']:.1f}" for n in range(1, 5))
         print(
-            f"epoch {self.epoch}: loss {record['loss']:.3f}, top-5 {record['top5']:.1%}; "
+            f"epoch {record['epoch']}: loss {record['loss']:.3f}, top-5 {record['top5']:.1%}; "
             f"validation loss {record['val_loss']:.3f}, top-5 {record['val_top5']:.1%}, "
             f"BLEU-1 to 4 {bleu}, "
             + ("the best so far" if improved else f"best BLEU-4 {100 * self.best:.1f}")
@@ -459,11 +581,21 @@ class Trainer:
         for i in range(0, len(captions), math.ceil(len(captions) / 3)):
             print(f"  {references[i]['filename']}: {captions[i]}")
             print(f"    human: {references[i]['captions'][0]}", flush=True)
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._write_log()
         utils.draw_curves(self.log_path)
 
-    def _save(self, scores, improved):
+    def _write_log(self):
+        """The whole log, as the checkpoint has it: none of its lines is lost or stands twice."""
+        with utils.atomic_write(self.log_path) as temporary:
+            lines = [json.dumps(record) + "\n" for record in self.log]
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+    def _save(self, improved=False):
+        """A checkpoint of this moment; all processes take part, and the main one writes it."""
+        random = distributed.collect([self._random_state()])
+        partial = self.partial.add_up(self.device)
+        if not distributed.is_main:
+            return
         options = {
             name: value if isinstance(value, str | int | float | None) else str(value)
             for name, value in vars(self.options).items()
@@ -479,34 +611,51 @@ class Trainer:
             "decoder": self.decoder.state_dict(),
             "stage": self.stage,
             "epoch": self.epoch,
-            "scores": scores,
+            "scores": self.log[-1] if self.log else {},
             "best_bleu4": self.best,
             "epochs_without_improvement": self.waited,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": random,
+            "step": self.step,
+            "partial": partial.state(),
+            "seconds": self.seconds,
+            "order": self._order(),
+            "log": self.log,
         }
-        utils.save_checkpoint(self.newest_path, checkpoint)
-        if improved:
+        if improved:  # first, as the other one says that it has been written
             utils.save_checkpoint(self.best_path, checkpoint)
+        utils.save_checkpoint(self.newest_path, checkpoint)
+
+    def _random_state(self):
+        cuda = self.device.type == "cuda"
+        return [torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None]
 
 
 class _Means:
     """Means of named values over words."""
 
     def __init__(self):
-        self.sums, self.count = {}, 0
+        self.count, self.sums = 0, {"loss": 0.0, "top5": 0.0}
 
     def add(self, count, **values):
         self.count += count
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + count * value
+            self.sums[name] += count * value
 
     def add_up(self, device):
-        """Takes in what the other processes have found."""
+        """The means over what all processes have found."""
         values = torch.tensor([self.count, *self.sums.values()], dtype=torch.float64)
-        self.count, *sums = distributed.add_up(values.to(device)).tolist()
-        self.sums = dict(zip(self.sums, sums, strict=True))
+        count, *sums = distributed.add_up(values.to(device)).tolist()
+        total = _Means()
+        total.load({"count": count, "sums": dict(zip(self.sums, sums, strict=True))})
+        return total
+
+    def state(self):
+        return {"count": self.count, "sums": self.sums}
+
+    def load(self, state):
+        self.count, self.sums = state["count"], dict(state["sums"])
 
     def __getitem__(self, name):
         return self.sums[name] / self.count

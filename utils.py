@@ -475,10 +475,13 @@ def checkpoint_path(folder, base, best=False):
 
 
 # What a checkpoint holds, beside the word map, for which --word_map can stand in
-CHECKPOINT_KEYS = {
-    *("encoder_name", "encoded_image_size", "image_size", "encoder", "decoder"),  # the model
-    *("base", "options", "stage", "epoch", "scores"),  # where it comes from
-    *("optimizer", "schedule", "random", "best_bleu4", "epochs_without_improvement"),  # to go on
+MODEL_KEYS = {  # of a checkpoint: what captioning needs, and where it comes from
+    *("encoder_name", "encoded_image_size", "image_size", "encoder", "decoder"),
+    *("base", "options", "stage", "epoch", "scores"),
+}
+RUN_KEYS = {  # and what training needs to go on
+    *("optimizer", "schedule", "random", "best_bleu4", "epochs_without_improvement"),
+    *("step", "partial", "seconds", "order", "log"),
 }
 
 
@@ -490,8 +493,11 @@ def save_checkpoint(path, checkpoint):
         temporary.write_bytes(contents.getbuffer())
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, keys=MODEL_KEYS):
     """A checkpoint as train.py saves it, on the CPU; no code in it is run.
+
+    Args:
+        keys: that it must have: `MODEL_KEYS`, and `RUN_KEYS` to continue its run.
 
     Raises:
         UserError: the file is missing, damaged, or no checkpoint of this project.
@@ -504,12 +510,26 @@ def load_checkpoint(path):
         raise UserError(
             f"{path} is damaged or no checkpoint of train.py ({type(error).__name__})"
         ) from error
-    missing = CHECKPOINT_KEYS.difference(checkpoint if isinstance(checkpoint, dict) else ())
+    missing = keys.difference(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise UserError(
             f"{path} is no checkpoint of train.py: it has no {', '.join(sorted(missing))}"
         )
     return checkpoint
+
+
+def newest_whole_checkpoint(paths, keys=MODEL_KEYS):
+    """Path and contents of the newest of some checkpoints that is undamaged, None if none is.
+
+    Says on stderr which were passed over.
+    """
+    there = [path for path in paths if path.exists()]
+    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            return path, load_checkpoint(path, keys)
+        except UserError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+    return None
 
 
 def newest_best_checkpoint(folder):

@@ -2,11 +2,15 @@
 
 import json
 import math
+import random
+import signal
 
 import pytest
-from conftest import OFFLINE, run_here
+import torch
+from conftest import OFFLINE, ROOT, run_here, run_script
 
 import train
+import utils
 
 SMALL = ["--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 8, "--encoded_image_size", 3]
 
@@ -41,14 +45,14 @@ def test_the_cosine_schedule_ends_near_zero(tiny_data, tmp_path):
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(tiny_data, tmp_path):
-    folder, base = tiny_data
+    folder, _ = tiny_data
     found, _ = rates(tiny_data, tmp_path, "--epochs", 1)
     assert len(found) == 1
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     process = run_here("train.py", "--data_folder", folder, "--output_folder", tmp_path)
     assert process.returncode == 1
     assert "--overwrite" in process.stderr
-    assert f"checkpoint_{base}.pth.tar" in process.stderr
+    assert "--resume" in process.stderr
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -61,6 +65,110 @@ def test_a_run_goes_on_in_another_folder_with_another_learning_rate(tiny_data, t
     found, _ = rates(
         tiny_data, second, "--epochs", 2, "--checkpoint", checkpoint, "--decoder_lr", 1e-5
     )
-    assert found == pytest.approx([1e-5])
+    assert found == pytest.approx([train.DEMO_DEFAULTS["decoder_lr"], 1e-5])
     assert (second / f"BEST_checkpoint_{base}.pth.tar").exists()
     assert {path: path.read_bytes() for path in first.iterdir()} == before
+
+
+# Runs train.py, and sends itself a signal at an event: before an update or the writing, flushing
+# or renaming of any file, each counted.
+DISTURBED = """
+import os, sys
+import torch, train, utils
+number, moment = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+events = 0
+def watch(owner, name):
+    call = getattr(owner, name)
+    def watched(*arguments, **options):
+        global events
+        events += 1
+        if events == moment:
+            os.kill(os.getpid(), number)
+        return call(*arguments, **options)
+    setattr(owner, name, watched)
+watch(torch.optim.Adam, "step")
+watch(torch, "save")
+watch(utils, "flush")
+watch(os, "replace")
+watch(train.metrics, "bleu")
+utils.run(train.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data, tmp_path_factory):
+    """A run of both stages: its arguments and its last checkpoint."""
+    folder, base = tiny_data
+    run = ["--data_folder", folder, "--encoder", OFFLINE, *SMALL, "--device", "cpu", "--epochs", 2]
+    run += ["--batch_size", 30, "--finetune_batch_size", 30, "--stage", "both", "--views", 3]
+    run += ["--save_every", 1, "--patience", 1]
+    output = tmp_path_factory.mktemp("undisturbed")
+    process = run_script("train.py", *run, "--output_folder", output)
+    assert process.returncode == 0, process.stderr
+    return run, utils.load_checkpoint(utils.checkpoint_path(output, base))
+
+
+def disturb(undisturbed, tmp_path, number, moment):
+    """Runs or resumes training in tmp_path until a signal comes at a moment."""
+    (tmp_path / "disturbed.py").write_text(DISTURBED)
+    run = [*undisturbed[0], "--output_folder", tmp_path / "run", "--resume"]
+    return run_script(
+        tmp_path / "disturbed.py", int(number), moment, *run, env={"PYTHONPATH": str(ROOT)}
+    )
+
+
+def flatten(value, name=""):
+    """(name, leaf) of nested dicts and lists, without what tells the time."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            if key not in ("seconds", "captions_per_second", "output_folder", "resume"):
+                yield from flatten(inner, f"{name}/{key}")
+    else:
+        yield name, value
+
+
+def assert_equal_runs(undisturbed, folder, base):
+    found = utils.load_checkpoint(utils.checkpoint_path(folder, base))
+    leaves = dict(flatten(found))
+    expected = dict(flatten(undisturbed[1]))
+    assert leaves.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(leaves[name], value) if torch.is_tensor(value) else leaves[name] == value
+        assert same, name
+    lines = (folder / f"log_{base}.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == found["log"]
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_as_one_never_stopped(
+    kills, undisturbed, tiny_data, tmp_path
+):
+    moments = random.Random(kills)
+    killed = 0
+    while killed < kills:
+        process = disturb(undisturbed, tmp_path, signal.SIGKILL, moments.randint(2, 13))
+        if process.returncode == 0:  # done before its moment came: once more from the start
+            assert_equal_runs(undisturbed, tmp_path / "run", tiny_data[1])
+            for path in (tmp_path / "run").iterdir():
+                path.unlink()
+        else:
+            assert process.returncode == -signal.SIGKILL, process.stderr
+            killed += 1
+    process = disturb(undisturbed, tmp_path, signal.SIGKILL, 0)
+    assert process.returncode == 0, process.stderr
+    assert_equal_runs(undisturbed, tmp_path / "run", tiny_data[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_a_checkpoint(number, undisturbed, tiny_data, tmp_path):
+    process = disturb(undisturbed, tmp_path, number, 7)
+    assert process.returncode == 128 + number, process.stderr
+    assert f"stopped by {number.name}" in process.stdout
+    assert "--resume" in process.stdout.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+    process = disturb(undisturbed, tmp_path, number, 0)
+    assert process.returncode == 0, process.stderr
+    assert "resuming from" in process.stdout
+    assert_equal_runs(undisturbed, tmp_path / "run", tiny_data[1])

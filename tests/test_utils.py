@@ -24,7 +24,7 @@ WORDS = {"<pad>": 0, "a": 1, "dog": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
 def tiny_checkpoint(**changes):
     """Has all keys of a checkpoint, but no models."""
     return (
-        dict.fromkeys(utils.CHECKPOINT_KEYS)
+        dict.fromkeys(utils.MODEL_KEYS | utils.RUN_KEYS)
         | {
             "encoder_name": "none",
             "encoder": {"weight": torch.arange(6.0).view(2, 3)},
