@@ -181,6 +181,8 @@ def train(parser, options):
     own_folder = Path(options.checkpoint).parent if options.checkpoint else options.data_folder
     options.output_folder = utils.make_folder(options.output_folder or own_folder)
 
+    if distributed.is_main:
+        utils.remove_stale_temporaries(options.output_folder)
     checkpoint = _starting_point(options, base)
     trainer = Trainer(options, base, checkpoint)
     reached = checkpoint["stage"] if checkpoint else "decoder"

@@ -90,6 +90,24 @@ def _temporaries(paths, goal):
                 temporary.unlink(missing_ok=True)
 
 
+def remove_stale_temporaries(folder):
+    """Removes the temporary files that processes killed while they wrote have left."""
+    for path in Path(folder).glob("*.tmp"):
+        pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ""
+        if pid.isdecimal() and not _is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextmanager
 def os_errors_as_user_errors(path):
     """Makes any OSError of the block, which writes `path`, a UserError that names it."""

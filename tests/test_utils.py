@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -506,3 +507,14 @@ def test_drawing_touches_nothing_shared(tmp_path, monkeypatch):
     before = photograph.tobytes()
     draw_attention(photograph, ["a", "b"], even(2), tmp_path / "a.png")
     assert photograph.tobytes() == before and photograph.size == (256, 256)
+
+
+def test_temporaries_of_dead_processes_are_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine, stale = tmp_path / f"a.json.{os.getpid()}.tmp", tmp_path / f"a.json.{dead.pid}.tmp"
+    others = [tmp_path / name for name in ("a.json", "notes.tmp", "a.json.x.tmp")]
+    for path in (mine, stale, *others):
+        path.touch()
+    utils.remove_stale_temporaries(tmp_path)
+    assert set(tmp_path.iterdir()) == {mine, *others}
