@@ -552,7 +552,7 @@ class DecoderWithAttention(nn.Module):
         memory = self.prepare(encoder_out)
         state = self.init_state(memory).select(slots // per_image)
         rows = len(inputs.data)
-        filler = -rows % ROWS
+        filler = -rows % ROWS  # further rows of zeros, which nothing is read from
         words = self.embed_dropout(self.embedding(F.pad(inputs.data, (0, filler))))
         offsets = self._offsets(words, memory)
         hidden_inputs, context_inputs = [], []
