@@ -7,7 +7,6 @@ weights and data, and before they are timed their results are compared. Runs alt
 figures are medians.
 """
 
-import argparse
 import json
 import multiprocessing
 import resource
@@ -578,9 +577,7 @@ def draw(rows, grown):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.Parser(description=__doc__)
     positive = utils.number(int, above=0)
     add = parser.add_argument
     add("--geometry", choices=list(ENCODERS), default="resnet101", help="of encoder and features")

@@ -1,6 +1,5 @@
 """Captions image files and draws where the model looked for each word."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,9 +14,7 @@ from utils import UserError
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.Parser(description=__doc__)
     positive = utils.number(int, above=0)
     add = parser.add_argument
     add("--img", required=True, nargs="+", help="image files, or folders of them")

@@ -1,15 +1,11 @@
 """Turns a folder of images and their captions into the files that training reads."""
 
-import argparse
-
 import demo
 import utils
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.Parser(description=__doc__)
     positive, count = utils.number(int, above=0), utils.number(int, least=0)
     add = parser.add_argument
     add("--dataset", required=True, choices=["coco", "flickr8k", "flickr30k", "demo"])
@@ -35,7 +31,7 @@ def main():
         demo.prepare(**options)
     elif None in sources:
         raise utils.UserError(
-            f"--dataset {options['dataset']} needs both --karpathy_json and --image_folder"
+            f"--dataset {options['dataset']} needs --karpathy_json and --image_folder together"
         )
     else:
         utils.create_input_files(**options)

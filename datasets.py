@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -246,13 +247,15 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
     print(
         f"caching {split} features, {count} images × {views} views: {size / 1e9:.2f} GB in {path}"
     )
-    if free < 1.1 * size:
-        print(f"not cached, as only {free / 1e9:.2f} GB are free: the encoder runs in every epoch")
-        return None
     partial = path.with_suffix(".part")
     if not partial.exists():
-        with utils.atomic_write(partial) as temporary:
-            _allocate(temporary, (count, views, *grid))
+        if free < 1.1 * size:
+            print(
+                f"not cached, as only {free / 1e9:.2f} GB are free: the encoder runs in every epoch"
+            )
+            return None
+        with utils.os_errors_as_user_errors(partial):
+            _allocate(partial, (count, views, *grid))
     with utils.os_errors_as_user_errors(partial):
         _fill(partial, encoder, images, seed, amp, batch_size)
         os.replace(partial, path)
@@ -260,7 +263,7 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
 
 
 def _allocate(path, shape):
-    """A new file of features whose structure is whole from the start.
+    """A new file of features whose structure is whole from the start, unless there is one.
 
     Writing the values later changes nothing but them, so that a process that is killed meanwhile
     leaves a readable file.
@@ -268,9 +271,16 @@ def _allocate(path, shape):
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with utils.new_hdf5(path) as file:
-        file.create_dataset("features", shape, "float16", dcpl=early)
-        file["done"] = 0  # images
+    temporary = utils.temporary_path(path)
+    try:
+        with utils.new_hdf5(temporary) as file:
+            file.create_dataset("features", shape, "float16", dcpl=early)
+            file["done"] = 0  # images
+        utils.flush(temporary)
+        with suppress(FileExistsError):  # another process was faster
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

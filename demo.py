@@ -10,7 +10,6 @@ the demo is read by the same code as Flickr8k and COCO, with two keys more for e
 Lengths and places are fractions of the picture's side; x runs right and y runs down.
 """
 
-import argparse
 import json
 import string
 from dataclasses import dataclass
@@ -405,16 +404,17 @@ def entry(scene: Scene, texts: list[str], filename: str, split: str, imgid: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Make the demo data set: captioned pictures of coloured shapes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = utils.Parser(
+        description="Make the demo data set: captioned pictures of coloured shapes."
     )
     parser.add_argument("--folder", type=Path, default=Path("data/demo"), help="where to write")
     for split, count in SPLITS.items():
         parser.add_argument(
             f"--{split}", type=utils.number(int, least=0), default=count, help=f"{split} images"
         )
-    parser.add_argument("--image_size", type=int, default=256, help="side in pixels")
+    parser.add_argument(
+        "--image_size", type=utils.number(int, above=0), default=256, help="side in pixels"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another data set")
     args = parser.parse_args()
     images = {split: getattr(args, split) for split in SPLITS}

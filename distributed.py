@@ -45,10 +45,16 @@ def group(device):
 @contextmanager
 def main_first():
     """The block, in the main process before the others: what it writes, they find."""
-    if world_size > 1 and not is_main:
-        distributed.barrier()
+    if not is_main:
+        wait()
     yield
-    if world_size > 1 and is_main:
+    if is_main:
+        wait()
+
+
+def wait():
+    """Returns when all processes have come here."""
+    if world_size > 1:
         distributed.barrier()
 
 

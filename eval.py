@@ -1,6 +1,5 @@
 """Captions a split with a trained model, prints the scores, writes the captions as COCO results."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,9 +16,7 @@ from utils import UserError
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.Parser(description=__doc__)
     positive = utils.number(int, above=0)
     add = parser.add_argument
     add("--checkpoint", help="None: the newest BEST checkpoint under --data_folder, or data/")

@@ -34,6 +34,7 @@ def bleu(references, captions):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no common 4-gram: the score is 0 and says so itself
         scores = corpus_bleu(references, captions, NGRAM_WEIGHTS)
+    scores = [score if score > 1e-9 else 0.0 for score in scores]  # nltk's 0 is 1e-231
     length = sum(map(len, captions))
     closest = sum(closest_ref_length(r, len(c)) for r, c in zip(references, captions, strict=True))
     penalty = brevity_penalty(closest, length)

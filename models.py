@@ -206,6 +206,8 @@ def _unknown_encoder(name, known):
 
 
 def _read_state(path):
+    if not Path(path).is_file():
+        raise EncoderError(f"there is no file of weights {path}: check --encoder_weights")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many classes for files that are no state dict

@@ -7,6 +7,7 @@ demo data and trains on that.
 import argparse
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +28,8 @@ from models import OFFLINE_ENCODER, DecoderWithAttention, Encoder, caption_loss
 from utils import UserError
 
 STAGES = ["decoder", "finetune"]
+MODEL_OPTIONS = ["encoder", "encoded_image_size", "gate", "deep_output"]  # a checkpoint has its own
+MODEL_OPTIONS += ["attention_dim", "embed_dim", "decoder_dim"]
 # Learnable in minutes on two cores; the other defaults suit photographs.
 DEMO_DEFAULTS = {
     "encoder": OFFLINE_ENCODER,
@@ -38,10 +41,9 @@ DEMO_DEFAULTS = {
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
+    parser = utils.Parser(
         description=__doc__,
         epilog="Defaults on demo data: " + _as_flags(DEMO_DEFAULTS),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     positive, share = utils.number(int, above=0), utils.number(float, least=0, below=1)
 
@@ -147,8 +149,11 @@ def make_parser():
 
 def _interval(text):
     """An argparse type: ("minutes", n) of "10m", ("steps", n) of "500"."""
-    number = utils.number(int, above=0)
-    return ("minutes", number(text[:-1])) if text.endswith("m") else ("steps", number(text))
+    unit, number = ("minutes", text[:-1]) if text.endswith("m") else ("steps", text)
+    try:
+        return unit, utils.number(int, above=0)(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give minutes as 10m or steps as 500") from None
 
 
 def _as_flags(options):
@@ -206,28 +211,64 @@ def _starting_point(options, base):
         if path is not None or options.overwrite:
             raise UserError("--resume goes without --checkpoint and --overwrite")
         path, checkpoint = utils.newest_whole_checkpoint([newest, best], keys) or (None, None)
-        if checkpoint:
+        if checkpoint is None and (newest.exists() or best.exists()):
+            raise UserError(
+                f"no checkpoint of {base} in {folder} can be continued: start anew with "
+                "--overwrite, or in another --output_folder"
+            )
+        if checkpoint and (checkpoint["stage"], options.stage) != ("decoder", "finetune"):
             print(f"resuming from {path}: {_where(checkpoint)}")
-            return checkpoint
+            return _checked(path, checkpoint, options)
+        path = None
     if path is None and options.stage == "finetune":
         if not best.exists():
             raise UserError(
                 f"--stage finetune starts from a trained decoder, and {best} is missing: "
                 "train with --stage decoder first, or name one with --checkpoint"
             )
-        path = best
+        latest = utils.load_checkpoint(newest if newest.exists() else best, keys)
+        if latest["stage"] == "finetune" and not options.overwrite:
+            raise UserError(
+                f"{folder} holds an earlier fine-tuning of {base}: continue it with --resume, or "
+                "give it up with --overwrite"
+            )
+        checkpoint = _checked(best, utils.load_checkpoint(best, keys), options)
+        log = [record for record in latest["log"] if record["stage"] == "decoder"]
+        return checkpoint | {"log": log}  # with the epochs after the best, too
     own = path is not None and Path(path).resolve().parent == folder.resolve()
     if (newest.exists() or best.exists()) and not own and not options.overwrite:
         raise UserError(
             f"{folder} holds an earlier run on {base}: continue it with --resume, "
             "choose another --output_folder, or give it up with --overwrite"
         )
-    if path is None:
-        return None
-    checkpoint = utils.load_checkpoint(path, keys)
+    return path and _checked(path, utils.load_checkpoint(path, keys), options)
+
+
+def _checked(path, checkpoint, options):
+    """The checkpoint, if its stage may be continued; says which options are not those of its run.
+
+    Raises:
+        UserError: it is past the stage asked for.
+    """
     if options.stage == "decoder" and checkpoint["stage"] != "decoder":
         raise UserError(f"{path} is past stage decoder: continue it with --stage finetune")
+    before, now = checkpoint["options"], _plain(options)
+    fixed = [name for name in MODEL_OPTIONS if now[name] != before[name]]
+    if fixed:
+        print(f"the model is the checkpoint's: {_as_flags({n: before[n] for n in fixed})}")
+    apart = {"checkpoint", "resume", "overwrite", "output_folder", "data_folder", *MODEL_OPTIONS}
+    other = {n: now[n] for n in now if n not in apart and now[n] != before.get(n)}
+    if other:
+        print(f"other options than its run had: {_as_flags(other)}")
     return checkpoint
+
+
+def _plain(options):
+    """The options as numbers and text, by name."""
+    return {
+        name: value if isinstance(value, str | int | float | None) else str(value)
+        for name, value in vars(options).items()
+    }
 
 
 def _where(checkpoint):
@@ -323,7 +364,8 @@ class Trainer:
     def clear(self):
         """Gives up what an earlier run left in the output folder."""
         if distributed.is_main:
-            for path in (self.newest_path, self.best_path, self.log_path):
+            curves = utils.curves_path(self.log_path)
+            for path in (self.newest_path, self.best_path, self.log_path, curves):
                 path.unlink(missing_ok=True)
 
     def resume(self, checkpoint):
@@ -332,6 +374,8 @@ class Trainer:
         Learning rates that differ from the run's own apply from here on, and so does a schedule.
         """
         options, before = self.options, checkpoint["options"]
+        with distributed.main_first():
+            self._adopt_best()
         self.epoch, self.waited = checkpoint["epoch"], checkpoint["epochs_without_improvement"]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         shape = ["schedule", "patience" if options.schedule == "plateau" else "epochs"]
@@ -353,13 +397,23 @@ class Trainer:
         if distributed.is_main:
             self.partial.load(checkpoint["partial"])
             self._write_log()
-            if not self.best_path.exists():  # continued into another folder
-                utils.save_checkpoint(self.best_path, checkpoint)
         if distributed.rank < len(checkpoint["random"]):
             cpu, cuda = checkpoint["random"][distributed.rank]
             torch.set_rng_state(cpu)
             if cuda is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda, self.device)
+
+    def _adopt_best(self):
+        """Brings the best checkpoint along into another folder, or forgets how good it was."""
+        if self.best_path.exists():
+            return
+        source = Path(self.options.checkpoint or self.newest_path)
+        source = utils.checkpoint_path(source.parent, self.base, best=True)
+        if source.exists():
+            with utils.atomic_write(self.best_path) as temporary:
+                shutil.copyfile(source, temporary)
+        else:
+            self.best = -1.0
 
     def _order(self):
         """What the order of the batches follows from, beside the epoch."""
@@ -461,6 +515,7 @@ class Trainer:
             f"{self.stage}: go on from {self.newest_path} with --resume",
             flush=True,
         )
+        distributed.wait()
         sys.exit(128 + signal.Signals[name])
 
     # ------------------------------------------------------------------------------ epochs
@@ -515,8 +570,8 @@ class Trainer:
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {self.step + 1} of epoch {self.epoch + 1}, stage "
-                f"{self.stage}: stopped; continue from the last checkpoint with a lower "
-                "learning rate or --amp off"
+                f"{self.stage}: stopped; go on from the last checkpoint, or start anew, with a "
+                "lower learning rate or --amp off"
             )
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.optimizer.zero_grad(set_to_none=True)
@@ -596,14 +651,13 @@ class Trainer:
         """A checkpoint of this moment; all processes take part, and the main one writes it."""
         random = distributed.collect([self._random_state()])
         partial = self.partial.add_up(self.device)
-        if not distributed.is_main:
-            return
-        options = {
-            name: value if isinstance(value, str | int | float | None) else str(value)
-            for name, value in vars(self.options).items()
-        }
+        if distributed.is_main:
+            self._write(random, partial.state(), improved)
+        distributed.wait()  # none may leave, and end all, while the main one writes
+
+    def _write(self, random, partial, improved):
         checkpoint = {
-            "options": options,
+            "options": _plain(self.options),
             "base": self.base,
             "word_map": self.word_map,
             "encoder_name": self.encoder.name,
@@ -620,7 +674,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "random": random,
             "step": self.step,
-            "partial": partial.state(),
+            "partial": partial,
             "seconds": self.seconds,
             "order": self._order(),
             "log": self.log,

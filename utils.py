@@ -1,10 +1,12 @@
 """What the scripts share: errors a user can mend, files written whole, images, input files."""
 
 import argparse
+import glob
 import io
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import string
@@ -44,6 +46,11 @@ def run(main):
         main()
     except (UserError, EncoderError) as error:
         sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not out_of_memory and "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: the memory is too small: lower --batch_size or the model's sizes")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -66,6 +73,7 @@ def atomic_write(path):
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
+        flush_folder(path.parent)
 
 
 def new_hdf5(path):
@@ -80,8 +88,7 @@ def new_hdf5(path):
 @contextmanager
 def _temporaries(paths, goal):
     """Yields a temporary path beside each path; those not renamed by the end are removed."""
-    # the process's number keeps two of them apart that write the same file
-    temporaries = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
+    temporaries = [temporary_path(path) for path in paths]
     with os_errors_as_user_errors(goal):
         try:
             yield temporaries
@@ -90,10 +97,15 @@ def _temporaries(paths, goal):
                 temporary.unlink(missing_ok=True)
 
 
+def temporary_path(path):
+    """A path beside `path` that no other process takes, of this machine or another."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
 def remove_stale_temporaries(folder):
-    """Removes the temporary files that processes killed while they wrote have left."""
-    for path in Path(folder).glob("*.tmp"):
-        pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ""
+    """Removes what processes of this machine that were killed while they wrote have left."""
+    for path in Path(folder).glob(f"*.{glob.escape(platform.node())}.*.tmp"):
+        pid = path.suffixes[-2][1:]
         if pid.isdecimal() and not _is_running(int(pid)):
             path.unlink(missing_ok=True)
 
@@ -128,6 +140,16 @@ def flush(path):
     """Returns when the file's contents are on the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def flush_folder(path):
+    """Returns when the names in the folder are on the disk, where the system can tell."""
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def make_folder(path):
@@ -696,6 +718,16 @@ def has_fast_bfloat16(device):
     return device.type == "cpu" and supported()
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows the defaults, and answers a wrong option with one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
 def add_device_options(parser):
     """Where and how precisely to compute, for every script."""
     add = parser.add_argument
@@ -725,7 +757,7 @@ def add_decoding_options(parser):
     add("--max_len", type=number(int, above=0), default=50, help="words of a caption, at most")
     add(
         "--length_penalty",
-        type=number(float, least=0),
+        type=number(float, least=0, below=10),
         default=0.0,
         help="α: captions are compared by log p / length^α",
     )
@@ -743,6 +775,8 @@ def number(kind, above=None, least=None, below=None):
 
     def parse(text):
         value = kind(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
         if above is not None and not value > above:
             raise argparse.ArgumentTypeError(f"{text} is not above {above}")
         if least is not None and not value >= least:
@@ -758,8 +792,13 @@ def number(kind, above=None, least=None, below=None):
 # ------------------------------------------------------------------------------------ pictures
 
 
+def curves_path(log_path):
+    """Path of a log's curves: `log_….jsonl` to `curves_….png`."""
+    return log_path.with_name(log_path.stem.replace("log_", "curves_", 1) + ".png")
+
+
 def draw_curves(log_path):
-    """Draws a training log as a PNG beside it: `log_….jsonl` to `curves_….png`.
+    """Draws a training log as a PNG beside it, at `curves_path`.
 
     The log holds JSON lines, one an epoch, with `stage`, `loss`, `val_loss`, `bleu1` to `bleu4`
     (0 to 1) and `lr`; epochs of stage "finetune" that follow others are shaded.
@@ -782,8 +821,7 @@ def draw_curves(log_path):
     _plot(rate, records, "learning rate (10⁻⁴)", {"decoder": "lr"}, scale=1e4)
     for axes in (bleu, rate):
         axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
-    path = log_path.with_name(log_path.stem.replace("log_", "curves_", 1) + ".png")
-    with atomic_write(path) as temporary:
+    with atomic_write(curves_path(log_path)) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 

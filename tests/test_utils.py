@@ -512,8 +512,9 @@ def test_drawing_touches_nothing_shared(tmp_path, monkeypatch):
 def test_temporaries_of_dead_processes_are_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    mine, stale = tmp_path / f"a.json.{os.getpid()}.tmp", tmp_path / f"a.json.{dead.pid}.tmp"
-    others = [tmp_path / name for name in ("a.json", "notes.tmp", "a.json.x.tmp")]
+    mine = utils.temporary_path(tmp_path / "a.json")
+    stale = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{dead.pid}."))
+    others = [tmp_path / n for n in ("a.json", "notes.tmp", f"a.json.elsewhere.{dead.pid}.tmp")]
     for path in (mine, stale, *others):
         path.touch()
     utils.remove_stale_temporaries(tmp_path)
