@@ -70,6 +70,31 @@ def test_a_run_goes_on_in_another_folder_with_another_learning_rate(tiny_data, t
     assert {path: path.read_bytes() for path in first.iterdir()} == before
 
 
+def test_resuming_names_what_it_takes_and_what_it_cannot(tiny_data, tmp_path):
+    _, base = tiny_data
+    rates(tiny_data, tmp_path, "--epochs", 1)
+    found, printed = rates(
+        tiny_data, tmp_path, "--epochs", 2, "--resume", "--decoder_dim", 9, "--alpha_c", 0.5
+    )
+    assert len(found) == 2
+    assert "the model is the checkpoint's: --decoder_dim 8" in printed
+    (line,) = [line for line in printed.splitlines() if "other options than its run had" in line]
+    assert line.endswith(": --epochs 2 --alpha_c 0.5")
+
+    folder = ["--data_folder", tiny_data[0], "--output_folder", tmp_path]
+    newest, best = (utils.checkpoint_path(tmp_path, base, best=best) for best in (False, True))
+    torch.save(utils.load_checkpoint(newest) | {"stage": "finetune"}, newest)
+    process = run_here("train.py", *folder, "--resume", "--stage", "decoder")
+    assert "past stage decoder" in process.stderr
+    process = run_here("train.py", *folder, "--stage", "finetune")
+    assert "earlier fine-tuning" in process.stderr
+    for path in (newest, best):
+        path.write_bytes(path.read_bytes()[:1000])
+    process = run_here("train.py", *folder, "--resume")
+    assert process.stderr.count("passed over") == 2
+    assert "--overwrite" in process.stderr.splitlines()[-1]
+
+
 # Runs train.py, and sends itself a signal at an event: before an update or the writing, flushing
 # or renaming of any file, each counted.
 DISTURBED = """
@@ -163,8 +188,9 @@ def test_a_run_killed_at_random_moments_ends_as_one_never_stopped(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_a_checkpoint(number, undisturbed, tiny_data, tmp_path):
-    process = disturb(undisturbed, tmp_path, number, 7)
+    process = disturb(undisturbed, tmp_path, number, 3)
     assert process.returncode == 128 + number, process.stderr
+    assert not list((tmp_path / "run").glob("BEST*")), "nothing is best before it is validated"
     assert f"stopped by {number.name}" in process.stdout
     assert "--resume" in process.stdout.splitlines()[-1]
     assert "Traceback" not in process.stderr
