@@ -30,13 +30,14 @@ from utils import UserError
 STAGES = ["decoder", "finetune"]
 MODEL_OPTIONS = ["encoder", "encoded_image_size", "gate", "deep_output"]  # a checkpoint has its own
 MODEL_OPTIONS += ["attention_dim", "embed_dim", "decoder_dim"]
-# Learnable in minutes on two cores; the other defaults suit photographs.
+# Learnable in minutes on two cores; the other defaults suit photographs and a grid of 14×14.
 DEMO_DEFAULTS = {
     "encoder": OFFLINE_ENCODER,
     "encoded_image_size": 8,
     "stage": "decoder",
     "epochs": 8,
     "decoder_lr": 1e-3,
+    "alpha_c": 0.1,
 }
 
 
