@@ -1,9 +1,10 @@
-# make demo: everything from a fresh machine to a captioned picture. make test: the test suite.
+# make demo: everything from a fresh machine to a captioned picture. make test: the test suite;
+# make test-slow: the tests that take minutes.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 DEMO := demo_5_cap_per_img_5_min_word_freq
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/ready
 	$(PYTHON) create_input_files.py --dataset demo
@@ -13,7 +14,10 @@ demo: $(VENV)/ready
 		--img data/demo/images/test_0000[0-5].jpg
 
 test: $(VENV)/ready
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(PYTHON) -m pytest -m slow
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
