@@ -353,7 +353,7 @@ class Trainer:
         if stage == "finetune":
             tuned = [p for p in self.encoder.parameters() if p.requires_grad]
             groups.append({"params": tuned, "lr": options.encoder_lr})
-        self.optimizer = torch.optim.Adam(groups)
+        self.optimizer = torch.optim.Adam(groups, fused=True)
         if options.schedule == "cosine":
             self.schedule = CosineAnnealingLR(self.optimizer, options.epochs)
         else:

@@ -616,7 +616,8 @@ class Model:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
     def encode_ahead(self, batches):
-        """`Encoder.features` of batches of images, each computed while the one before is in use.
+        """`Encoder.features` of batches of images: on CUDA each computed while the one before it
+        is in use; on a CPU, whose cores are busy either way, when it is asked for.
 
         Args:
             batches: uint8 (n, 3, S, S) each.
@@ -624,20 +625,27 @@ class Model:
         Yields:
             (n, g, g, D) in the compute precision, on the model's device.
         """
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
         @torch.inference_mode()
         def encode(images):
-            with torch.cuda.stream(stream), self.autocast():
-                features = self.encoder.features(images.to(self.device, non_blocking=True))
-            if stream:
-                stream.synchronize()
+            with self.autocast():
+                return self.encoder.features(images.to(self.device, non_blocking=True))
+
+        if self.device.type != "cuda":
+            yield from map(encode, batches)
+            return
+        stream = torch.cuda.Stream(self.device)
+
+        def encode_aside(images):
+            with torch.cuda.stream(stream):
+                features = encode(images)
+            stream.synchronize()
             return features
 
         with ThreadPoolExecutor(1) as pool:
             ahead = deque()
             for images in batches:
-                ahead.append(pool.submit(encode, images))
+                ahead.append(pool.submit(encode_aside, images))
                 if len(ahead) == 2:
                     yield ahead.popleft().result()
             yield from (future.result() for future in ahead)
