@@ -291,8 +291,9 @@ def decoder_step(options):
 def stage1_epoch(options):
     """An epoch of stage 1, after the first, over 64 images with 5 captions, from their files."""
     scene = Scene(options, images=64)
-    adam = partial(torch.optim.Adam, scene.decoder.parameters(), 4e-4)
-    optimizer, textbook_optimizer = adam(fused=True), adam()
+    parameters = list(scene.decoder.parameters())
+    optimizer = torch.optim.Adam(parameters, 4e-4, fused=True)
+    textbook_optimizer = torch.optim.Adam(parameters, 4e-4)
 
     with tempfile.TemporaryDirectory() as folder:
         write_input_files(scene, folder)
