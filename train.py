@@ -353,6 +353,7 @@ class Trainer:
         if stage == "finetune":
             tuned = [p for p in self.encoder.parameters() if p.requires_grad]
             groups.append({"params": tuned, "lr": options.encoder_lr})
+        self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         if options.schedule == "cosine":
             self.schedule = CosineAnnealingLR(self.optimizer, options.epochs)
@@ -574,11 +575,10 @@ class Trainer:
                 f"{self.stage}: stopped; go on from the last checkpoint, or start anew, with a "
                 "lower learning rate or --amp off"
             )
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        distributed.add_up_gradients(parameters)
-        nn.utils.clip_grad_value_(parameters, self.options.grad_clip)
+        distributed.add_up_gradients(self.parameters)
+        nn.utils.clip_grad_value_(self.parameters, self.options.grad_clip)
         self.optimizer.step()
         self.partial.add(words, loss=value, top5=top5)
         self.step += 1
