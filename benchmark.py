@@ -20,6 +20,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -28,8 +29,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import decoding
 import utils
@@ -45,6 +48,17 @@ BEAM = 5
 
 
 # ------------------------------------------------------------------------------------ textbook
+
+
+def textbook_encode(encoder, images):
+    """Annotation vectors (n, L, D) of uint8 images (n, 3, S, S)."""
+    features = encoder.resnet((images / 255 - encoder.mean) / encoder.std)
+    return textbook_pool(features)
+
+
+def textbook_pool(features):
+    """Annotation vectors (n, L, D) from (n, D, g, g)."""
+    return F.adaptive_avg_pool2d(features, SIZE).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def textbook_attention(attention, encoder_out, h):
@@ -174,8 +188,7 @@ class Scene:
 
     def pooled(self, features):
         """The textbook's annotation vectors (n, L, D), from (n, g, g, D)."""
-        pooled = F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), SIZE)
-        return pooled.permute(0, 2, 3, 1).flatten(1, 2)
+        return textbook_pool(features.permute(0, 3, 1, 2))
 
     def ours(self, features, amp=False):
         with self.autocast(amp):
@@ -225,13 +238,13 @@ def check_equal(scene):
 
 @dataclass
 class Row:
-    """A line of the table; times in seconds, `flops` those of ours."""
+    """A line of the table; times in seconds, `work` that of ours."""
 
     name: str
     target: float | None
     textbook: float
     ours: float
-    flops: float = 0.0
+    work: "Work | None" = None
     amp: bool = False
 
     @property
@@ -239,8 +252,9 @@ class Row:
         return self.textbook / self.ours
 
 
-def alternate(device, rounds, *functions):
-    """Median seconds of each function, called in turn `rounds` times after a call unmeasured."""
+def alternate(device, rounds, *functions, best=False):
+    """Median seconds of each function, or the fewest, called in turn `rounds` times after a call
+    unmeasured."""
     seconds = [[] for _ in functions]
     for i in range(rounds + 1):
         for function, times in zip(functions, seconds, strict=True):
@@ -250,7 +264,7 @@ def alternate(device, rounds, *functions):
             synchronize(device)
             if i:
                 times.append(time.perf_counter() - started)
-    return [statistics.median(times) for times in seconds]
+    return [min(times) if best else statistics.median(times) for times in seconds]
 
 
 def synchronize(device):
@@ -258,17 +272,68 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def count_flops(function):
-    with FlopCounterMode(display=False) as counter:
+class Work(NamedTuple):
+    """What a function has the device do."""
+
+    flops: float  # of matrix products and convolutions
+    bytes: float  # that all other operations read and write
+
+    def of_each(self, count):
+        return Work(self.flops / count, self.bytes / count)
+
+
+class Speeds(NamedTuple):
+    """What the device can do in a second."""
+
+    flops: dict[bool, float]  # by amp: in bfloat16, and in float32
+    bytes: float
+
+    def limit(self, work, amp):
+        """Seconds that the work takes at these speeds, one operation after the other: a roofline.
+
+        Kernels that fuse element-wise operations would move fewer bytes.
+        """
+        return work.flops / self.flops[amp] + work.bytes / self.bytes
+
+
+def count_work(function):
+    """The `Work` of function()."""
+    with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
         function()
-    return counter.get_total_flops()
+    return Work(counter.get_total_flops(), traffic.bytes)
 
 
-def peak_flops(device, dtype):
-    """Floating point operations a second of a large matrix product: the best of ten."""
-    a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
-    seconds = min(alternate(device, 1, lambda: a @ b)[0] for _ in range(10))
-    return 2 * 4096**3 / seconds
+class _Traffic(TorchDispatchMode):
+    """Counts the bytes that operations other than matrix products read and write."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        packet = function.overloadpacket
+        name = packet.__name__
+        if not (function.is_view or packet in flop_registry or name.startswith(("empty", "new_e"))):
+            leaves = tree_leaves((args, kwargs, result))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            if name.startswith(("index", "gather", "scatter")) or name == "embedding":
+                # touches as much of the large tensor as the small one has
+                self.bytes += 3 * min(t.nbytes for t in tensors if t.is_floating_point())
+            else:
+                self.bytes += sum(t.nbytes for t in tensors)
+        return result
+
+
+def measure_speeds(options):
+    """`Speeds`: the best of ten large matrix products, and of ten sums of tensors in the cache."""
+    device, flops = options.device, {}
+    for amp in {False, options.amp}:
+        dtype = torch.bfloat16 if amp else torch.float32
+        a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
+        flops[amp] = 2 * 4096**3 / alternate(device, 10, partial(torch.mm, a, b), best=True)[0]
+    size = 2**28 if device.type == "cuda" else 2**18
+    a, b, out = (torch.zeros(size, device=device) for _ in range(3))
+    [seconds] = alternate(device, 100, partial(torch.add, a, b, out=out), best=True)
+    return Speeds(flops, 12 * size / seconds)
 
 
 # ---------------------------------------------------------------------------------- benchmarks
@@ -285,7 +350,7 @@ def decoder_step(options):
         ours = partial(scene.step, lambda amp=amp: scene.ours(scene.features, amp))
         seconds = alternate(options.device, options.rounds, textbook, ours)
         name = f"decoder training step, {'bfloat16' if amp else 'float32'}"
-        yield Row(name, target, *seconds, count_flops(ours), amp)
+        yield Row(name, target, *seconds, count_work(ours), amp)
 
 
 def stage1_epoch(options):
@@ -323,17 +388,20 @@ def stage1_epoch(options):
                 captions = torch.stack([c[k] for (_, c, _), k in rows]).to(options.device)
                 lengths = torch.stack([n[k] for (*_, n), k in rows])
                 with torch.no_grad():
-                    encoder_out = scene.encoder(batch).flatten(1, 2)
+                    encoder_out = textbook_encode(scene.encoder, batch)
                 textbook_loss(scene.decoder, encoder_out, captions, lengths).backward()
                 textbook_optimizer.step()
 
         seconds = alternate(options.device, options.slow_rounds, textbook, ours)
-        yield Row("stage-1 epoch after the first", 50, *seconds, count_flops(ours), options.amp)
+        yield Row("stage-1 epoch after the first", 50, *seconds, count_work(ours), options.amp)
 
 
 def finetuning_step(options):
     """A training step of encoder and decoder: 30 captions of 6 images."""
     scene = Scene(options, images=6)
+    with torch.no_grad():
+        ours, theirs = scene.encoder(scene.images), textbook_encode(scene.encoder, scene.images)
+        torch.testing.assert_close(ours.flatten(1, 2), theirs, rtol=1e-3, atol=1e-3)
     scene.encoder.fine_tune(True)
 
     def ours(amp=options.amp):
@@ -342,13 +410,13 @@ def finetuning_step(options):
         return scene.ours(features, amp)
 
     def textbook():
-        encoder_out = scene.encoder(scene.rows(scene.images)).flatten(1, 2)
+        encoder_out = textbook_encode(scene.encoder, scene.rows(scene.images))
         return textbook_loss(scene.decoder, encoder_out, scene.captions, scene.lengths)
 
     textbook_step, ours_step = partial(scene.step, textbook), partial(scene.step, ours)
     scene.encoder.to(memory_format=torch.channels_last)
     seconds = alternate(options.device, options.slow_rounds, textbook_step, ours_step)
-    yield Row("fine-tuning step", 4, *seconds, count_flops(ours_step), options.amp)
+    yield Row("fine-tuning step", 4, *seconds, count_work(ours_step), options.amp)
 
 
 def search_sides(scene, options, few):
@@ -384,7 +452,7 @@ def evaluation(options):
     def textbook_from_photographs():
         for image in scene.images[:few]:
             with torch.no_grad():
-                encoder_out = scene.encoder(image[None]).flatten(1, 2)
+                encoder_out = textbook_encode(scene.encoder, image[None])
             textbook_beam_search(scene.decoder, encoder_out, scene.word_map, BEAM, WORDS)
 
     model = utils.Model(
@@ -403,8 +471,8 @@ def evaluation(options):
     ):
         seconds = alternate(options.device, options.rounds, *sides)
         name = f"beam-5 evaluation from {source}, an image"
-        flops = count_flops(sides[1]) / count
-        yield Row(name, target, seconds[0] / few, seconds[1] / count, flops, options.amp)
+        work = count_work(sides[1]).of_each(count)
+        yield Row(name, target, seconds[0] / few, seconds[1] / count, work, options.amp)
 
 
 def input_files(options):
@@ -514,32 +582,35 @@ def growth(options):
 # -------------------------------------------------------------------------------------- report
 
 
-def describe(options, peaks, rows, memory):
+def describe(options, speeds, rows, memory):
     """The table in Markdown, and what it was measured on."""
     device = (
         torch.cuda.get_device_name(options.device)
         if options.device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads"
     )
-    speeds = ", ".join(
-        f"{peak / 1e9:,.0f} GFLOP/s in {'bfloat16' if amp else 'float32'}"
-        for amp, peak in peaks.items()
+    products = ", ".join(
+        f"{flops / 1e9:,.0f} GFLOP/s in {'bfloat16' if amp else 'float32'}"
+        for amp, flops in speeds.flops.items()
     )
     lines = [
-        f"{options.geometry} geometry, {device}, PyTorch {torch.__version__}; "
-        f"a large matrix product runs at {speeds}.",
+        f"{options.geometry} geometry, {device}, PyTorch {torch.__version__}; large products "
+        f"of matrices run at {products}, sums of tensors at {speeds.bytes / 1e9:,.0f} GB/s.",
         "",
-        "| | textbook / ours | at least | share of the matrix product's speed |",
-        "| --- | ---: | ---: | ---: |",
+        "| | textbook / ours | at least | of the matrix products' speed | of the roofline |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        share = f"{row.flops / row.ours / peaks[row.amp]:.0%}" if row.flops else ""
+        shares = "| | |"
+        if row.work:
+            product = row.work.flops / speeds.flops[row.amp] / row.ours
+            shares = f"| {product:.0%} | {speeds.limit(row.work, row.amp) / row.ours:.0%} |"
         target = f"{row.target}×" if row.target else ""
-        lines.append(f"| {row.name} | {row.ratio:.1f}× | {target} | {share} |")
+        lines.append(f"| {row.name} | {row.ratio:.1f}× | {target} {shares}")
     textbook, ours = memory
     lines.append(
         f"| peak memory of a training step, {textbook / 2**20:.0f} / {ours / 2**20:.0f} MiB "
-        f"| {textbook / ours:.1f}× | 3× | |"
+        f"| {textbook / ours:.1f}× | 3× | | |"
     )
     return "\n".join(lines)
 
@@ -596,17 +667,14 @@ def parse_arguments():
 def main():
     options = parse_arguments()
     folder = utils.make_folder(options.output_folder)
-    peaks = {
-        amp: peak_flops(options.device, torch.bfloat16 if amp else torch.float32)
-        for amp in {False, options.amp}
-    }
+    speeds = measure_speeds(options)
     rows = []
     for benchmark in (decoder_step, stage1_epoch, finetuning_step, evaluation, input_files):
         for row in benchmark(options):
             print(f"{row.name}: {row.ratio:.1f}×", flush=True)
             rows.append(row)
     memory, grown = peak_memory(options), growth(options)
-    report = describe(options, peaks, rows, memory)
+    report = describe(options, speeds, rows, memory)
     print(report)
     with utils.atomic_write(folder / f"benchmark_{options.geometry}.md") as temporary:
         temporary.write_text(report + "\n", encoding="utf-8")

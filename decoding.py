@@ -114,7 +114,7 @@ def beam_search(
         scores, alphas, state = decoder.step(words.flatten(), state, memory)
         # a beam's own k likeliest words hold all that its image may keep
         width = min(k, scores.shape[1])
-        likeliest, likely_words = allow(scores, step).topk(width)
+        likeliest, likely_words = allow.likeliest(width, scores, step)
         candidates = log_probs.unsqueeze(2) + likeliest.view(len(active), k, width)
         log_probs, chosen = candidates.flatten(1).topk(k)
         parents, words = chosen // width, likely_words.view(len(active), -1).gather(1, chosen)
@@ -196,6 +196,8 @@ class _History:
 class _Allow:
     """log p (n, V) float32 of scores, -inf for the words that may not come at a step."""
 
+    ROWS = 32  # whose scores a CPU's cache holds
+
     def __init__(self, word_map, max_length, device):
         never, end = [word_map[word] for word in ("<pad>", "<start>", "<unk>")], word_map["<end>"]
         self.never = torch.tensor(never, device=device)
@@ -209,6 +211,12 @@ class _Allow:
             log_probs.fill_(-torch.inf)[:, self.end] = end
             return log_probs
         return log_probs.index_fill_(1, self.never if step else self.never_first, -torch.inf)
+
+    def likeliest(self, k, scores, step):
+        """The k greatest log p of each row and their words, (n, k) each."""
+        rows = self.ROWS if scores.device.type == "cpu" else len(scores)
+        parts = [self(part, step).topk(k) for part in scores.split(rows)]
+        return (torch.cat(values) for values in zip(*parts, strict=True))
 
 
 def _captions(words, alphas, log_probs, end):

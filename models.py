@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.utils.checkpoint import checkpoint
 
 OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # needs no download: a package carries its weights
 
@@ -53,6 +52,8 @@ class Encoder(nn.Module):
             cannot be had.
     """
 
+    CACHED = 4  # images whose feature maps a CPU's cache holds: more at a time take twice as long
+
     def __init__(self, name="resnet101", encoded_image_size=14, weights="DEFAULT"):
         super().__init__()
         self.name = name
@@ -75,6 +76,8 @@ class Encoder(nn.Module):
         Returns:
             (N, g, g, D) in the compute precision: 8×8×2048 from ResNet-101 and 256×256 pixels.
         """
+        if images.device.type == "cpu" and len(images) > self.CACHED:
+            return torch.cat([self.features(part) for part in images.split(self.CACHED)])
         images = images / 255 if images.dtype == torch.uint8 else images
         images = (images - self.mean) / self.std
         features = self.resnet(images.contiguous(memory_format=torch.channels_last))
@@ -575,7 +578,8 @@ class DecoderWithAttention(nn.Module):
             alphas.append(F.pad(alpha, (0, 0, 0, len(slots) - n)))
         for values in (hidden_inputs, context_inputs, hs, contexts):
             values.append(values[0].new_zeros(filler, values[0].shape[1]))
-        scores = self._scores(torch.cat(hs), torch.cat(contexts), words)[:rows]
+        scores = self._scores(torch.cat(hs), torch.cat(contexts), words)
+        scores, _ = scores.split([rows, filler])
         alphas = torch.stack(alphas, dim=1)[inputs.unsorted_indices]
         return inputs._replace(data=scores), targets, alphas
 
@@ -606,8 +610,12 @@ class DecoderWithAttention(nn.Module):
         """The recurrence, on n rows: next state, gated context β_t ẑ_t (n, D), alphas (n, L)."""
         hidden = state.h.to(memory.recurrent_weight.dtype)
         recurrent = F.linear(hidden, memory.recurrent_weight) + offset
-        attention_dim, gate_dim = memory.annotations.projected.shape[2], self.f_beta.out_features
-        gates, query, beta = recurrent.tensor_split([-attention_dim - gate_dim, -gate_dim], dim=1)
+        widths = [
+            4 * self.decode_step.hidden_size,
+            memory.annotations.projected.shape[2],
+            self.f_beta.out_features,
+        ]
+        gates, query, beta = recurrent.split(widths, dim=1)
         context, alphas = self.attention(memory.annotations, query, slots, per_image)
         context = torch.sigmoid(beta) * context
         gates = gates + F.linear(context, memory.context_weight)
@@ -636,23 +644,41 @@ def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0, size
         scalar float32: the mean over the real words, plus the regularisation.
     """
     words, captions = (len(targets.data), len(alphas)) if sizes is None else sizes
-    missed = sum(
-        checkpoint(_missed, *part, label_smoothing, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(scores.data.split(PART), targets.data.split(PART), strict=True)
-    )
+    missed = _Missed.apply(scores.data, targets.data, label_smoothing)
     uneven = ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1).sum()
     return missed / words + alpha_c * uneven / captions
 
 
-# rows of scores that become float32 at a time: all of them would be the largest tensor of a step
-PART = 256
+class _Missed(torch.autograd.Function):
+    """Σ -log p of the targets, in float32, with its gradient p - target made on the way.
 
+    Some rows at a time, as all of them in float32 would be the largest tensor of a step.
+    """
 
-def _missed(scores, targets, label_smoothing):
-    """Σ -log p of the targets, computed in float32."""
-    return F.cross_entropy(
-        scores.float(), targets, label_smoothing=label_smoothing, reduction="sum"
-    )
+    ROWS = 256
+
+    @staticmethod
+    def forward(ctx, scores, targets, label_smoothing):
+        missed = scores.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(scores)
+        even = label_smoothing / scores.shape[1]  # the target of the words that are not meant
+        parts = (tensor.split(_Missed.ROWS) for tensor in (scores, targets.unsqueeze(1), gradient))
+        for score, target, grad in zip(*parts, strict=True):
+            log_p = score.log_softmax(dim=1, dtype=torch.float32)
+            missed -= (1 - label_smoothing) * log_p.gather(1, target).sum()
+            if even:
+                missed -= even * log_p.sum()
+            p = log_p.exp_().sub_(even) if even else log_p.exp_()
+            grad.copy_(p.scatter_add_(1, target, torch.full_like(p[:, :1], label_smoothing - 1)))
+        ctx.save_for_backward(gradient)
+        return missed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        # in place: a second pass through would raise an error
+        return gradient.mul_(grad), None, None
 
 
 def _pack(sequences: Tensor, lengths: Tensor) -> PackedSequence:

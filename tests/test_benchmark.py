@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import benchmark
-from benchmark import Row, Scene
+from benchmark import Row, Scene, Speeds, Work
 
 OPTIONS = argparse.Namespace(
     geometry="lite2", device=torch.device("cpu"), amp=False, rounds=1, slow_rounds=1
@@ -45,12 +45,24 @@ def test_alternate_gives_the_medians_of_calls_in_turn():
     assert found == [(1 + 5) / 2, (8 + 6) / 2]
 
 
+def test_work_is_products_flops_and_the_others_bytes():
+    a, b, rows = torch.ones(4, 6), torch.ones(6, 8), torch.tensor([1, 1, 2])
+
+    def work():
+        product = a @ b  # 2·4·6·8
+        total = product + 1  # reads and writes 4·8 numbers
+        total.relu_()  # likewise
+        total.index_select(0, rows).view(-1)  # 3 of its rows, thrice
+
+    assert benchmark.count_work(work) == (2 * 4 * 6 * 8, 4 * (2 * 32 + 2 * 32 + 3 * 24))
+
+
 def test_the_report_holds_ratios_goals_and_shares(tmp_path):
-    rows = [Row("a step", 8, 6.0, 0.5, flops=5e9), Row("files", None, 3.0, 2.0)]
-    text = benchmark.describe(OPTIONS, {False: 1e11}, rows, (3 * 2**20, 2**20))
-    assert "| a step | 12.0× | 8× | 10% |" in text
-    assert "| files | 1.5× |  |  |" in text
-    assert "3 / 1 MiB | 3.0× | 3× | |" in text
+    rows = [Row("a step", 8, 6.0, 0.5, Work(5e9, 1e9)), Row("files", None, 3.0, 2.0)]
+    text = benchmark.describe(OPTIONS, Speeds({False: 1e11}, 1e10), rows, (3 * 2**20, 2**20))
+    assert "| a step | 12.0× | 8× | 10% | 30% |" in text
+    assert "| files | 1.5× |  | | |" in text
+    assert "3 / 1 MiB | 3.0× | 3× | | |" in text
     grown = {axis: ([1, 2], [(2.0, 1.0), (4.0, 1.5)]) for axis in "abcd"}
     benchmark.draw(rows, grown).savefig(tmp_path / "benchmark.png", dpi=110)
     with Image.open(tmp_path / "benchmark.png") as image:
