@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import checkpoints
 import decoding
 import utils
 from utils import UserError
@@ -33,8 +34,8 @@ def parse_arguments():
 def main():
     options = parse_arguments()
     paths = find_images(options.img)
-    path = options.model or utils.newest_best_checkpoint("data")
-    model = utils.load_model(path, options.device, options.amp, options.word_map)
+    path = options.model or checkpoints.newest_best_checkpoint("data")
+    model = checkpoints.load_model(path, options.device, options.amp, options.word_map)
     utils.check_beam_size(options.beam_size, model.word_map)
     pictures = name_pictures(paths, utils.make_folder(options.output_folder))
 

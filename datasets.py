@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -68,7 +69,8 @@ class CaptionDataset(Dataset):
 
     def __init__(self, data_folder, base, split, features=None, seed=0):
         self.base, self.seed, self.from_features = base, seed, features is not None
-        images = open_hdf5(utils.input_path(data_folder, base, "IMAGES", split), "images").shape
+        self.path = features or utils.input_path(data_folder, base, "IMAGES", split)
+        images = open_images(utils.input_path(data_folder, base, "IMAGES", split)).shape
         self.image_size = images[-1]
         captions = _read_numbers(utils.input_path(data_folder, base, "CAPTIONS", split), 2)
         lengths = _read_numbers(utils.input_path(data_folder, base, "CAPLENS", split), 1)
@@ -91,7 +93,6 @@ class CaptionDataset(Dataset):
             )
         self.captions = captions.view(images[0], -1, captions.shape[1])
         self.lengths = lengths.view(images[0], -1)
-        self.path = features or utils.input_path(data_folder, base, "IMAGES", split)
         self._data = None
 
     def __len__(self):
@@ -102,9 +103,9 @@ class CaptionDataset(Dataset):
         if self._data is None:  # here, not in __init__: each worker process opens its own
             self._data = open_hdf5(self.path, "features" if self.from_features else "images")
         if self.from_features:
-            source = torch.from_numpy(self._data[i, view])
+            source = torch.from_numpy(_read(self._data, (i, view)))
         else:
-            source = make_view(torch.from_numpy(self._data[i]), view, (self.seed, i))
+            source = make_view(torch.from_numpy(_read(self._data, i)), view, (self.seed, i))
         return source, self.captions[i], self.lengths[i]
 
 
@@ -166,16 +167,45 @@ def open_hdf5(path, name):
     if not Path(path).exists():
         raise UserError(f"{path} is missing: run create_input_files.py")
     try:
-        return h5py.File(path, "r")[name]
-    except (OSError, KeyError) as error:
+        data = h5py.File(path, "r")[name]
+        if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
+            raise TypeError(f"{name} is no data set of its own")
+        if math.prod(data.chunks or ()) * data.dtype.itemsize > MAX_CHUNK:
+            raise ValueError("its chunks are too large")
+    except Exception as error:  # on damaged files h5py raises nearly anything
         raise UserError(f"{path} is damaged ({error}): make it again") from error
+    return data
+
+
+MAX_CHUNK = 2**28  # bytes, all of which reading one item may take
+
+
+def open_images(path):
+    """The images of an input file, uint8 (I, 3, S, S), opened. Raises UserError."""
+    images = open_hdf5(path, "images")
+    shape = images.shape
+    if images.dtype != "uint8" or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise UserError(f"{path} holds no square images: run create_input_files.py again")
+    if not 0 < math.prod(shape[1:]) <= MAX_CHUNK:
+        raise UserError(f"{path} holds images of {shape[2]} × {shape[3]} pixels: make it again")
+    return images
+
+
+def _read(data, index):
+    """Values of an HDF5 data set. Raises UserError where they are damaged."""
+    try:
+        return data[index]
+    except Exception as error:  # as in open_hdf5
+        raise UserError(
+            f"{data.file.filename} is damaged at {index} ({error}): make it again"
+        ) from error
 
 
 def _read_numbers(path, dimensions):
     """The whole numbers of a JSON file, int64. Raises UserError if it holds something else."""
     try:
         numbers = torch.tensor(utils.read_json(path))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path} does not hold lists of numbers of equal length") from error
     if numbers.dtype != torch.int64 or numbers.dim() != dimensions:
         raise UserError(f"{path} does not hold whole numbers in {dimensions} dimensions")
@@ -184,11 +214,27 @@ def _read_numbers(path, dimensions):
 
 def _read_references(path):
     references = utils.read_json(path)
-    if not isinstance(references, list) or not all(
-        isinstance(r, dict) and {"filename", "id", "captions"} <= r.keys() for r in references
-    ):
+    if not isinstance(references, list) or not all(map(_is_reference, references)):
         raise UserError(f"{path} is no list of file names, ids and captions")
     return references
+
+
+def _is_reference(value):
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("filename"), str)
+        and isinstance(value.get("id"), int | str)
+        and isinstance(value.get("captions"), list)
+        and all(isinstance(caption, str) for caption in value["captions"])
+        and _are_boxes(value.get("boxes", {}))
+    )
+
+
+def _are_boxes(value):
+    return isinstance(value, dict) and all(
+        isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
+        for box in value.values()
+    )
 
 
 # ------------------------------------------------------------------------------------ views
@@ -234,7 +280,7 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
         UserError: the file cannot be written, or another process is at it.
     """
     images = utils.input_path(data_folder, base, "IMAGES", split)
-    count, *_, side = open_hdf5(images, "images").shape
+    count, *_, side = open_images(images).shape
     key = _features_key(encoder, images, views, seed, amp)
     path = Path(data_folder) / f"{split}_FEATURES_{base}_{key}.hdf5"
     if path.exists():
@@ -286,12 +332,12 @@ def _allocate(path, shape):
 @torch.inference_mode()
 def _fill(path, encoder, images, seed, amp, batch_size):
     device = encoder.mean.device
-    source = open_hdf5(images, "images")
+    source = open_images(images)
     with h5py.File(path, "r+") as file, torch.autocast(device.type, torch.bfloat16, enabled=amp):
         features, done = file["features"], int(file["done"][()])
         bar = utils.progress(total=len(source), initial=done, desc="features", unit="image")
         for start in range(done, len(source), batch_size):
-            batch = torch.from_numpy(source[start : start + batch_size])
+            batch = torch.from_numpy(_read(source, slice(start, start + batch_size)))
             for view in range(features.shape[1]):
                 seen = [make_view(image, view, (seed, start + i)) for i, image in enumerate(batch)]
                 out = encoder.features(torch.stack(seen).to(device))

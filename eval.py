@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+import checkpoints
 import decoding
 import demo
 import distributed
 import metrics
+import provenance
 import utils
 from datasets import CaptionDataset, find_data, read_word_map
 from utils import UserError
@@ -20,6 +22,7 @@ def parse_arguments():
     positive = utils.number(int, above=0)
     add = parser.add_argument
     add("--checkpoint", help="None: the newest BEST checkpoint under --data_folder, or data/")
+    add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
     add("--data_folder", help="with the input files; None: the one that the model was trained on")
     add("--split", choices=["test", "val"], default="test")
     add("--beam_size", type=positive, nargs="+", default=[5], help="one, or several to compare")
@@ -39,8 +42,10 @@ def main():
 
 
 def evaluate(options):
-    path = Path(options.checkpoint or utils.newest_best_checkpoint(options.data_folder or "data"))
-    model = utils.load_model(path, options.device, options.amp)
+    path = Path(
+        options.checkpoint or checkpoints.newest_best_checkpoint(options.data_folder or "data")
+    )
+    model = checkpoints.load_model(path, options.device, options.amp, options.word_map)
     utils.check_beam_size(max(options.beam_size), model.word_map)
     data = open_split(path, model, options)
     folder = utils.make_folder(options.results_folder or path.parent)
@@ -50,6 +55,8 @@ def evaluate(options):
         return
     references = [reference["captions"] for reference in data.references]
     print(f"{path}, stage {model.checkpoint['stage']}, epoch {model.checkpoint['epoch']}")
+    for line in provenance.lines(model.checkpoint.get("records", [])):
+        print(line)
     print(
         f"{data.base}, {options.split}: {len(data)} images; nltk corpus_bleu against all human "
         f"captions; length penalty {options.length_penalty:g}"
@@ -64,9 +71,10 @@ def evaluate(options):
 
 def open_split(path, model, options):
     """The data set that a checkpoint was trained on. Raises UserError if it is not at hand."""
-    base = model.checkpoint["base"]
     folder = options.data_folder or model.checkpoint["options"]["data_folder"]
-    find_data(folder, base)
+    base = find_data(folder, model.checkpoint["base"] or None)
+    if base is None:
+        raise UserError(f"no data set in {folder}: name its folder with --data_folder")
     if read_word_map(folder, base) != model.word_map:
         raise UserError(f"{path} is of another vocabulary than {base} in {folder}")
     split = options.split.upper()

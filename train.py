@@ -7,10 +7,12 @@ demo data and trains on that.
 import argparse
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,16 +20,19 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+import checkpoints
 import decoding
 import demo
 import distributed
 import metrics
+import provenance
 import utils
 from datasets import CaptionDataset, LengthSampler, cache_features, find_data, read_word_map
 from models import OFFLINE_ENCODER, DecoderWithAttention, Encoder, caption_loss
 from utils import UserError
 
 STAGES = ["decoder", "finetune"]
+SKIPS = 5  # steps without finite gradients, in a row, after which training stops
 MODEL_OPTIONS = ["encoder", "encoded_image_size", "gate", "deep_output"]  # a checkpoint has its own
 MODEL_OPTIONS += ["attention_dim", "embed_dim", "decoder_dim"]
 # Learnable in minutes on two cores; the other defaults suit photographs and a grid of 14×14.
@@ -143,6 +148,16 @@ def make_parser():
     )
     add("--label_smoothing", type=share, default=0.0, help="share spread over the vocabulary")
     add("--seed", type=int, default=0, help="of everything")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="equal weights from equal runs on the same device; a CPU gives them anyway",
+    )
+    add(
+        "--detect_anomaly",
+        action="store_true",
+        help="find the operation whose gradient is not a number; slow",
+    )
     utils.add_workers_option(parser)
     utils.add_device_options(parser)
     return parser
@@ -158,12 +173,17 @@ def _interval(text):
 
 
 def _as_flags(options):
-    return " ".join(f"--{name} {value}" for name, value in options.items())
+    return " ".join(
+        f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items()
+    )
 
 
 def main():
     parser = make_parser()
     options = parser.parse_args()
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
+        torch.use_deterministic_algorithms(True)
     options.device = utils.choose_device(options.device)
     with distributed.group(options.device):
         train(parser, options)
@@ -187,6 +207,14 @@ def train(parser, options):
     own_folder = Path(options.checkpoint).parent if options.checkpoint else options.data_folder
     options.output_folder = utils.make_folder(options.output_folder or own_folder)
 
+    newest = checkpoints.checkpoint_path(options.output_folder, base)
+    lock = utils.sole_writer(newest, "wait for it, or choose another --output_folder")
+    with lock if distributed.is_main else nullcontext():
+        _run(options, base)
+
+
+def _run(options, base):
+    """The stages asked for, of the run that the output folder is for."""
     if distributed.is_main:
         utils.remove_stale_temporaries(options.output_folder)
     checkpoint = _starting_point(options, base)
@@ -199,19 +227,19 @@ def train(parser, options):
             trainer.resume(checkpoint)
         elif not checkpoint and stage == stages[0]:
             trainer.clear()
-        with _Stop() as stop:
+        with _Stop() as stop, torch.autograd.set_detect_anomaly(options.detect_anomaly):
             trainer.fit(stop)
 
 
 def _starting_point(options, base):
     """The checkpoint to go on from, None to start anew; never over another run's files unasked."""
     path, folder = options.checkpoint, options.output_folder
-    newest, best = (utils.checkpoint_path(folder, base, best=best) for best in (False, True))
-    keys = utils.MODEL_KEYS | utils.RUN_KEYS
+    newest, best = (checkpoints.checkpoint_path(folder, base, best=best) for best in (False, True))
+    keys = checkpoints.RUN_KEYS
     if options.resume:
         if path is not None or options.overwrite:
             raise UserError("--resume goes without --checkpoint and --overwrite")
-        path, checkpoint = utils.newest_whole_checkpoint([newest, best], keys) or (None, None)
+        path, checkpoint = checkpoints.newest_whole_checkpoint([newest, best], keys) or (None, None)
         if checkpoint is None and (newest.exists() or best.exists()):
             raise UserError(
                 f"no checkpoint of {base} in {folder} can be continued: start anew with "
@@ -227,13 +255,13 @@ def _starting_point(options, base):
                 f"--stage finetune starts from a trained decoder, and {best} is missing: "
                 "train with --stage decoder first, or name one with --checkpoint"
             )
-        latest = utils.load_checkpoint(newest if newest.exists() else best, keys)
+        latest = checkpoints.load_checkpoint(newest if newest.exists() else best, keys)
         if latest["stage"] == "finetune" and not options.overwrite:
             raise UserError(
                 f"{folder} holds an earlier fine-tuning of {base}: continue it with --resume, or "
                 "give it up with --overwrite"
             )
-        checkpoint = _checked(best, utils.load_checkpoint(best, keys), options)
+        checkpoint = _checked(best, checkpoints.load_checkpoint(best, keys), options)
         log = [record for record in latest["log"] if record["stage"] == "decoder"]
         return checkpoint | {"log": log}  # with the epochs after the best, too
     own = path is not None and Path(path).resolve().parent == folder.resolve()
@@ -242,7 +270,7 @@ def _starting_point(options, base):
             f"{folder} holds an earlier run on {base}: continue it with --resume, "
             "choose another --output_folder, or give it up with --overwrite"
         )
-    return path and _checked(path, utils.load_checkpoint(path, keys), options)
+    return path and _checked(path, checkpoints.load_checkpoint(path, keys), options)
 
 
 def _checked(path, checkpoint, options):
@@ -254,7 +282,7 @@ def _checked(path, checkpoint, options):
     if options.stage == "decoder" and checkpoint["stage"] != "decoder":
         raise UserError(f"{path} is past stage decoder: continue it with --stage finetune")
     before, now = checkpoint["options"], _plain(options)
-    fixed = [name for name in MODEL_OPTIONS if now[name] != before[name]]
+    fixed = [name for name in MODEL_OPTIONS if now[name] != before.get(name, now[name])]
     if fixed:
         print(f"the model is the checkpoint's: {_as_flags({n: before[n] for n in fixed})}")
     apart = {"checkpoint", "resume", "overwrite", "output_folder", "data_folder", *MODEL_OPTIONS}
@@ -307,10 +335,14 @@ class Trainer:
         self.word_map = read_word_map(options.data_folder, base)
         self.words = {index: word for word, index in self.word_map.items()}
         self.log_path = options.output_folder / f"log_{base}.jsonl"
-        self.newest_path = utils.checkpoint_path(options.output_folder, base)
-        self.best_path = utils.checkpoint_path(options.output_folder, base, best=True)
+        self.record_path = options.output_folder / f"run_{base}.json"
+        self.newest_path = checkpoints.checkpoint_path(options.output_folder, base)
+        self.best_path = checkpoints.checkpoint_path(options.output_folder, base, best=True)
         self.stage, self.best = None, checkpoint["best_bleu4"] if checkpoint else -1.0
         self.log = checkpoint["log"] if checkpoint else []
+        self.records = checkpoint["records"] if checkpoint else []
+        self.records.append(provenance.describe(options, base))
+        self.began, self.skipped = time.monotonic(), 0
         if checkpoint is None:
             self.encoder = Encoder(
                 options.encoder, options.encoded_image_size, options.encoder_weights or "DEFAULT"
@@ -330,7 +362,7 @@ class Trainer:
         else:
             if checkpoint["word_map"] != self.word_map:
                 raise UserError(f"--checkpoint is of another vocabulary than {base}'s word map")
-            self.encoder, self.decoder = utils.build_models(
+            self.encoder, self.decoder = checkpoints.build_models(
                 checkpoint, options.dropout, options.embed_dropout
             )
         self.encoder.to(self.device, memory_format=torch.channels_last)
@@ -345,7 +377,7 @@ class Trainer:
         options = self.options
         if self.stage is not None:
             with distributed.main_first():  # which wrote it
-                self.decoder.load_state_dict(utils.load_checkpoint(self.best_path)["decoder"])
+                self.decoder.load_state_dict(checkpoints.load_checkpoint(self.best_path)["decoder"])
         self.stage, self.epoch, self.waited = stage, 0, 0
         self.step, self.partial, self.seconds = 0, _Means(), 0.0
         self.encoder.fine_tune(stage == "finetune")
@@ -367,7 +399,7 @@ class Trainer:
         """Gives up what an earlier run left in the output folder."""
         if distributed.is_main:
             curves = utils.curves_path(self.log_path)
-            for path in (self.newest_path, self.best_path, self.log_path, curves):
+            for path in (self.newest_path, self.best_path, self.log_path, self.record_path, curves):
                 path.unlink(missing_ok=True)
 
     def resume(self, checkpoint):
@@ -379,14 +411,14 @@ class Trainer:
         with distributed.main_first():
             self._adopt_best()
         self.epoch, self.waited = checkpoint["epoch"], checkpoint["epochs_without_improvement"]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self._load_optimizer(checkpoint["optimizer"])
         shape = ["schedule", "patience" if options.schedule == "plateau" else "epochs"]
-        if all(getattr(options, name) == before[name] for name in shape):
+        if all(getattr(options, name) == before.get(name) for name in shape):
             self.schedule.load_state_dict(checkpoint["schedule"])
         for group, name in zip(
             self.optimizer.param_groups, ("decoder_lr", "encoder_lr"), strict=False
         ):
-            if getattr(options, name) != before[name]:
+            if getattr(options, name) != before.get(name):
                 group["lr"] = getattr(options, name)
         if checkpoint["step"]:
             if checkpoint["order"] != self._order():
@@ -405,12 +437,28 @@ class Trainer:
             if cuda is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda, self.device)
 
+    def _load_optimizer(self, state):
+        """Raises UserError unless the state is that of these parameters: fused updates trust it."""
+        try:
+            self.optimizer.load_state_dict(state)
+            fits = all(
+                value.shape in (parameter.shape, ())
+                for parameter in self.parameters
+                for value in self.optimizer.state[parameter].values()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+            fits = False
+        if not fits:
+            raise UserError(
+                "the checkpoint's optimizer is of another model: start anew with --overwrite"
+            )
+
     def _adopt_best(self):
         """Brings the best checkpoint along into another folder, or forgets how good it was."""
         if self.best_path.exists():
             return
         source = Path(self.options.checkpoint or self.newest_path)
-        source = utils.checkpoint_path(source.parent, self.base, best=True)
+        source = checkpoints.checkpoint_path(source.parent, self.base, best=True)
         if source.exists():
             with utils.atomic_write(self.best_path) as temporary:
                 shutil.copyfile(source, temporary)
@@ -558,31 +606,57 @@ class Trainer:
         return captions / (time.perf_counter() - started)
 
     def _step(self, batch, stop, save):
-        """One update; whether any process wants to stop, and to save.
+        """One update, if loss and gradients are finite; whether any process wants to stop, and to
+        save.
 
         Raises:
-            UserError: the loss is not finite.
+            UserError: they were not for `SKIPS` steps in a row.
         """
+        self.step += 1
         lengths = batch[2]
         sizes = torch.tensor([(lengths - 1).sum(), lengths.numel()], dtype=torch.float32)
         sizes = distributed.add_up(sizes.to(self.device))
         loss, top5, words = self._forward(*batch, self.options.label_smoothing, sizes)
-        news = torch.stack([loss.detach(), *loss.new_tensor([stop, save])])
-        value, stop, save = distributed.add_up(news).tolist()
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {self.step + 1} of epoch {self.epoch + 1}, stage "
-                f"{self.stage}: stopped; go on from the last checkpoint, or start anew, with a "
-                "lower learning rate or --amp off"
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self._backward(loss)
         distributed.add_up_gradients(self.parameters)
-        nn.utils.clip_grad_value_(self.parameters, self.options.grad_clip)
-        self.optimizer.step()
-        self.partial.add(words, loss=value, top5=top5)
-        self.step += 1
+        largest = nn.utils.get_total_norm([p.grad for p in self.parameters], math.inf)
+        news = torch.stack([loss.detach(), largest, *loss.new_tensor([stop, save])])
+        value, largest, stop, save = distributed.add_up(news).tolist()
+        if math.isfinite(value) and math.isfinite(largest):
+            nn.utils.clip_grad_value_(self.parameters, self.options.grad_clip)
+            self.optimizer.step()
+            self.partial.add(words, loss=value, top5=top5)
+            self.skipped = 0
+        else:
+            self._skip(
+                "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
+            )
         return bool(stop), bool(save)
+
+    def _backward(self, loss):
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if "returned nan values" not in str(error):  # what --detect_anomaly looks for
+                raise
+            raise UserError(
+                f"{self._place()}: {error} The warning above shows where it was called"
+            ) from error
+
+    def _skip(self, reason):
+        """Passes over a step whose gradients would spoil the weights, but not over many."""
+        self.skipped += 1
+        print(f"{self._place()}, skipped: {reason}", flush=True)
+        if self.skipped == SKIPS:
+            kept = f"{self.newest_path} is kept; " if self.newest_path.exists() else ""
+            raise UserError(
+                f"{SKIPS} steps in a row skipped, the last because {reason}: stopped; {kept}try a "
+                "lower learning rate or --amp off; --detect_anomaly finds the operation"
+            )
+
+    def _place(self):
+        return f"step {self.step} of epoch {self.epoch + 1}, stage {self.stage}"
 
     def _forward(self, source, captions, lengths, label_smoothing=0.0, sizes=None):
         """Loss of a batch, top-5 accuracy and number of the words predicted."""
@@ -649,7 +723,12 @@ class Trainer:
             temporary.write_text("".join(lines), encoding="utf-8")
 
     def _save(self, improved=False):
-        """A checkpoint of this moment; all processes take part, and the main one writes it."""
+        """A checkpoint of this moment; all processes take part, and the main one writes it.
+
+        Not while steps are being skipped: the weights may be spoilt, and the last good ones stay.
+        """
+        if self.skipped and not improved:
+            return
         random = distributed.collect([self._random_state()])
         partial = self.partial.add_up(self.device)
         if distributed.is_main:
@@ -657,6 +736,7 @@ class Trainer:
         distributed.wait()  # none may leave, and end all, while the main one writes
 
     def _write(self, random, partial, improved):
+        self.records[-1]["seconds"] = round(time.monotonic() - self.began, 1)
         checkpoint = {
             "options": _plain(self.options),
             "base": self.base,
@@ -679,10 +759,14 @@ class Trainer:
             "seconds": self.seconds,
             "order": self._order(),
             "log": self.log,
+            "records": self.records,
         }
         if improved:  # first, as the other one says that it has been written
-            utils.save_checkpoint(self.best_path, checkpoint)
-        utils.save_checkpoint(self.newest_path, checkpoint)
+            checkpoints.save_checkpoint(self.best_path, checkpoint)
+        checkpoints.save_checkpoint(self.newest_path, checkpoint)
+        with utils.atomic_write(self.record_path) as temporary:
+            contents = {"options": checkpoint["options"], "runs": self.records}
+            temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
     def _random_state(self):
         cuda = self.device.type == "cuda"
@@ -715,7 +799,7 @@ class _Means:
         self.count, self.sums = state["count"], dict(state["sums"])
 
     def __getitem__(self, name):
-        return self.sums[name] / self.count
+        return self.sums[name] / self.count if self.count else math.nan
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import glob
-import io
 import json
 import math
 import os
@@ -13,8 +12,7 @@ import string
 import sys
 import textwrap
 import warnings
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, product
@@ -24,6 +22,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
@@ -31,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import distributed
-from models import DecoderWithAttention, Encoder, EncoderError
+from models import EncoderError
 
 # ---------------------------------------------------------------------------- errors and files
 
@@ -39,13 +38,23 @@ from models import DecoderWithAttention, Encoder, EncoderError
 class UserError(Exception):
     """An error the user can mend: one line that names the file or option and the way out."""
 
+    def __init__(self, message):
+        super().__init__(printable(message.strip()))
+
+
+def printable(text):
+    """The text with escapes for line breaks and all else that would disturb a line of a terminal:
+    names of files may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
 
 def run(main):
     """Calls main(); an error the user can mend ends the process with one line and status 1."""
     try:
         main()
     except (UserError, EncoderError) as error:
-        sys.exit(f"error: {error}")
+        # a DataLoader's process puts its traceback before the message
+        sys.exit(f"error: {str(error).rpartition('UserError: ')[2]}")
     except (RuntimeError, MemoryError) as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not out_of_memory and "can't allocate memory" not in str(error):
@@ -59,6 +68,28 @@ def run(main):
 def progress(iterable=None, **options):
     """tqdm's bar, on a terminal and in the main process alone."""
     return tqdm(iterable, disable=None if distributed.is_main else True, **options)
+
+
+@contextmanager
+def sole_writer(path, way_out):
+    """Holds a lock on `path` for the block, which ends with the process at the latest.
+
+    Raises:
+        UserError: another process holds it, `way_out` being what to do then.
+    """
+    path = Path(path)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, blocking=False)
+    with os_errors_as_user_errors(path):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"another run is writing {path}: {way_out}") from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
@@ -167,36 +198,51 @@ def read_json(path):
         return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {_reason(error)}") from error
-    except ValueError as error:  # bad syntax (the message has line and column) or bad encoding
+    except (ValueError, RecursionError) as error:  # bad syntax, encoding, or endless nesting
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 # -------------------------------------------------------------------------------------- images
 
 
+MAX_PIXELS = 2**26  # of an image; decoded, turned upright and made RGB it takes under a gigabyte
+
+
 def open_image(path):
     """The image file's picture as an upright RGB PIL.Image, transparent parts on white.
 
     Of an animated file the first frame. Raises UserError naming the file if it is missing, not
-    an image, damaged, or so large that decoding it may exhaust the memory.
+    an image, damaged, or has more than `MAX_PIXELS`.
     """
+    if not Path(path).exists():
+        raise UserError(f"there is no image {path}")
+    if not Path(path).is_file():  # opening a pipe would wait for ever
+        raise UserError(f"cannot read image {path}: it is no file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no image {path}") from error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes earlier
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width}×{image.height}"
+                raise ValueError(f"{size} pixels are more than {MAX_PIXELS:,}, make it smaller")
+            return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
         raise UserError(f"cannot read image {path}: {error or type(error).__name__}") from error
 
 
 def _to_rgb(image):
     if image.mode.startswith("I"):  # 16 bits in a pixel, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        pixels = np.array(image, dtype=np.int32)  # divided in place, as it may be large
+        pixels.clip(0, 65535, out=pixels)
+        pixels += 128
+        pixels //= 257
+        image = Image.fromarray(pixels.astype(np.uint8))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
     return image.convert("RGB")
 
 
@@ -258,6 +304,18 @@ def encode_caption(words, word_map, max_len):
     known = [word_map.get(word, word_map["<unk>"]) for word in words]
     caption = [word_map["<start>"], *known, word_map["<end>"]]
     return caption + [word_map["<pad>"]] * (max_len + 2 - len(caption)), len(caption)
+
+
+def check_word_map(word_map, source):
+    """Raises UserError unless `word_map` is a dict that numbers its words, the special ones
+    among them, from 0 without gaps."""
+    if (
+        not isinstance(word_map, dict)
+        or not all(word in word_map for word in SPECIAL_WORDS)
+        or not all(type(index) is int for index in word_map.values())
+        or sorted(word_map.values()) != list(range(len(word_map)))
+    ):
+        raise UserError(f"{source} is no word map: make it with create_input_files.py")
 
 
 def sample_captions(captions, count, rng):
@@ -420,8 +478,11 @@ def _all_or_nothing(folder, base, splits):
     (WORDMAP, None). All take their places when the block succeeds, else none does."""
     keys = [*((kind, split) for split in splits for kind in _KINDS), ("WORDMAP", None)]
     paths = {key: input_path(folder, base, *key) for key in keys}
-    with _temporaries(paths.values(), f"to {folder}") as temporaries:
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    with (
+        sole_writer(paths["WORDMAP", None], "wait for it, or choose another --output_folder"),
+        _temporaries(paths.values(), f"to {folder}") as temporaries,
+    ):
         yield dict(zip(paths, temporaries, strict=True))
         for temporary in temporaries:
             flush(temporary)
@@ -504,198 +565,6 @@ def _print_summary(summary):
             print(f"{split}: no images, so no {split} files")
     print(f"vocabulary: {summary['vocabulary']} words, the {len(SPECIAL_WORDS)} special included")
     print("left out: " + ", ".join(f"{n} {what}" for what, n in summary["left_out"].items()))
-
-
-# --------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoint_path(folder, base, best=False):
-    """Where a run on data set `base` keeps its newest checkpoint, or its best."""
-    return Path(folder) / f"{'BEST_' if best else ''}checkpoint_{base}.pth.tar"
-
-
-# What a checkpoint holds, beside the word map, for which --word_map can stand in
-MODEL_KEYS = {  # of a checkpoint: what captioning needs, and where it comes from
-    *("encoder_name", "encoded_image_size", "image_size", "encoder", "decoder"),
-    *("base", "options", "stage", "epoch", "scores"),
-}
-RUN_KEYS = {  # and what training needs to go on
-    *("optimizer", "schedule", "random", "best_bleu4", "epochs_without_improvement"),
-    *("step", "partial", "seconds", "order", "log"),
-}
-
-
-def save_checkpoint(path, checkpoint):
-    """Writes a dict of tensors, numbers, strings, lists and dicts, whole or not at all."""
-    contents = io.BytesIO()
-    torch.save(checkpoint, contents)  # not to the file: of a full disk it makes a RuntimeError
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(contents.getbuffer())
-
-
-def load_checkpoint(path, keys=MODEL_KEYS):
-    """A checkpoint as train.py saves it, on the CPU; no code in it is run.
-
-    Args:
-        keys: that it must have: `MODEL_KEYS`, and `RUN_KEYS` to continue its run.
-
-    Raises:
-        UserError: the file is missing, damaged, or no checkpoint of this project.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many classes for files that are no checkpoints
-        raise UserError(
-            f"{path} is damaged or no checkpoint of train.py ({type(error).__name__})"
-        ) from error
-    missing = keys.difference(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise UserError(
-            f"{path} is no checkpoint of train.py: it has no {', '.join(sorted(missing))}"
-        )
-    return checkpoint
-
-
-def newest_whole_checkpoint(paths, keys=MODEL_KEYS):
-    """Path and contents of the newest of some checkpoints that is undamaged, None if none is.
-
-    Says on stderr which were passed over.
-    """
-    there = [path for path in paths if path.exists()]
-    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            return path, load_checkpoint(path, keys)
-        except UserError as error:
-            print(f"passed over: {error}", file=sys.stderr)
-    return None
-
-
-def newest_best_checkpoint(folder):
-    """Path of the newest BEST checkpoint in a folder or below it. Raises UserError."""
-    found = Path(folder).glob("**/BEST_checkpoint_*.pth.tar")
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        raise UserError(f"no BEST checkpoint under {folder}/: train with train.py, or name one")
-    return newest
-
-
-def build_models(checkpoint, dropout=0.5, embed_dropout=0.0):
-    """The encoder and decoder of a checkpoint, in evaluation mode, on the CPU.
-
-    Raises:
-        UserError: its weights do not fit each other.
-    """
-    size = checkpoint["encoded_image_size"]
-    encoder = Encoder(checkpoint["encoder_name"], size, weights=None)
-    try:
-        encoder.load_state_dict(checkpoint["encoder"])
-        decoder = DecoderWithAttention.from_state_dict(
-            checkpoint["decoder"], dropout, size, embed_dropout
-        )
-    except (ValueError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the checkpoint's weights do not fit its models: {reason}") from error
-    return encoder.eval(), decoder.eval()
-
-
-@dataclass
-class Model:
-    """A trained model, ready to caption."""
-
-    encoder: Encoder
-    decoder: DecoderWithAttention
-    word_map: dict[str, int]
-    checkpoint: dict
-    device: torch.device
-    amp: bool  # compute in bfloat16
-
-    def autocast(self):
-        """The context in which the model computes."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
-
-    def encode_ahead(self, batches):
-        """`Encoder.features` of batches of images: on CUDA each computed while the one before it
-        is in use; on a CPU, whose cores are busy either way, when it is asked for.
-
-        Args:
-            batches: uint8 (n, 3, S, S) each.
-
-        Yields:
-            (n, g, g, D) in the compute precision, on the model's device.
-        """
-
-        @torch.inference_mode()
-        def encode(images):
-            with self.autocast():
-                return self.encoder.features(images.to(self.device, non_blocking=True))
-
-        if self.device.type != "cuda":
-            yield from map(encode, batches)
-            return
-        stream = torch.cuda.Stream(self.device)
-
-        def encode_aside(images):
-            with torch.cuda.stream(stream):
-                features = encode(images)
-            stream.synchronize()
-            return features
-
-        with ThreadPoolExecutor(1) as pool:
-            ahead = deque()
-            for images in batches:
-                ahead.append(pool.submit(encode_aside, images))
-                if len(ahead) == 2:
-                    yield ahead.popleft().result()
-            yield from (future.result() for future in ahead)
-
-    def to_words(self, caption):
-        """The words of a `decoding.Caption`, as a list of text."""
-        words = list(self.word_map)
-        return [words[i] for i in caption.words]
-
-
-def load_model(path, device=None, amp="auto", word_map=None):
-    """The `Model` of a checkpoint file.
-
-    Args:
-        device, amp: as on the command line.
-        word_map: path of a WORDMAP file, for a checkpoint that holds no word map.
-
-    Raises:
-        UserError: a file is missing or damaged, or the word map is of another vocabulary.
-    """
-    device = choose_device(device)
-    checkpoint = load_checkpoint(path)
-    encoder, decoder = build_models(checkpoint)
-    words, source = checkpoint.get("word_map"), path
-    if words is None:
-        if word_map is None:
-            raise UserError(f"{path} holds no word map: name its WORDMAP file with --word_map")
-        words, source = read_json(word_map), word_map
-    check_word_map(words, source)
-    if len(words) != decoder.fc.out_features:
-        raise UserError(
-            f"{source} is of another vocabulary ({len(words)} words) than the decoder of {path} "
-            f"({decoder.fc.out_features})"
-        )
-    words = dict(sorted(words.items(), key=itemgetter(1)))
-    encoder.to(device, memory_format=torch.channels_last)
-    amp = amp == "auto" and has_fast_bfloat16(device)
-    return Model(encoder, decoder.to(device), words, checkpoint, device, amp)
-
-
-def check_word_map(word_map, source):
-    """Raises UserError unless `word_map` is a dict that numbers its words, the special ones
-    among them, from 0 without gaps."""
-    if (
-        not isinstance(word_map, dict)
-        or not all(word in word_map for word in SPECIAL_WORDS)
-        or not all(type(index) is int for index in word_map.values())
-        or sorted(word_map.values()) != list(range(len(word_map)))
-    ):
-        raise UserError(f"{source} is no word map: make it with create_input_files.py")
 
 
 # ------------------------------------------------------------------------- devices and options

@@ -23,6 +23,37 @@ ROOT = Path(__file__).parent.parent
 OFFLINE = "timm:tf_efficientnet_lite2"
 
 
+WORDS = {"<pad>": 0, "a": 1, "dog": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
+
+
+def tiny_checkpoint(**changes):
+    """Has all keys of a checkpoint, but no models."""
+    return {
+        "encoder_name": "none",
+        "encoded_image_size": 3,
+        "image_size": 64,
+        "encoder": {"weight": torch.arange(6.0).view(2, 3)},
+        "decoder": {"weight": torch.ones(2, dtype=torch.bfloat16)},
+        "base": "tiny",
+        "options": {"data_folder": "data", "views": None},
+        "stage": "decoder",
+        "epoch": 2,
+        "scores": {"bleu4": 0.5},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "schedule": {"best": 0.5},
+        "random": [[torch.zeros(3, dtype=torch.uint8), None]],
+        "best_bleu4": -1.0,
+        "epochs_without_improvement": 0,
+        "step": 3,
+        "partial": {"count": 2, "sums": {"loss": 1.0}},
+        "seconds": 1.5,
+        "order": {"seed": 0},
+        "log": [{"stage": "decoder", "loss": 1.0}],
+        "records": [{"command": "train.py"}],
+        "word_map": WORDS,
+    } | changes
+
+
 def run_here(script, *arguments):
     """What `run_script` gives, from calling the script's main() in this process: no start-up."""
     out, err = io.StringIO(), io.StringIO()

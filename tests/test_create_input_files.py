@@ -1,15 +1,20 @@
 """create_input_files against what its sources say, file by file."""
 
 import json
+import math
+import os
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -317,9 +322,77 @@ def test_a_split_of_bad_images_only_is_an_error(source):
 
 def test_huge_images_are_refused(tmp_path, monkeypatch):
     Image.new("RGB", (40, 30)).save(tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns above, refuses at twice
-    with pytest.raises(UserError, match="huge.png"):
+    monkeypatch.setattr(utils, "MAX_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"huge.png: 40×30 pixels are more than 1,000"):
         read_image(tmp_path / "huge.png", SIZE)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16", "I", "F", "P", "CMYK"])
+def test_the_largest_images_take_less_than_a_gigabyte(tmp_path, mode):
+    """Of every kind, turned upright, read in a process of its own."""
+    path = tmp_path / "large.tif"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    side = math.isqrt(utils.MAX_PIXELS)
+    image = Image.new(mode, (side, side), 1)
+    image.save(path, exif=exif, compression="tiff_deflate")
+    script = f"""
+import resource, utils
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert utils.read_image({str(path)!r}, 16).shape == (3, 16, 16)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert 1024 * int(process.stdout) < 2**30
+    Image.new("1", (side + 1, side + 1)).save(path, compression="tiff_deflate")
+    with pytest.raises(UserError, match=r"large.tif: .* pixels are more than 67,108,864"):
+        read_image(path, SIZE)
+
+
+def test_absurd_dimensions_are_refused_before_they_are_decoded(tmp_path):
+    path = tmp_path / "absurd.png"
+    Image.new("1", (1, 1)).save(path)
+    data = bytearray(path.read_bytes())
+    header = data[12:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + data[24:29]
+    data[12:33] = header + struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"absurd.png"):
+        read_image(path, SIZE)
+
+
+def test_a_single_pixel_and_the_first_of_many_frames(tmp_path):
+    Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "one.png")
+    assert_looks(tmp_path / "one.png", np.full((SIZE, SIZE, 3), (9, 8, 7)))
+    frames = [Image.new("RGB", (5, 5), color) for color in ((250, 0, 0), (0, 250, 0))]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert_looks(tmp_path / "moving.webp", np.full((SIZE, SIZE, 3), (250, 0, 0)))
+
+
+def test_the_ending_of_a_name_does_not_matter(tmp_path):
+    Image.new("RGB", (5, 5), (1, 2, 3)).save(tmp_path / "really.png")
+    (tmp_path / "really.png").rename(tmp_path / "really.jpg")
+    assert_looks(tmp_path / "really.jpg", np.full((SIZE, SIZE, 3), (1, 2, 3)))
+
+
+def test_what_is_no_file_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer
+    for path in (tmp_path, tmp_path / "pipe.png"):
+        with pytest.raises(UserError, match=f"{path.name}: it is no file"):
+            read_image(path, SIZE)
+    with pytest.raises(UserError, match=r"there is no image .*missing.png"):
+        read_image(tmp_path / "missing.png", SIZE)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_image_that_may_not_be_read(tmp_path):
+    path = tmp_path / "secret.png"
+    Image.new("RGB", (5, 5)).save(path)
+    path.chmod(0)
+    with pytest.raises(UserError, match=r"secret.png.*ermission"):
+        read_image(path, SIZE)
 
 
 # ---------------------------------------------------------------------------------- kinds of images
@@ -516,7 +589,7 @@ def test_too_little_room_on_the_disk(source, monkeypatch):
 
 def test_output_folder_that_cannot_be(source):
     source.output.write_text("a file")
-    with pytest.raises(UserError, match="cannot write to .*data"):
+    with pytest.raises(UserError, match="cannot make the folder .*data"):
         source.create()
 
 

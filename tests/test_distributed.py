@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import OFFLINE, ROOT, run_script
 
-import utils
+import checkpoints
 from models import DecoderWithAttention, Encoder
 
 TRAIN = ["--encoder", OFFLINE, "--encoded_image_size", 3, "--dropout", 0, "--amp", "off"]
@@ -94,7 +94,7 @@ def runs(tiny_data, tmp_path_factory):
 
 def test_two_processes_train_the_same_parameters_as_one(runs, tiny_data):
     one, two = (
-        torch.load(utils.checkpoint_path(output, tiny_data[1]), weights_only=True)
+        torch.load(checkpoints.checkpoint_path(output, tiny_data[1]), weights_only=True)
         for output, _ in runs
     )
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_two_processes_report_what_one_does_and_write_it_once(runs, tiny_data):
 
 def test_two_processes_evaluate_to_the_same_captions(runs, tiny_data, tmp_path):
     (folder, _), _ = runs
-    checkpoint = utils.checkpoint_path(folder, tiny_data[1])
+    checkpoint = checkpoints.checkpoint_path(folder, tiny_data[1])
     results = []
     for run in (run_script, run_two):
         output = tmp_path / run.__name__

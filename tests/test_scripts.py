@@ -11,6 +11,7 @@ from conftest import OFFLINE, failure, run_here, run_script
 from nltk.translate.bleu_score import corpus_bleu
 from PIL import Image
 
+import checkpoints
 import utils
 
 SMALL = [f"--{name}_dim=128" for name in ("attention", "embed", "decoder")]
@@ -34,14 +35,14 @@ def trained(tiny_data, tmp_path_factory):
 
 def best(trained):
     output, base, _ = trained
-    return utils.checkpoint_path(output, base, best=True)
+    return checkpoints.checkpoint_path(output, base, best=True)
 
 
 def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(trained, tiny_data):
     folder, _ = tiny_data
     output, base, _ = trained
     # not the best checkpoint, which is the first whose greedy captions are right, by a hair maybe
-    newest = utils.checkpoint_path(output, base)
+    newest = checkpoints.checkpoint_path(output, base)
     process = run_script(
         "eval.py", "--data_folder", folder, "--checkpoint", newest, "--beam_size", 1, 5
     )
@@ -79,7 +80,7 @@ def test_fine_tuning_changes_the_late_stages_of_the_encoder_alone(trained):
     output, base, _ = trained
     from models import Encoder
 
-    tuned = utils.load_checkpoint(utils.checkpoint_path(output, base))
+    tuned = checkpoints.load_checkpoint(checkpoints.checkpoint_path(output, base))
     assert tuned["stage"] == "finetune"
     original = Encoder(OFFLINE).state_dict()
     changed = {name for name, t in tuned["encoder"].items() if not t.equal(original[name])}
@@ -114,14 +115,14 @@ def test_a_run_goes_on_from_a_checkpoint_where_it_stood(tiny_data, tmp_path):
     for name, epochs in (("whole", [4]), ("halves", [3, 4])):
         for i, last in enumerate(epochs):
             output = tmp_path / name
-            checkpoint = utils.checkpoint_path(output, base)
+            checkpoint = checkpoints.checkpoint_path(output, base)
             process = run_here(
                 "train.py", "--data_folder", folder, "--output_folder", output, *LEARN,
                 "--stage", "decoder", "--epochs", last,
                 *(["--checkpoint", checkpoint] if i else []),
             )  # fmt: skip
             assert process.returncode == 0, process.stderr
-        weights[name] = utils.load_checkpoint(checkpoint)["decoder"]
+        weights[name] = checkpoints.load_checkpoint(checkpoint)["decoder"]
         assert len((output / f"log_{base}.jsonl").read_text().splitlines()) == 4
     for name, tensor in weights["whole"].items():
         assert torch.equal(tensor, weights["halves"][name]), name
@@ -134,13 +135,13 @@ def test_a_loss_that_is_not_finite_stops_training_and_leaves_the_last_checkpoint
     run = ["train.py", "--data_folder", folder, "--output_folder", tmp_path, "--encoder", OFFLINE,
            "--stage", "decoder", *LEARN]  # fmt: skip
     assert run_here(*run, "--epochs", 1).returncode == 0
-    checkpoint = utils.checkpoint_path(tmp_path, base)
+    checkpoint = checkpoints.checkpoint_path(tmp_path, base)
     before = checkpoint.read_bytes()
     state = torch.load(checkpoint, weights_only=True)
     state["optimizer"]["param_groups"][0]["lr"] = 1e38
     torch.save(state, tmp_path / "broken.pth.tar")
     line = failure(run_here(*run, "--epochs", 3, "--checkpoint", tmp_path / "broken.pth.tar"))
-    assert "step 2 of epoch 2" in line
+    assert "5 steps in a row skipped" in line
     assert checkpoint.read_bytes() == before
 
 

@@ -3,12 +3,17 @@
 import json
 import math
 import random
+import shutil
 import signal
+import subprocess
 
+import h5py
 import pytest
 import torch
 from conftest import OFFLINE, ROOT, run_here, run_script
 
+import checkpoints
+import provenance
 import train
 import utils
 
@@ -82,8 +87,10 @@ def test_resuming_names_what_it_takes_and_what_it_cannot(tiny_data, tmp_path):
     assert line.endswith(": --epochs 2 --alpha_c 0.5")
 
     folder = ["--data_folder", tiny_data[0], "--output_folder", tmp_path]
-    newest, best = (utils.checkpoint_path(tmp_path, base, best=best) for best in (False, True))
-    torch.save(utils.load_checkpoint(newest) | {"stage": "finetune"}, newest)
+    newest, best = (
+        checkpoints.checkpoint_path(tmp_path, base, best=best) for best in (False, True)
+    )
+    torch.save(checkpoints.load_checkpoint(newest) | {"stage": "finetune"}, newest)
     process = run_here("train.py", *folder, "--resume", "--stage", "decoder")
     assert "past stage decoder" in process.stderr
     process = run_here("train.py", *folder, "--stage", "finetune")
@@ -130,7 +137,7 @@ def undisturbed(tiny_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
     process = run_script("train.py", *run, "--output_folder", output)
     assert process.returncode == 0, process.stderr
-    return run, utils.load_checkpoint(utils.checkpoint_path(output, base))
+    return run, checkpoints.load_checkpoint(checkpoints.checkpoint_path(output, base))
 
 
 def disturb(undisturbed, tmp_path, number, moment):
@@ -147,14 +154,14 @@ def flatten(value, name=""):
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in items:
-            if key not in ("seconds", "captions_per_second", "output_folder", "resume"):
+            if key not in ("seconds", "captions_per_second", "output_folder", "resume", "records"):
                 yield from flatten(inner, f"{name}/{key}")
     else:
         yield name, value
 
 
 def assert_equal_runs(undisturbed, folder, base):
-    found = utils.load_checkpoint(utils.checkpoint_path(folder, base))
+    found = checkpoints.load_checkpoint(checkpoints.checkpoint_path(folder, base))
     leaves = dict(flatten(found))
     expected = dict(flatten(undisturbed[1]))
     assert leaves.keys() == expected.keys()
@@ -198,3 +205,197 @@ def test_a_signal_stops_after_a_checkpoint(number, undisturbed, tiny_data, tmp_p
     assert process.returncode == 0, process.stderr
     assert "resuming from" in process.stdout
     assert_equal_runs(undisturbed, tmp_path / "run", tiny_data[1])
+
+
+# ------------------------------------------------------------------------------------ numerics
+
+
+def run_tiny(tiny_data, output, *arguments):
+    """Trains a small decoder; the process, and where its newest checkpoint is."""
+    folder, base = tiny_data
+    process = run_here(
+        "train.py", "--data_folder", folder, "--output_folder", output, "--encoder", OFFLINE,
+        "--stage", "decoder", "--device", "cpu", "--batch_size", 20, *SMALL, *arguments,
+    )  # fmt: skip
+    return process, checkpoints.checkpoint_path(output, base)
+
+
+def spoil(monkeypatch, factors):
+    """Multiplies the loss of training's steps by the factors, then by 1."""
+    factors, loss = iter(factors), train.caption_loss
+
+    def spoilt(*arguments):
+        value = loss(*arguments)
+        return value * next(factors, 1.0) if value.requires_grad else value
+
+    monkeypatch.setattr(train, "caption_loss", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    # a finite loss whose gradients are beyond float32
+    [(math.nan, "the loss is nan"), (-math.inf, "the loss is -inf"), (3e38, "a gradient is not")],
+)
+def test_a_step_that_is_not_finite_is_skipped(tiny_data, tmp_path, monkeypatch, factor, reason):
+    if factor == 3e38:
+        clean = train.caption_loss
+        monkeypatch.setattr(
+            train, "caption_loss", lambda *arguments: _Overflow.apply(clean(*arguments))
+        )
+        _Overflow.steps = {2}
+    else:
+        spoil(monkeypatch, [1.0, factor])
+    process, path = run_tiny(tiny_data, tmp_path, "--epochs", 1)
+    assert process.returncode == 0, process.stderr
+    skipped = [line for line in process.stdout.splitlines() if "skipped" in line]
+    assert (
+        len(skipped) == 1 and f"step 2 of epoch 1, stage decoder, skipped: {reason}" in skipped[0]
+    )
+    state = checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS)  # all values finite
+    steps = {int(value["step"]) for value in state["optimizer"]["state"].values()}
+    assert steps == {3}  # of four
+    assert math.isfinite(state["log"][0]["loss"])
+
+
+class _Overflow(torch.autograd.Function):
+    """A loss whose gradient is infinite at some steps."""
+
+    steps, count = set(), 0
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        _Overflow.count += 1
+        return grad * (math.inf if _Overflow.count in _Overflow.steps else 1.0)
+
+
+def test_many_such_steps_stop_training_with_the_last_good_checkpoint(
+    tiny_data, tmp_path, monkeypatch
+):
+    process, path = run_tiny(tiny_data, tmp_path, "--epochs", 1)
+    before = path.read_bytes()
+    # two skipped, one good, then five skipped: the second epoch's four steps and one of the third
+    spoil(monkeypatch, [math.nan] * 2 + [1.0] + [math.nan] * 9)
+    process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 9, "--resume", "--save_every", 4)
+    assert process.returncode == 1
+    line = process.stderr.splitlines()[-1]
+    assert f"{train.SKIPS} steps in a row skipped" in line and str(path) in line
+    assert process.stdout.count("skipped: the loss is nan") == 7
+    assert path.read_bytes() == before
+    checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # which shows where the operation was called
+def test_detect_anomaly_names_the_operation(tiny_data, tmp_path, monkeypatch):
+    loss = train.caption_loss
+    monkeypatch.setattr(
+        train,
+        "caption_loss",
+        lambda *arguments: (value := loss(*arguments)) + 0 * (value - value).sqrt(),
+    )
+    process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 1, "--detect_anomaly")
+    assert process.returncode == 1
+    line = process.stderr.splitlines()[-1]
+    assert "step 1 of epoch 1" in line and "SqrtBackward0" in line
+    assert not torch.is_anomaly_enabled()
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+        ),
+    ],
+)
+def test_deterministic_runs_end_with_equal_weights(tiny_data, tmp_path, device):
+    folder, base = tiny_data
+    run = ["--data_folder", folder, "--encoder", OFFLINE, *SMALL, "--epochs", 1, "--deterministic"]
+    run += ["--batch_size", 30, "--finetune_batch_size", 30, "--views", 3, "--device", device]
+    run += ["--stage", "both"]
+    states = []
+    for name in ("first", "second"):
+        process = run_script(
+            "train.py", *run, "--stage", "both", "--output_folder", tmp_path / name
+        )
+        assert process.returncode == 0, process.stderr
+        states.append(
+            checkpoints.load_checkpoint(checkpoints.checkpoint_path(tmp_path / name, base))
+        )
+    for part in ("encoder", "decoder"):
+        assert states[0][part].keys() == states[1][part].keys()
+        for name, tensor in states[0][part].items():
+            assert torch.equal(tensor, states[1][part][name]), name
+
+
+# -------------------------------------------------------------------------------- its surroundings
+
+
+def test_a_second_run_into_the_folder_is_refused(tiny_data, tmp_path):
+    path = checkpoints.checkpoint_path(tmp_path, tiny_data[1])
+    with utils.sole_writer(path, "wait"):
+        process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 1)
+    assert process.returncode == 1
+    line = process.stderr.splitlines()[-1]
+    assert f"another run is writing {path}" in line and "--output_folder" in line
+    assert not path.exists()
+    process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 1)
+    assert process.returncode == 0, process.stderr
+
+
+def test_the_optimizer_of_another_model_is_refused(tiny_data, tmp_path):
+    process, path = run_tiny(tiny_data, tmp_path, "--epochs", 1)
+    checkpoint = checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS)
+    state = checkpoint["optimizer"]["state"]
+    for damaged in (
+        {"param_groups": []},
+        {"state": state | {0: {key: torch.zeros(3) for key in state[0]}}},
+        {},
+    ):
+        optimizer = checkpoint["optimizer"] | damaged if damaged else {}
+        torch.save(checkpoint | {"optimizer": optimizer}, path)
+        process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 2, "--resume")
+        assert process.returncode == 1
+        assert "optimizer is of another model" in process.stderr.splitlines()[-1]
+
+
+def test_the_record_says_what_the_run_was_made_with(tiny_data, tmp_path):
+    folder, base = tiny_data
+    run_tiny(tiny_data, tmp_path, "--epochs", 1, "--seed", 5)
+    _, path = run_tiny(tiny_data, tmp_path, "--epochs", 2, "--seed", 5, "--resume")
+    record = json.loads((tmp_path / f"run_{base}.json").read_text())
+    assert record["options"]["epochs"] == 2 and record["options"]["decoder_dim"] == 8
+    first, second = record["runs"]  # it was started twice
+    for run in (first, second):
+        assert run["torch"] == torch.__version__ and run["seed"] == 5 and run["seconds"] > 0
+        assert run["data"].startswith(base)
+    assert first["started"] <= second["started"]
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    expected = commit.stdout.strip() if commit.returncode == 0 else "not in git"
+    assert expected in first["code"]
+
+    process = run_here("eval.py", "--checkpoint", path, "--data_folder", folder, "--device", "cpu",
+                       "--results_folder", tmp_path)  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("trained from") == 2
+    assert first["code"] in process.stdout and first["data"] in process.stdout
+
+
+def test_the_fingerprint_changes_with_the_data(tiny_data, tmp_path):
+    folder, base = tiny_data
+    for path in folder.glob(f"*{base}*"):
+        shutil.copy(path, tmp_path)
+    same = provenance.fingerprint(tmp_path, base)
+    assert same == provenance.fingerprint(folder, base)
+    with h5py.File(utils.input_path(tmp_path, base, "IMAGES", "VAL"), "r+") as file:
+        file["images"][0, 0, 0, 0] ^= 1
+    changed = provenance.fingerprint(tmp_path, base)
+    captions = utils.input_path(tmp_path, base, "CAPTIONS", "TRAIN")
+    captions.write_text(captions.read_text() + " ")
+    assert len({same, changed, provenance.fingerprint(tmp_path, base)}) == 3

@@ -1,0 +1,320 @@
+"""A model's file: saving, reading what may be damaged or hostile, and the model made of it.
+
+A checkpoint is a dict of tensors, numbers, texts, lists and dicts. Reading one runs no code in it,
+and what it holds is checked before anything uses it.
+"""
+
+import io
+import pickle
+import sys
+import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import published
+from models import DecoderWithAttention, Encoder
+from utils import (
+    UserError,
+    atomic_write,
+    check_word_map,
+    choose_device,
+    has_fast_bfloat16,
+    read_json,
+)
+
+# ------------------------------------------------------------------------------------- contents
+
+
+def _is_size(value):
+    return type(value) is int and 1 <= value <= 4096
+
+
+def _is_count(value):
+    return type(value) is int and value >= 0
+
+
+def _is_number(value):
+    return type(value) in (int, float)
+
+
+def _is_file_name(value):
+    return isinstance(value, str) and value not in (".", "..") and not set(value) & set("/\\\0")
+
+
+def _is_texts(value):
+    """A dict of texts and numbers by name."""
+    plain = str | int | float | None
+    return _is_dict(value) and all(isinstance(item, plain) for item in value.values())
+
+
+def _is_dict(value):
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _is_state_dict(value):
+    return _is_dict(value) and value and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _is_log(value):
+    return isinstance(value, list) and all(map(_is_texts, value))
+
+
+def _is_random(value):
+    return isinstance(value, list) and all(isinstance(v, list) and len(v) == 2 for v in value)
+
+
+def _is_means(value):
+    return (
+        _is_dict(value)
+        and _is_number(value.get("count"))
+        and _is_texts(value.get("sums"))
+        and all(map(_is_number, value["sums"].values()))
+    )
+
+
+# What captioning needs, and where it comes from: key -> whether its value can be that. A word map
+# comes with it, or else from --word_map.
+MODEL_KEYS = {
+    "encoder_name": lambda value: isinstance(value, str),
+    "encoded_image_size": lambda value: _is_size(value) and value <= 256,
+    "image_size": _is_size,
+    "encoder": _is_state_dict,
+    "decoder": _is_state_dict,
+    "base": _is_file_name,
+    "options": lambda value: _is_texts(value) and isinstance(value.get("data_folder"), str),
+    "stage": lambda value: value in ("decoder", "finetune"),
+    "epoch": _is_count,
+    "scores": _is_texts,
+}
+RUN_KEYS = MODEL_KEYS | {  # and what training needs to go on
+    "optimizer": _is_dict,
+    "schedule": _is_dict,
+    "random": _is_random,
+    "best_bleu4": _is_number,
+    "epochs_without_improvement": _is_count,
+    "step": _is_count,
+    "partial": _is_means,
+    "seconds": _is_number,
+    "order": _is_texts,
+    "log": _is_log,
+    "records": _is_log,
+}
+
+
+def _tensors(value):
+    """All tensors in nested lists, tuples and dicts."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))  # a hostile file may hold a list that holds itself
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def _fault(checkpoint, keys):
+    """What keeps a checkpoint's contents from being used, or None."""
+    missing = keys.keys() - (checkpoint.keys() if isinstance(checkpoint, dict) else ())
+    if missing:
+        return f"is no checkpoint of train.py: it has no {', '.join(sorted(missing))}"
+    for tensor in _tensors(checkpoint):
+        plain = type(tensor) is Tensor and tensor.layout is torch.strided
+        if not plain or tensor.is_quantized or tensor.device.type != "cpu":
+            return "is no checkpoint of train.py: it holds a tensor of an unknown kind"
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            return "is damaged: a tensor is larger than its storage"
+    for part in ("encoder", "decoder", "optimizer"):
+        for tensor in _tensors(checkpoint.get(part)):
+            if not tensor.isfinite().all():
+                return f"is of no use: its {part} holds values that are not finite"
+    unfit = [key for key, fits in keys.items() if not fits(checkpoint[key])]
+    return f"is no checkpoint of train.py: its {unfit[0]} cannot be one" if unfit else None
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def checkpoint_path(folder, base, best=False):
+    """Where a run on data set `base` keeps its newest checkpoint, or its best."""
+    return Path(folder) / f"{'BEST_' if best else ''}checkpoint_{base}.pth.tar"
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a dict of tensors, numbers, strings, lists and dicts, whole or not at all."""
+    contents = io.BytesIO()
+    torch.save(checkpoint, contents)  # not to the file: of a full disk it makes a RuntimeError
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(contents.getbuffer())
+
+
+def load_checkpoint(path, keys=MODEL_KEYS):
+    """A checkpoint as train.py saves it, on the CPU; no code in it is run.
+
+    Of a checkpoint of the older published form, whole modules, what captioning needs.
+
+    Args:
+        keys: that it must have: `MODEL_KEYS`, or `RUN_KEYS` to continue its run.
+
+    Raises:
+        UserError: the file is missing, damaged, or no checkpoint, or its contents are unfit.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = _read(path)
+    except Exception as error:  # of many classes, for files that are no checkpoints
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint of train.py: {reason}") from error
+    if fault := _fault(checkpoint, keys):
+        raise UserError(f"{path} {fault}")
+    return checkpoint
+
+
+def _read(path):
+    """A checkpoint of either form, its contents not looked at."""
+    if not zipfile.is_zipfile(path):
+        return published.read(path)
+    with zipfile.ZipFile(path) as archive:
+        published.check_archive(archive, path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # it names what is no tensor or container
+        return published.read(path)
+
+
+def newest_whole_checkpoint(paths, keys=MODEL_KEYS):
+    """Path and contents of the newest of some checkpoints that is undamaged, None if none is.
+
+    Says on stderr which were passed over.
+    """
+    there = [path for path in paths if path.exists()]
+    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            return path, load_checkpoint(path, keys)
+        except UserError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+    return None
+
+
+def newest_best_checkpoint(folder):
+    """Path of the newest BEST checkpoint in a folder or below it. Raises UserError."""
+    found = Path(folder).glob("**/BEST_checkpoint_*.pth.tar")
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise UserError(f"no BEST checkpoint under {folder}/: train with train.py, or name one")
+    return newest
+
+
+# ---------------------------------------------------------------------------------------- model
+
+
+def build_models(checkpoint, dropout=0.5, embed_dropout=0.0):
+    """The encoder and decoder of a checkpoint, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: its weights do not fit each other.
+    """
+    size = checkpoint["encoded_image_size"]
+    encoder = Encoder(checkpoint["encoder_name"], size, weights=None)
+    try:
+        encoder.load_state_dict(checkpoint["encoder"])
+        decoder = DecoderWithAttention.from_state_dict(
+            checkpoint["decoder"], dropout, size, embed_dropout
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the checkpoint's weights do not fit its models: {reason}") from error
+    return encoder.eval(), decoder.eval()
+
+
+@dataclass
+class Model:
+    """A trained model, ready to caption."""
+
+    encoder: Encoder
+    decoder: DecoderWithAttention
+    word_map: dict[str, int]
+    checkpoint: dict
+    device: torch.device
+    amp: bool  # compute in bfloat16
+
+    def autocast(self):
+        """The context in which the model computes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def encode_ahead(self, batches):
+        """`Encoder.features` of batches of images: on CUDA each computed while the one before it
+        is in use; on a CPU, whose cores are busy either way, when it is asked for.
+
+        Args:
+            batches: uint8 (n, 3, S, S) each.
+
+        Yields:
+            (n, g, g, D) in the compute precision, on the model's device.
+        """
+
+        @torch.inference_mode()
+        def encode(images):
+            with self.autocast():
+                return self.encoder.features(images.to(self.device, non_blocking=True))
+
+        if self.device.type != "cuda":
+            yield from map(encode, batches)
+            return
+        stream = torch.cuda.Stream(self.device)
+
+        def encode_aside(images):
+            with torch.cuda.stream(stream):
+                features = encode(images)
+            stream.synchronize()
+            return features
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque()
+            for images in batches:
+                ahead.append(pool.submit(encode_aside, images))
+                if len(ahead) == 2:
+                    yield ahead.popleft().result()
+            yield from (future.result() for future in ahead)
+
+    def to_words(self, caption):
+        """The words of a `decoding.Caption`, as a list of text."""
+        words = list(self.word_map)
+        return [words[i] for i in caption.words]
+
+
+def load_model(path, device=None, amp="auto", word_map=None):
+    """The `Model` of a checkpoint file.
+
+    Args:
+        device, amp: as on the command line.
+        word_map: path of a WORDMAP file, for a checkpoint that holds no word map.
+
+    Raises:
+        UserError: a file is missing or damaged, or the word map is of another vocabulary.
+    """
+    device = choose_device(device)
+    checkpoint = load_checkpoint(path)
+    encoder, decoder = build_models(checkpoint)
+    words, source = checkpoint.get("word_map"), path
+    if words is None:
+        if word_map is None:
+            raise UserError(f"{path} holds no word map: name its WORDMAP file with --word_map")
+        words, source = read_json(word_map), word_map
+    check_word_map(words, source)
+    if len(words) != decoder.fc.out_features:
+        raise UserError(
+            f"{source} is of another vocabulary ({len(words)} words) than the decoder of {path} "
+            f"({decoder.fc.out_features})"
+        )
+    words = dict(sorted(words.items(), key=itemgetter(1)))
+    encoder.to(device, memory_format=torch.channels_last).fold_batch_norm()
+    amp = amp == "auto" and has_fast_bfloat16(device)
+    return Model(encoder, decoder.to(device), words, checkpoint, device, amp)

@@ -1,0 +1,99 @@
+"""What a run was made with, so that a figure can be traced to it."""
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+import distributed
+import utils
+from datasets import open_images
+
+
+def describe(options, base):
+    """A record of a run that begins now: texts and numbers by name.
+
+    Args:
+        options: of train.py, `data_folder`, `seed` and `device` among them.
+        base: name of the data set.
+    """
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "command": shlex.join(sys.orig_argv),
+        "code": _code(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # by itself a class of its own
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda if options.device.type == "cuda" else None,
+        "machine": f"{platform.node()}, {platform.platform()}",
+        "device": _device(options.device),
+        "processes": distributed.world_size,
+        "seed": options.seed,
+        "data": f"{base}, {fingerprint(options.data_folder, base)}",
+    }
+
+
+def fingerprint(data_folder, base):
+    """Hash of a data set's captions, references, words, and of 64 images of each split."""
+    digest = hashlib.sha256()
+    for split in (None, "TRAIN", "VAL", "TEST"):
+        for kind in ("WORDMAP",) if split is None else ("CAPTIONS", "CAPLENS", "REFERENCES"):
+            path = utils.input_path(data_folder, base, kind, split)
+            if path.exists():
+                digest.update(path.read_bytes())
+        path = split and utils.input_path(data_folder, base, "IMAGES", split)
+        if path and path.exists():
+            images = open_images(path)
+            digest.update(str(images.shape).encode())
+            for i in np.linspace(0, len(images) - 1, min(64, len(images)), dtype=int):
+                digest.update(images[i].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def lines(records):
+    """What eval.py prints of the records of a run, one for each time it was started."""
+    for record in records:
+        versions = ", ".join(
+            f"{name} {record[name]}"
+            for name in ("python", "torch", "torchvision", "cuda")
+            if record[name]
+        )
+        yield (
+            f"trained from {record['started']} for {record['seconds']:.0f} s by: "
+            f"{record['command']}"
+        )
+        yield (
+            f"  code {record['code']}; {versions}; {record['device']} of {record['machine']}; "
+            f"data {record['data']}; seed {record['seed']}"
+        )
+
+
+def _code():
+    """The git commit, and whether files differ from it; without git, a hash of the modules."""
+    folder = Path(__file__).parent
+
+    def git(*arguments):
+        call = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (", with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        contents = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+        return f"sha256 {hashlib.sha256(contents).hexdigest()[:16]}, not in git"
+
+
+def _device(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

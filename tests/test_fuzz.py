@@ -1,0 +1,196 @@
+"""Readers of files meet damaged ones: each is read, or refused in one line that names it."""
+
+import io
+import json
+import resource
+import shutil
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+import checkpoints
+import utils
+from datasets import CaptionDataset, read_word_map
+from utils import UserError
+
+MEMORY = 2**30  # bytes that reading may take
+
+
+@st.composite
+def edits(draw):
+    """A function that damages bytes: places are fractions of their length."""
+    places = st.floats(0, 1)
+    kinds = ["cut", "set", "flip", "drop", "repeat", "insert", "fill", "digit"]
+    chosen = draw(
+        st.lists(
+            st.tuples(st.sampled_from(kinds), places, places, st.binary(min_size=1, max_size=9)),
+            min_size=1,
+            max_size=4,
+        )
+    )
+
+    def damage(data):
+        for kind, place, length, new in chosen:
+            data = bytearray(data)
+            i = int(place * len(data))
+            end = i + 1 + int(length**4 * (len(data) - i))  # short stretches more often
+            if kind == "cut":
+                del data[i:]
+            elif kind == "set":
+                data[i : i + len(new)] = new
+            elif kind == "flip" and i < len(data):
+                data[i] ^= 1 << new[0] % 8
+            elif kind == "drop":
+                del data[i:end]
+            elif kind == "repeat":
+                data[i:i] = data[i:end]
+            elif kind == "insert":
+                data[i:i] = new
+            elif kind == "fill":
+                data[i:end] = new[:1] * (end - i)
+            elif digits := [j for j in range(i, min(end, len(data))) if chr(data[j]).isdigit()]:
+                data[digits[0]] = ord("0") + new[0] % 10
+        return bytes(data)
+
+    return damage
+
+
+# ------------------------------------------------------------------------------------- readers
+
+
+def image_files(_, folder):
+    """Pictures in many formats, and what reads them."""
+    pixels = np.random.default_rng(0).integers(256, size=(12, 10, 4), dtype=np.uint8)
+    image, files = Image.fromarray(pixels), []
+    for name in ("PNG", "GIF", "TIFF", "WEBP", "JPEG", "BMP", "PPM", "TGA", "ICO"):
+        buffer = io.BytesIO()
+        several = {"save_all": True, "append_images": [image]} if name in ("GIF", "TIFF") else {}
+        picture = image if name in ("PNG", "TIFF", "WEBP", "ICO") else image.convert("RGB")
+        picture.save(buffer, name, **several)
+        files.append((folder / f"picture.{name.lower()}", buffer.getvalue()))
+    return files, lambda path: utils.read_image(path, 16)
+
+
+def karpathy_files(_, folder):
+    image = {"filename": "0.png", "sentences": [{"tokens": ["a", "dog"], "raw": "A dog."}]}
+    Image.new("RGB", (9, 9)).save(folder / "0.png")
+    contents = {"images": [image | {"split": split} for split in ("train", "val", "test")]}
+
+    def read(path):
+        utils.create_input_files(
+            "flickr8k", path, folder, 1, 0, output_folder=folder / "out", image_size=8, workers=0
+        )
+
+    return [(folder / "karpathy.json", json.dumps(contents).encode())], read
+
+
+def input_files(kinds):
+    def files(tiny_data, folder):
+        source, base = tiny_data
+        for path in source.glob(f"*{base}*"):
+            shutil.copy(path, folder)
+        paths = [utils.input_path(folder, base, kind, "VAL") for kind in kinds]
+        if "CAPTIONS" in kinds:
+            paths.append(utils.input_path(folder, base, "WORDMAP"))
+
+        def read(path):
+            read_word_map(folder, base)
+            data = CaptionDataset(folder, base, "VAL")
+            for i in range(len(data)):
+                data[i]
+
+        return [(path, path.read_bytes()) for path in paths], read
+
+    return files
+
+
+def checkpoint_files(_, folder):
+    whole, files = {"encoder": nn.BatchNorm2d(2), "decoder": nn.Linear(2, 3)}, []
+    for name, contents, archive in (
+        ("ours", tiny_checkpoint(), True),
+        ("published", whole, True),
+        ("stream", whole, False),
+    ):
+        buffer = io.BytesIO()
+        torch.save(contents, buffer, _use_new_zipfile_serialization=archive)
+        files.append((folder / f"{name}.pth.tar", buffer.getvalue()))
+    return files, checkpoints.load_checkpoint
+
+
+READERS = {
+    "images": image_files,
+    "karpathy": karpathy_files,
+    "json": input_files(["CAPTIONS", "CAPLENS", "REFERENCES"]),
+    "hdf5": input_files(["IMAGES"]),
+    "checkpoints": checkpoint_files,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow and PyTorch warn of damage, too
+@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reader", READERS)
+def test_damaged_files_are_read_or_refused_in_one_line(reader, count, tiny_data, tmp_path):
+    files, read = READERS[reader](tiny_data, tmp_path)
+    for path, whole in files:
+        path.write_bytes(whole)
+    for path, _ in files:
+        read(path)  # undamaged, they can be read
+    before, tried, refused = peak_memory(), 0, 0
+
+    @settings(
+        max_examples=count,
+        deadline=timedelta(seconds=20),
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    @given(st.sampled_from(files), edits())
+    def read_damaged(file, damage):
+        nonlocal tried, refused
+        path, whole = file
+        path.write_bytes(damage(whole))
+        tried += 1
+        try:
+            read(path)
+        except UserError as error:
+            assert str(error) and "\n" not in str(error)
+            named = (path.name, str(path.parent), "named above")  # the images of a JSON, on stderr
+            assert any(name in str(error) for name in named), error
+            refused += 1
+        finally:
+            path.write_bytes(whole)
+
+    read_damaged()
+    print(f"{reader}: {tried} damaged files, {refused} refused")
+    assert tried >= count * 0.99 and refused > count / 20
+    assert peak_memory() - before < MEMORY
+
+
+def peak_memory():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ---------------------------------------------------------------------------------- every length
+
+
+@pytest.mark.parametrize("name", ["PNG", "GIF", "TIFF", "WEBP", "JPEG", "BMP"])
+def test_pictures_cut_off_anywhere(name, tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(12, 10, 3), dtype=np.uint8)).save(
+        buffer, name
+    )
+    whole, path = buffer.getvalue(), tmp_path / f"cut.{name.lower()}"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        try:
+            image = utils.read_image(path, 8)
+        except UserError as error:
+            assert "cut" in str(error)
+        else:  # the end of a file may hold nothing that is needed
+            assert image.shape == (3, 8, 8) and length > len(whole) / 2
