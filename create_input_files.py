@@ -16,7 +16,7 @@ def parse_arguments():
     add("--max_len", type=positive, default=50, help="captions with more words are left out")
     add("--output_folder", default="data", help="where the input files go")
     add("--image_size", type=positive, default=256, help="height and width, pixels")
-    add("--workers", type=count, help="processes that read images; None: one for each core")
+    add("--workers", type=positive, help="threads that read images; None: one for each core")
     add("--seed", type=int, default=0, help="of the sampling of captions")
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
     return parser.parse_args()

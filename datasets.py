@@ -319,9 +319,11 @@ def _allocate(path, shape):
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     temporary = utils.temporary_path(path)
     try:
+        utils.reserve(temporary, 2 * math.prod(shape))  # HDF5 complains of a full disk at length
         with utils.new_hdf5(temporary) as file:
             file.create_dataset("features", shape, "float16", dcpl=early)
             file["done"] = 0  # images
+        utils.reserve(temporary, temporary.stat().st_size)  # so that filling it cannot fail
         utils.flush(temporary)
         with suppress(FileExistsError):  # another process was faster
             os.link(temporary, path)

@@ -11,12 +11,13 @@ import shutil
 import string
 import sys
 import textwrap
+import threading
 import warnings
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice, product
-from operator import itemgetter
 from pathlib import Path
 
 import h5py
@@ -26,7 +27,6 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import distributed
@@ -107,13 +107,24 @@ def atomic_write(path):
         flush_folder(path.parent)
 
 
+@contextmanager
 def new_hdf5(path):
-    """A new h5py.File to write.
+    """Yields a new h5py.File to write.
 
-    Without a chunk cache, a full disk is an error of the write that fills it; with one, HDF5
+    Without a chunk cache, a full disk is an OSError of the write that fills it; with one, HDF5
     finds out when it closes the file, and may crash.
     """
-    return h5py.File(path, "w", rdcc_nbytes=0)
+    file = h5py.File(path, "w", rdcc_nbytes=0)
+    try:
+        yield file
+    except BaseException:
+        with suppress(RuntimeError):  # closing fails like the write before it
+            file.close()
+        raise
+    try:
+        file.close()
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 @contextmanager
@@ -167,6 +178,13 @@ def _reason(error):
     return os.strerror(error.errno) if error.errno else error
 
 
+def reserve(path, size):
+    """Takes the room on the disk that a file of `size` bytes needs, where the system can."""
+    with open(path, "ab") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
 def flush(path):
     """Returns when the file's contents are on the disk."""
     with open(path, "rb+") as file:
@@ -205,6 +223,7 @@ def read_json(path):
 # -------------------------------------------------------------------------------------- images
 
 
+_opening = threading.Lock()  # the filters of warnings are all threads' own
 MAX_PIXELS = 2**26  # of an image; decoded, turned upright and made RGB it takes under a gigabyte
 
 
@@ -219,7 +238,7 @@ def open_image(path):
     if not Path(path).is_file():  # opening a pipe would wait for ever
         raise UserError(f"cannot read image {path}: it is no file")
     try:
-        with warnings.catch_warnings():
+        with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes earlier
             image = Image.open(path)
         with image:
@@ -253,30 +272,35 @@ def read_image(path, size):
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-class _ImageFiles(Dataset):
-    """Item i is what read_image() makes of path i, or the line that says why it cannot."""
-
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            return read_image(self.paths[i], self.size)
-        except UserError as error:
-            return str(error)
-
-
 def _read_images(paths, size, workers):
-    """Yields the items of _ImageFiles in order, read ahead by `workers` processes."""
+    """Yields what read_image() makes of each path, or the line that says why it cannot, in order.
+
+    `workers` threads read ahead, since Pillow decodes and resizes beside Python's other threads,
+    but no further than a few images each.
+    """
     if workers is None:  # the cores that this process may use, where the system tells
         affinity = getattr(os, "sched_getaffinity", None)
         workers = len(affinity(0)) if affinity else os.cpu_count()
-    files = _ImageFiles(paths, size)
-    loader = DataLoader(files, batch_size=1, collate_fn=itemgetter(0), num_workers=workers)
-    yield from progress(loader, desc="reading images", unit="image")
+
+    def read(path):
+        try:
+            return read_image(path, size)
+        except UserError as error:
+            return str(error)
+
+    with (
+        progress(total=len(paths), desc="reading images", unit="image") as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        ahead = deque()
+        for path in paths:
+            ahead.append(pool.submit(read, path))
+            if len(ahead) > 4 * workers:
+                yield ahead.popleft().result()
+                bar.update()
+        for future in ahead:
+            yield future.result()
+            bar.update()
 
 
 # ------------------------------------------------------------------------------------ captions
@@ -373,7 +397,7 @@ def create_input_files(
     entries per image), REFERENCES (one entry per image); and one WORDMAP. They appear all
     together at the end or, after an error, not at all; a WORDMAP marks a complete data set.
 
-    `workers` processes read the images: None takes all cores, 0 reads in this process.
+    `workers` threads read the images: None takes all cores.
     Prints a summary and returns it as a dict. Raises UserError if the JSON or the folder is
     unusable, if an image is (each is named on stderr; skip_bad_images leaves them out instead),
     or if a file cannot be written.

@@ -128,6 +128,6 @@ def tiny_data(scenes, tmp_path_factory):
         max_len=20,
         output_folder=folder,
         image_size=96,
-        workers=0,
+        workers=1,
     )
     return folder, summary["base"]

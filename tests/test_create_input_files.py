@@ -56,7 +56,7 @@ class Source:
     def create(self, **options):
         self.json.write_text(json.dumps({"images": self.entries, "dataset": "demo"}))
         options = {"captions_per_image": 2, "min_word_freq": 1, "max_len": 6} | options
-        options = {"output_folder": self.output, "image_size": SIZE, "workers": 0} | options
+        options = {"output_folder": self.output, "image_size": SIZE, "workers": 1} | options
         return create_input_files("demo", self.json, self.images, **options)
 
     def run_script(self, *arguments):
@@ -214,7 +214,7 @@ def test_the_seed_decides_the_sample(source, tmp_path):
 def test_workers_change_nothing(source):
     for i in range(4, 20):
         source.add(f"{i}.png", ["train", "val", "test"][i % 3], "a dog")
-    source.create(workers=0)
+    source.create(workers=1)
     first = {name: (source.output / name).read_bytes() for name in source.listing()}
     images = source.read("IMAGES", "TRAIN")[0]
     source.create(workers=2)

@@ -85,7 +85,7 @@ def karpathy_files(_, folder):
 
     def read(path):
         utils.create_input_files(
-            "flickr8k", path, folder, 1, 0, output_folder=folder / "out", image_size=8, workers=0
+            "flickr8k", path, folder, 1, 0, output_folder=folder / "out", image_size=8, workers=1
         )
 
     return [(folder / "karpathy.json", json.dumps(contents).encode())], read
