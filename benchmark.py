@@ -638,17 +638,17 @@ def draw(rows, grown):
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.2])
     bars = left.subplots()
-    names = [textwrap.fill(row.name, 26) for row in rows]
-    drawn = bars.barh(names, [row.ratio for row in rows], color="#4c72b0", label="measured")
-    bars.bar_label(drawn, [f"{row.ratio:.1f}×" for row in rows], padding=4)
+    names = [f"{textwrap.fill(row.name, 26)}: {row.ratio:.1f}×" for row in rows]
+    bars.barh(names, [row.ratio for row in rows], color="#4c72b0", label="measured")
     goals = [(row.target, i) for i, row in enumerate(rows) if row.target]
-    bars.scatter(*zip(*goals, strict=True), color="black", marker="|", s=500, label="goal")
+    bars.scatter(*zip(*goals, strict=True), color="black", marker="|", s=300, label="goal")
     bars.set_xscale("log")
-    bars.set_xlim(0.8, 3 * max(row.ratio for row in rows))
+    bars.set_xlim(0.8, 1.5 * max(row.ratio for row in rows))
+    bars.xaxis.set_major_formatter("{x:g}×")
     bars.invert_yaxis()
     bars.set_title("times faster than the textbook formulation", loc="left")
     bars.spines[["top", "right"]].set_visible(False)
-    bars.legend(loc="lower right", frameon=False)
+    bars.legend(loc="lower right", frameon=False, markerscale=0.5)
     for axes, (axis, (values, seconds)) in zip(
         right.subplots(2, 2).flat, grown.items(), strict=True
     ):

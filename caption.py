@@ -110,7 +110,8 @@ def report(path, caption, picture, model, options):
     utils.draw_attention(utils.open_image(path), words, caption.alphas, picture)
     text = " ".join(words)
     if not options.json:
-        print(f"{path}: {text} (log p {caption.log_prob:.2f}, attention in {picture})")
+        line = f"{path}: {text} (log p {caption.log_prob:.2f}, attention in {picture})"
+        print(utils.printable(line))
     if options.show:
         Image.open(picture).show()
     return {

@@ -215,8 +215,6 @@ def train(parser, options):
 
 def _run(options, base):
     """The stages asked for, of the run that the output folder is for."""
-    if distributed.is_main:
-        utils.remove_stale_temporaries(options.output_folder)
     checkpoint = _starting_point(options, base)
     trainer = Trainer(options, base, checkpoint)
     reached = checkpoint["stage"] if checkpoint else "decoder"

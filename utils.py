@@ -144,7 +144,7 @@ def temporary_path(path):
     return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
-def remove_stale_temporaries(folder):
+def _remove_stale_temporaries(folder):
     """Removes what processes of this machine that were killed while they wrote have left."""
     for path in Path(folder).glob(f"*.{glob.escape(platform.node())}.*.tmp"):
         pid = path.suffixes[-2][1:]
@@ -202,9 +202,13 @@ def flush_folder(path):
 
 
 def make_folder(path):
-    """The folder of that path, made if it is missing. Raises UserError if it cannot be."""
+    """The folder of that path, made if it is missing, without what killed processes left in it.
+
+    Raises UserError if it cannot be made.
+    """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        _remove_stale_temporaries(path)
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {_reason(error)}") from error
     return Path(path)

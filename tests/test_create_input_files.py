@@ -579,6 +579,18 @@ def test_missing_image_folder(source):
         source.create()
 
 
+def test_a_second_run_into_the_folder_is_refused(source):
+    source.create()
+    before = source.listing()
+    wordmap = utils.input_path(source.output, BASE, "WORDMAP")
+    with (
+        utils.sole_writer(wordmap, "wait"),
+        pytest.raises(UserError, match=f"another run is writing .*{wordmap.name}"),
+    ):
+        source.create()
+    assert source.listing() == before
+
+
 def test_too_little_room_on_the_disk(source, monkeypatch):
     usage = type("usage", (), {"free": 4 * 3 * SIZE**2 - 1})
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda folder: usage)

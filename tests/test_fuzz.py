@@ -194,3 +194,29 @@ def test_pictures_cut_off_anywhere(name, tmp_path):
             assert "cut" in str(error)
         else:  # the end of a file may hold nothing that is needed
             assert image.shape == (3, 8, 8) and length > len(whole) / 2
+
+
+@pytest.mark.parametrize("kind", ["CAPTIONS", "CAPLENS", "REFERENCES", "WORDMAP", "IMAGES"])
+def test_input_files_cut_off_anywhere(kind, tiny_data, tmp_path):
+    files, read = input_files(["CAPTIONS", "CAPLENS", "REFERENCES", "IMAGES"])(tiny_data, tmp_path)
+    [(path, whole)] = [file for file in files if kind in file[0].name]
+    for length in range(0, len(whole), max(1, len(whole) // 150)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=path.name):
+            read(path)
+
+
+def test_a_checkpoint_cut_off_anywhere(tmp_path):
+    path = tmp_path / "cut.pth.tar"
+    checkpoints.save_checkpoint(path, tiny_checkpoint())
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="cut.pth.tar"):
+            checkpoints.load_checkpoint(path)
+
+
+def test_endless_nesting_is_no_json(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 10**6)
+    with pytest.raises(UserError, match="deep.json is not valid JSON"):
+        utils.read_json(tmp_path / "deep.json")

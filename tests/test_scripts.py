@@ -1,6 +1,7 @@
 """The scripts as a user runs them: train, evaluate, caption, continue, and bad input."""
 
 import json
+import os
 import shutil
 
 import h5py
@@ -273,6 +274,26 @@ def test_captioning_names_unreadable_files_and_captions_the_others(
     assert "text.jpg" in process.stderr
     assert "missing.jpg" in process.stderr
     assert str(good) in process.stdout
+
+
+def test_names_of_files_may_hold_anything(checkpoint, scenes, tmp_path):
+    names = ["with blank.png", "quo\"te's $HOME.png", "日本 ünï.png", "line\nbreak.png", "-img.png"]
+    names.append(os.fsdecode(b"not-unicode-\xff.png"))
+    (tmp_path / "in").mkdir()
+    for name in names:
+        shutil.copy(next((scenes / "images").iterdir()), tmp_path / "in" / name)
+    (tmp_path / "in" / "bro\nken.png").write_text("no image")
+    process = run_script(
+        "caption.py", "--img", tmp_path / "in", "--model", checkpoint,
+        "--output_folder", tmp_path / "out", "--device", "cpu",
+    )  # fmt: skip
+    assert "1 of 7 images" in failure(process)
+    assert len(process.stdout.splitlines()) == len(names)
+    assert "line\\nbreak.png: " in process.stdout and "日本 ünï.png: " in process.stdout
+    assert "bro\\nken.png" in process.stderr
+    for name in names:
+        picture = name.removesuffix(".png") + "_attention.png"
+        Image.open(tmp_path / "out" / picture).verify()
 
 
 @pytest.mark.parametrize("contents", ["truncated", "state dict", "text"])

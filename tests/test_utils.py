@@ -326,5 +326,5 @@ def test_temporaries_of_dead_processes_are_removed(tmp_path):
     others = [tmp_path / n for n in ("a.json", "notes.tmp", f"a.json.elsewhere.{dead.pid}.tmp")]
     for path in (mine, stale, *others):
         path.touch()
-    utils.remove_stale_temporaries(tmp_path)
+    utils.make_folder(tmp_path)
     assert set(tmp_path.iterdir()) == {mine, *others}
