@@ -1,14 +1,24 @@
-"""Scores of captions: BLEU against people's, the pointing game, and how varied captions are.
+"""Scores of captions against people's: nltk's BLEU, the official COCO scores, the pointing game.
 
-Words are compared as written, lower-cased and without punctuation (`utils.tokenize`), never
-against `<unk>`.
+nltk's BLEU compares words as written, lower-cased and without punctuation (`utils.tokenize`);
+the COCO scores have a tokenizer of their own. Neither ever compares with `<unk>`.
 """
 
+import io
+import shutil
 import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from nltk.translate.bleu_score import brevity_penalty, closest_ref_length, corpus_bleu
+from pycocoevalcap.bleu.bleu import Bleu as Bleu4
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.spice import spice
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from utils import tokenize
 
@@ -41,6 +51,53 @@ def bleu(references, captions):
     return Bleu(
         [float(s) for s in scores], [float(s) / penalty if penalty else 0.0 for s in scores]
     )
+
+
+class CocoScores(NamedTuple):
+    """Scores of the COCO caption evaluation, by name: "BLEU-1" to "BLEU-4", "METEOR", "ROUGE-L",
+    "CIDEr-D", "SPICE", or those of them that can be computed here."""
+
+    corpus: dict[str, float]
+    each: dict[str, list[float]]  # of each image, in their order
+    left_out: list[str]  # a line for what cannot be computed, with the reason
+
+
+def coco_scores(references, captions):
+    """The scores of the official implementation, pycocoevalcap, after its PTB tokenizer.
+
+    Args:
+        references, captions: as in `bleu`.
+    """
+    if shutil.which("java") is None:
+        return CocoScores(
+            {}, {}, ["no METEOR, ROUGE-L, CIDEr-D, SPICE: their tokenizer needs Java"]
+        )
+    # line breaks of any kind would shift what the tokenizer gives
+    one_line = {i: [{"caption": " ".join(text.split())}] for i, text in enumerate(captions)}
+    several = {
+        i: [{"caption": " ".join(text.split())} for text in texts]
+        for i, texts in enumerate(references)
+    }
+    with redirect_stdout(io.StringIO()):  # they tell what they are doing
+        tokenizer = PTBTokenizer()
+        truth, found = tokenizer.tokenize(several), tokenizer.tokenize(one_line)
+        scorers = [(Bleu4(4), [f"BLEU-{n}" for n in range(1, 5)])]
+        scorers += [(Meteor(), "METEOR"), (Rouge(), "ROUGE-L"), (Cider(), "CIDEr-D")]
+        left_out = []
+        if list(Path(spice.__file__).parent.glob("lib/stanford-corenlp-*-models.jar")):
+            scorers.append((spice.Spice(), "SPICE"))
+        else:
+            left_out.append("no SPICE: its Java models are not in the package pycocoevalcap")
+        corpus, each = {}, {}
+        for scorer, names in scorers:
+            total, of_each = scorer.compute_score(truth, found)
+            if names == "SPICE":
+                of_each = [scores["All"]["f"] for scores in of_each]
+            if isinstance(names, str):
+                names, total, of_each = [names], [total], [of_each]
+            corpus |= {name: float(score) for name, score in zip(names, total, strict=True)}
+            each |= {name: list(map(float, s)) for name, s in zip(names, of_each, strict=True)}
+    return CocoScores(corpus, each, left_out)
 
 
 def describe(captions):

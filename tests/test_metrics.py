@@ -1,13 +1,20 @@
 """Scores against computations of the test's own."""
 
+import argparse
+import json
 import math
 from collections import Counter
 
 import numpy as np
+import pycocoevalcap.eval
 import pytest
+import sacrebleu
 import torch
+from conftest import needs_java
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocoevalcap.eval import COCOEvalCap
+from pycocotools.coco import COCO
 
 import metrics
 
@@ -101,3 +108,68 @@ def test_top5_accuracy_equals_a_loop(vocabulary):
         for row, t in zip(scores.tolist(), targets.tolist(), strict=True)
     ]
     assert metrics.top5_accuracy(scores, targets) == pytest.approx(sum(right) / 30)
+
+
+# -------------------------------------------------------------------------- the official scores
+
+CAPTIONS = [
+    "a dog runs on the grass",
+    "two men in red shirts play football",
+    "a child is smiling at the camera\u2028and waving",  # a line break of a kind
+]
+REFERENCES = [
+    ["A dog runs on the green grass.", "The brown dog's running!"],
+    ["Two men play football; they wear red.", "Men (in red) playing soccer", "A match."],
+    ["A smiling child", "A kid waves at the camera -- and smiles."],
+]
+
+
+@needs_java
+def test_coco_scores_are_those_of_the_official_evaluation(tmp_path):
+    """To the last digit, from files, by the official class with the scorers that are there."""
+    images = [{"id": i} for i in range(3)]
+    annotations = [
+        {"image_id": i, "id": 10 * i + j, "caption": text}
+        for i, texts in enumerate(REFERENCES)
+        for j, text in enumerate(texts)
+    ]
+    results = [
+        {"image_id": i, "caption": " ".join(text.split())} for i, text in enumerate(CAPTIONS)
+    ]
+    (tmp_path / "truth.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "info": {}, "licenses": []})
+    )
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    truth = COCO(str(tmp_path / "truth.json"))
+    official = COCOEvalCap(truth, truth.loadRes(str(tmp_path / "results.json")))
+    with pytest.MonkeyPatch.context() as patch:
+        # SPICE would download its models
+        spice = argparse.Namespace(method=lambda: "", compute_score=lambda *_: (0.0, [0.0] * 3))
+        patch.setattr(pycocoevalcap.eval, "Spice", lambda: spice)
+        official.evaluate()
+
+    found = metrics.coco_scores(REFERENCES, CAPTIONS)
+    names = {f"BLEU-{n}": f"Bleu_{n}" for n in range(1, 5)}
+    names |= {"METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr-D": "CIDEr"}
+    assert found.corpus == {ours: official.eval[theirs] for ours, theirs in names.items()}
+    for ours, theirs in names.items():
+        assert found.each[ours] == [official.imgToEval[i][theirs] for i in range(3)], ours
+
+
+def test_without_java_a_line_says_what_is_left_out(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = metrics.coco_scores(REFERENCES, CAPTIONS)
+    assert found.corpus == found.each == {}
+    assert len(found.left_out) == 1 and "Java" in found.left_out[0]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(SENTENCES, SENTENCES, SENTENCES), min_size=1, max_size=6))
+def test_bleu_is_sacrebleus(examples):
+    captions = [" ".join(words) for words, *_ in examples]
+    references = [[" ".join(words) for words in rest] for _, *rest in examples]
+    theirs = sacrebleu.corpus_bleu(
+        captions, list(zip(*references, strict=True)), smooth_method="none", tokenize="none",
+        force=True,
+    )  # fmt: skip
+    assert 100 * metrics.bleu(references, captions).scores[3] == pytest.approx(theirs.score)
