@@ -4,6 +4,7 @@ With --results and --references it scores captions that any other system made.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def parse_arguments():
     add("--beam_size", type=positive, nargs="+", default=[5], help="one, or several to compare")
     add("--batch_size", type=positive, default=50, help="images")
     add("--results_folder", help="for the captions; None: the checkpoint's folder")
+    add("--attention_report", action="store_true", help="measure where the model looked, too")
     add("--results", help="captions made elsewhere, as COCO results JSON, to score instead")
     add("--references", help="for --results: Karpathy's JSON, of which --split, or COCO's captions")
     utils.add_workers_option(parser)
@@ -76,6 +78,8 @@ def evaluate(options):
     }
     print_scores(texts, [reference["captions"] for reference in data.references])
     print_pointing(captions, data)
+    if options.attention_report:
+        print_attention(captions, data)
     for beam_size, found in captions.items():
         results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
         write_results(results, found, data)
@@ -215,8 +219,7 @@ def print_scores(captions, references):
 
 def print_pointing(captions, data):
     """On data with boxes: how often the attention points at what a word names."""
-    boxes = [reference.get("boxes") for reference in data.references]
-    if not all(boxes):
+    if not (boxes := boxes_of(data)):
         return
     print("\npointing game: the attention's peak for a shape word lies in that object's box")
     rows = []
@@ -225,6 +228,43 @@ def print_pointing(captions, data):
         share = f"{game.hits / max(game.words, 1):.1%} of {game.words}"
         rows.append({"": f"beam {beam_size}", "hits": share, "by chance": f"{game.chance:.1%}"})
     print_table(rows)
+
+
+def print_attention(captions, data):
+    """What the attention is like: how even for each word, and over each caption."""
+    boxes, rows, parts = boxes_of(data), [], []
+    for beam_size, found in captions.items():
+        name = {"": f"beam {beam_size}"}
+        [(entropy, _)] = metrics.attention_entropy(found).values()
+        uneven, least = metrics.coverage(found)
+        row = name | {"entropy": f"{entropy:.2f}", "(1 - Σα)²": f"{uneven:.3f}"}
+        row["least possible"] = f"{least:.3f}"
+        if boxes:
+            mass, area = metrics.mass_in_boxes(found, boxes, demo.SHAPES)
+            row |= {"in the box": f"{mass:.1%}", "if even": f"{area:.1%}"}
+            kinds = metrics.attention_entropy(found, demo.part_of_speech)
+            row_of_parts = {
+                part: f"{kinds[part][0]:.2f} of {kinds[part][1]}" if part in kinds else ""
+                for part in demo.PARTS_OF_SPEECH
+            }
+            parts.append(name | row_of_parts)
+        rows.append(row)
+    places = captions[min(captions)][0][1].shape[1]
+    print(
+        f"\nattention over {places} places: entropy in nats, {math.log(places):.2f} where it is "
+        "even; Σα, over a caption's words, should be near 1 at every place"
+        + ("; in the box of the object that a shape word names" if boxes else "")
+    )
+    print_table(rows)
+    if parts:
+        print("\nentropy by part of speech, of so many words")
+        print_table(parts)
+
+
+def boxes_of(data):
+    """The boxes of each image's objects, None where the data has none."""
+    boxes = [reference.get("boxes") for reference in data.references]
+    return boxes if all(boxes) else None
 
 
 def print_table(rows):

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: train, evaluate, caption, continue, and bad input."""
 
 import json
+import math
 import os
 import shutil
 
@@ -48,7 +49,15 @@ def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
     # not the best checkpoint, which is the first whose greedy captions are right, by a hair maybe
     newest = checkpoints.checkpoint_path(output, base)
     process = run_script(
-        "eval.py", "--data_folder", folder, "--checkpoint", newest, "--beam_size", 1, 5
+        "eval.py",
+        "--data_folder",
+        folder,
+        "--checkpoint",
+        newest,
+        "--beam_size",
+        1,
+        5,
+        "--attention_report",
     )
     assert process.returncode == 0, process.stderr
     results = json.loads((output / f"results_test_beam5_{base}.json").read_text())
@@ -59,10 +68,12 @@ def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
         [r["caption"].split() for r in results],
     )
     assert by_hand > 0.9
-    nltk_table, coco_table, pointing = tables(process.stdout)
+    nltk_table, coco_table, pointing, attention, parts = tables(process.stdout)
     assert list(nltk_table) == list(pointing) == ["beam 1", "beam 5"]
     assert nltk_table["beam 5"]["BLEU-4"] == f"{100 * by_hand:.1f}"
     assert "of" in pointing["beam 5"]["hits"]
+    assert 0 < float(attention["beam 1"]["entropy"]) <= math.log(9)
+    assert parts["beam 5"]["noun"].split(" of ")[1].isdecimal()
     assert {"METEOR", "ROUGE-L", "CIDEr-D"} < coco_table["beam 1"].keys()
     assert "PTB tokenizer" in process.stdout and "without brevity penalty" in process.stdout
 
