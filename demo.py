@@ -77,8 +77,8 @@ WORDINGS = (
 
 PARTS_OF_SPEECH = {
     "noun": (
-        *SHAPES,
-        *["shapes", "background", "picture", "middle", "top", "bottom", "left", "right"],
+        *(*SHAPES, "shapes", "background", "picture"),
+        *("middle", "top", "bottom", "left", "right"),
     ),
     "adjective": (*COLOURS, *SIZES, *BACKGROUNDS),
     "preposition": ("on", "in", "at", "of", "to", "above", "below"),
