@@ -1,6 +1,10 @@
-"""Captions a split with a trained model, prints the scores, writes the captions as COCO results."""
+"""Captions a split with a trained model, prints the scores, writes the captions as COCO results.
+
+With --results and --references it scores captions that any other system made.
+"""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -28,6 +32,9 @@ def parse_arguments():
     add("--beam_size", type=positive, nargs="+", default=[5], help="one, or several to compare")
     add("--batch_size", type=positive, default=50, help="images")
     add("--results_folder", help="for the captions; None: the checkpoint's folder")
+    add("--attention_report", action="store_true", help="measure where the model looked, too")
+    add("--results", help="captions made elsewhere, as COCO results JSON, to score instead")
+    add("--references", help="for --results: Karpathy's JSON, of which --split, or COCO's captions")
     utils.add_workers_option(parser)
     utils.add_decoding_options(parser)
     utils.add_device_options(parser)
@@ -36,6 +43,11 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
+    if (options.results is None) != (options.references is None):
+        raise UserError("--results and --references go together")
+    if options.results is not None:
+        score_results(options)
+        return
     options.device = utils.choose_device(options.device)
     with distributed.group(options.device):
         evaluate(options)
@@ -53,16 +65,21 @@ def evaluate(options):
     captions = caption_split(model, data, options)
     if not distributed.is_main:
         return
-    references = [reference["captions"] for reference in data.references]
     print(f"{path}, stage {model.checkpoint['stage']}, epoch {model.checkpoint['epoch']}")
     for line in provenance.lines(model.checkpoint.get("records", [])):
         print(line)
     print(
-        f"{data.base}, {options.split}: {len(data)} images; nltk corpus_bleu against all human "
-        f"captions; length penalty {options.length_penalty:g}"
+        f"{data.base}, {options.split} split; length penalty {options.length_penalty:g}, "
+        f"{options.max_len} words at most"
     )
-    for line in format_table([score(*item, references, data) for item in captions.items()]):
-        print(line)
+    texts = {
+        f"beam {beam_size}": [" ".join(words) for words, _ in found]
+        for beam_size, found in captions.items()
+    }
+    print_scores(texts, [reference["captions"] for reference in data.references])
+    print_pointing(captions, data)
+    if options.attention_report:
+        print_attention(captions, data)
     for beam_size, found in captions.items():
         results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
         write_results(results, found, data)
@@ -105,33 +122,153 @@ def caption_split(model, data, options):
     return {beam_size: distributed.collect(found) for beam_size, found in captions.items()}
 
 
-def score(beam_size, captions, references, data):
-    """A row of the table, column -> text."""
-    texts = [" ".join(words) for words, _ in captions]
-    bleu, description = metrics.bleu(references, texts), metrics.describe(texts)
-    row = {"beam": str(beam_size)}
-    row |= {f"BLEU-{n}": f"{100 * s:.1f}" for n, s in enumerate(bleu.scores, start=1)}
-    row |= {f"B-{n} no BP": f"{100 * s:.1f}" for n, s in enumerate(bleu.unpenalised, start=1)}
-    row["captions"] = str(description["captions"])
-    row["words each"] = f"{description['mean_length']:.1f}"
-    row["distinct words"] = str(description["distinct_words"])
+def score_results(options):
+    """Prints the scores of captions that another system made."""
+    references = read_references(options.references, options.split)
+    captions = read_results(options.results)
+    if unknown := captions.keys() - references.keys():
+        raise UserError(
+            f"{options.results} has {len(unknown)} images that {options.references} has not in its "
+            f"{options.split} split, {min(unknown, key=str)} among them: check --split"
+        )
+    if missing := references.keys() - captions.keys():
+        raise UserError(
+            f"{options.results} has no caption for {len(missing)} of {len(references)} images of "
+            f"{options.references}, {min(missing, key=str)} among them"
+        )
+    print(f"{options.results} against {options.references}")
+    print_scores({"results": [captions[id_] for id_ in references]}, list(references.values()))
+
+
+def read_references(path, split):
+    """Image id -> its human captions, of a split of Karpathy's JSON or of COCO's own format."""
+    contents = utils.read_json(path)
+    references = {}
+    if isinstance(contents, dict) and "annotations" in contents:
+        for id_, caption in _image_captions(contents["annotations"], path):
+            references.setdefault(id_, []).append(caption)
+    else:
+        for i, image in enumerate(utils.read_karpathy(path)):
+            reference = utils.reference_of(image, i)
+            if utils.SPLITS[image["split"]] == split.upper() and reference["captions"]:
+                references[reference["id"]] = reference["captions"]
+    if not references:
+        raise UserError(f"{path} has no captions of the {split} split")
+    return references
+
+
+def read_results(path):
+    """Image id -> caption, of a file of COCO results. Raises UserError."""
+    captions = {}
+    for id_, caption in _image_captions(utils.read_json(path), path):
+        if id_ in captions:
+            raise UserError(f"{path} has several captions for image {id_}")
+        captions[id_] = caption
+    return captions
+
+
+def _image_captions(entries, path):
+    """Yields id and caption of a list of {"image_id", "caption"}."""
+    for entry in entries if isinstance(entries, list) else [None]:
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("image_id"), int | str)
+            or not isinstance(entry.get("caption"), str)
+        ):
+            raise UserError(f'{path} is no list of {{"image_id", "caption"}}')
+        yield entry["image_id"], entry["caption"]
+
+
+def print_scores(captions, references):
+    """Two tables, each under the protocol that its figures follow.
+
+    Args:
+        captions: name -> a caption for each image, text.
+        references: for each image the list of its human captions.
+    """
+    count = sum(map(len, references))
+    print(
+        f"{len(references)} images, {count} human captions, all of them references; in per cent\n\n"
+        "nltk corpus_bleu on lower-cased words without punctuation; the last four without brevity "
+        "penalty"
+    )
+    rows = []
+    for name, texts in captions.items():
+        bleu, description = metrics.bleu(references, texts), metrics.describe(texts)
+        row = {"": name}
+        row |= {f"BLEU-{n}": f"{100 * s:.1f}" for n, s in enumerate(bleu.scores, start=1)}
+        row |= {f"B-{n} no BP": f"{100 * s:.1f}" for n, s in enumerate(bleu.unpenalised, start=1)}
+        row["words each"] = f"{description['mean_length']:.1f}"
+        row["distinct words"] = str(description["distinct_words"])
+        rows.append(row)
+    print_table(rows)
+
+    found = {name: metrics.coco_scores(references, texts) for name, texts in captions.items()}
+    [*_, last] = found.values()
+    if last.corpus:
+        print("\nCOCO's caption evaluation, pycocoevalcap with its PTB tokenizer")
+        print_table(
+            [
+                {"": name} | {kind: f"{100 * s:.1f}" for kind, s in scores.corpus.items()}
+                for name, scores in found.items()
+            ]
+        )
+    for line in last.left_out:
+        print(line)
+
+
+def print_pointing(captions, data):
+    """On data with boxes: how often the attention points at what a word names."""
+    if not (boxes := boxes_of(data)):
+        return
+    print("\npointing game: the attention's peak for a shape word lies in that object's box")
+    rows = []
+    for beam_size, found in captions.items():
+        game = metrics.pointing_game(found, boxes, demo.SHAPES)
+        share = f"{game.hits / max(game.words, 1):.1%} of {game.words}"
+        rows.append({"": f"beam {beam_size}", "hits": share, "by chance": f"{game.chance:.1%}"})
+    print_table(rows)
+
+
+def print_attention(captions, data):
+    """What the attention is like: how even for each word, and over each caption."""
+    boxes, rows, parts = boxes_of(data), [], []
+    for beam_size, found in captions.items():
+        name = {"": f"beam {beam_size}"}
+        [(entropy, _)] = metrics.attention_entropy(found).values()
+        uneven, least = metrics.coverage(found)
+        row = name | {"entropy": f"{entropy:.2f}", "(1 - Σα)²": f"{uneven:.3f}"}
+        row["least possible"] = f"{least:.3f}"
+        if boxes:
+            mass, area = metrics.mass_in_boxes(found, boxes, demo.SHAPES)
+            row |= {"in the box": f"{mass:.1%}", "if even": f"{area:.1%}"}
+            kinds = metrics.attention_entropy(found, demo.part_of_speech)
+            row_of_parts = {
+                part: f"{kinds[part][0]:.2f} of {kinds[part][1]}" if part in kinds else ""
+                for part in demo.PARTS_OF_SPEECH
+            }
+            parts.append(name | row_of_parts)
+        rows.append(row)
+    places = captions[min(captions)][0][1].shape[1]
+    print(
+        f"\nattention over {places} places: entropy in nats, {math.log(places):.2f} where it is "
+        "even; Σα, over a caption's words, should be near 1 at every place"
+        + ("; in the box of the object that a shape word names" if boxes else "")
+    )
+    print_table(rows)
+    if parts:
+        print("\nentropy by part of speech, of so many words")
+        print_table(parts)
+
+
+def boxes_of(data):
+    """The boxes of each image's objects, None where the data has none."""
     boxes = [reference.get("boxes") for reference in data.references]
-    if all(boxes):
-        game = metrics.pointing_game(captions, boxes, demo.SHAPES)
-        row["pointing"] = f"{game.hits / max(game.words, 1):.1%} of {game.words}"
-        row["by chance"] = f"{game.chance:.1%}"
-    return row
+    return boxes if all(boxes) else None
 
 
-def format_table(rows):
-    """Lines of a Markdown table, its columns aligned."""
-    table = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "| " + " | ".join(t.rjust(w) for t, w in zip(row, widths, strict=True)) + " |"
-        for row in table
-    ]
-    return [lines[0], "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *lines[1:]]
+def print_table(rows):
+    print("\n".join(utils.format_table(rows)))
 
 
 def write_results(path, captions, data):

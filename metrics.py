@@ -1,10 +1,15 @@
-"""Scores of captions: BLEU against people's, the pointing game, and how varied captions are.
+"""Scores of captions against people's: nltk's BLEU, the official COCO scores; its attention.
 
-Words are compared as written, lower-cased and without punctuation (`utils.tokenize`), never
-against `<unk>`.
+nltk's BLEU compares words as written, lower-cased and without punctuation (`utils.tokenize`);
+the COCO scores have a tokenizer of their own. Neither ever compares with `<unk>`.
 """
 
+import io
+import math
+import shutil
 import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +46,61 @@ def bleu(references, captions):
     return Bleu(
         [float(s) for s in scores], [float(s) / penalty if penalty else 0.0 for s in scores]
     )
+
+
+class CocoScores(NamedTuple):
+    """Scores of the COCO caption evaluation, by name: "BLEU-1" to "BLEU-4", "METEOR", "ROUGE-L",
+    "CIDEr-D", "SPICE", or those of them that can be computed here."""
+
+    corpus: dict[str, float]
+    each: dict[str, list[float]]  # of each image, in their order
+    left_out: list[str]  # a line for what cannot be computed, with the reason
+
+
+def coco_scores(references, captions):
+    """The scores of the official implementation, pycocoevalcap, after its PTB tokenizer.
+
+    Args:
+        references, captions: as in `bleu`.
+    """
+    # here, as training does without it
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.spice import spice
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    if shutil.which("java") is None:
+        return CocoScores(
+            {}, {}, ["no METEOR, ROUGE-L, CIDEr-D, SPICE: their tokenizer needs Java"]
+        )
+    # line breaks of any kind would shift what the tokenizer gives
+    one_line = {i: [{"caption": " ".join(text.split())}] for i, text in enumerate(captions)}
+    several = {
+        i: [{"caption": " ".join(text.split())} for text in texts]
+        for i, texts in enumerate(references)
+    }
+    with redirect_stdout(io.StringIO()):  # they tell what they are doing
+        tokenizer = PTBTokenizer()
+        truth, found = tokenizer.tokenize(several), tokenizer.tokenize(one_line)
+        scorers = [(Bleu(4), [f"BLEU-{n}" for n in range(1, 5)])]
+        scorers += [(Meteor(), "METEOR"), (Rouge(), "ROUGE-L"), (Cider(), "CIDEr-D")]
+        left_out = []
+        if list(Path(spice.__file__).parent.glob("lib/stanford-corenlp-*-models.jar")):
+            scorers.append((spice.Spice(), "SPICE"))
+        else:
+            left_out.append("no SPICE: its Java models are not in the package pycocoevalcap")
+        corpus, each = {}, {}
+        for scorer, names in scorers:
+            total, of_each = scorer.compute_score(truth, found)
+            if names == "SPICE":
+                of_each = [scores["All"]["f"] for scores in of_each]
+            if isinstance(names, str):
+                names, total, of_each = [names], [total], [of_each]
+            corpus |= {name: float(score) for name, score in zip(names, total, strict=True)}
+            each |= {name: list(map(float, s)) for name, s in zip(names, of_each, strict=True)}
+    return CocoScores(corpus, each, left_out)
 
 
 def describe(captions):
@@ -86,6 +146,71 @@ def pointing_game(captions, boxes, names):
                 hits += x0 <= x <= x1 and y0 <= y <= y1
                 chance += (x1 - x0) * (y1 - y0)
     return Pointing(hits, count, chance / max(count, 1))
+
+
+def mass_in_boxes(captions, boxes, names):
+    """How much of the attention for a word lies in the box of the object it names.
+
+    A place is a square of the grid, which counts by the share of it that is in the box. Words
+    whose object is not in the picture do not count.
+
+    Args:
+        captions, boxes, names: as in `pointing_game`.
+
+    Returns:
+        the mean over the words, and what evenly spread attention would give; (nan, nan) of none.
+    """
+    masses, areas = [], []
+    for (words, alphas), found in zip(captions, boxes, strict=True):
+        for word, alpha in zip(words, np.asarray(alphas), strict=True):
+            if word in names and word in found:
+                shares = _shares(found[word], round(len(alpha) ** 0.5))
+                masses.append(float(alpha @ shares))
+                areas.append(float(shares.mean()))
+    return (float(np.mean(masses)), float(np.mean(areas))) if masses else (math.nan, math.nan)
+
+
+def _shares(box, size):
+    """The share of each place of a size × size grid that is in a box, row by row."""
+    edges = np.arange(size + 1) / size
+
+    def overlaps(low, high):
+        return (edges[1:].clip(low, high) - edges[:-1].clip(low, high)) * size
+
+    x0, y0, x1, y1 = box
+    return np.outer(overlaps(y0, y1), overlaps(x0, x1)).ravel()
+
+
+def attention_entropy(captions, kind=lambda word: "all"):
+    """Mean entropy of the attention for a word, in nats: 0 for one place, log L for all alike.
+
+    Args:
+        captions: as in `pointing_game`.
+        kind: a word -> the group that it is counted in.
+
+    Returns:
+        dict of group -> (mean entropy, number of words).
+    """
+    found = {}
+    for words, alphas in captions:
+        alphas = np.asarray(alphas, np.float64)
+        entropies = -(alphas * np.log(alphas.clip(1e-300))).sum(axis=1)
+        for word, entropy in zip(words, entropies, strict=True):
+            found.setdefault(kind(word), []).append(entropy)
+    return {name: (float(np.mean(values)), len(values)) for name, values in found.items()}
+
+
+def coverage(captions):
+    """How far Σ_t α_ti is from 1, which doubly stochastic attention (§4.2.1) pulls it to.
+
+    Returns:
+        the mean over captions and places of (1 - Σ_t α_ti)², the sum over the words, and the least
+        that it could be: a caption of T words has T / L a place to give, (1 - T / L)².
+    """
+    totals = [np.asarray(alphas, np.float64).sum(axis=0) for _, alphas in captions]
+    uneven = np.mean([((1 - total) ** 2).mean() for total in totals])
+    least = np.mean([(1 - total.mean()) ** 2 for total in totals])
+    return float(uneven), float(least)
 
 
 def _peak(alpha):

@@ -406,7 +406,7 @@ def create_input_files(
     unusable, if an image is (each is named on stderr; skip_bad_images leaves them out instead),
     or if a file cannot be written.
     """
-    images = _read_karpathy(karpathy_json)
+    images = read_karpathy(karpathy_json)
     if not Path(image_folder).is_dir():
         raise UserError(f"there is no folder {image_folder}: check --image_folder")
     samples, left_out = _collect_samples(images, Path(image_folder), max_len)
@@ -444,7 +444,7 @@ def create_input_files(
     return summary
 
 
-def _read_karpathy(path):
+def read_karpathy(path):
     """The list of images of a JSON file in Karpathy's format. Raises UserError if it is none."""
     contents = read_json(path)
     images = contents.get("images") if isinstance(contents, dict) else None
@@ -477,6 +477,17 @@ def _fault(image):
     return None
 
 
+def reference_of(image, i):
+    """What the `i`-th entry of Karpathy's JSON is scored by: its id, and all captions with words,
+    as written."""
+    return {
+        "id": image.get("cocoid", image.get("imgid", i)),
+        "captions": [
+            s.get("raw", " ".join(s["tokens"])) for s in image["sentences"] if any(s["tokens"])
+        ],
+    }
+
+
 def _collect_samples(images, folder, max_len):
     """The images that have captions to learn from, by split, and counts of what is left out."""
     samples = {split: [] for split in SPLITS.values()}
@@ -488,11 +499,7 @@ def _collect_samples(images, folder, max_len):
         left_out["too long captions"] += len(worded) - len(captions)
         left_out["images without captions"] += not captions
         if captions:
-            reference = {
-                "filename": image["filename"],
-                "id": image.get("cocoid", image.get("imgid", i)),
-                "captions": [s.get("raw", " ".join(s["tokens"])) for s in worded],
-            }
+            reference = {"filename": image["filename"], **reference_of(image, i)}
             if "boxes" in image:
                 reference["boxes"] = image["boxes"]
             path = folder / image.get("filepath", "") / image["filename"]
@@ -692,6 +699,20 @@ def number(kind, above=None, least=None, below=None):
 
     parse.__name__ = kind.__name__
     return parse
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def format_table(rows):
+    """Lines of a Markdown table, its columns aligned."""
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "| " + " | ".join(t.rjust(w) for t, w in zip(row, widths, strict=True)) + " |"
+        for row in table
+    ]
+    return [lines[0], "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *lines[1:]]
 
 
 # ------------------------------------------------------------------------------------ pictures

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import utils
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same on any machine
 settings.load_profile("suite")
 
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 ROOT = Path(__file__).parent.parent
 OFFLINE = "timm:tf_efficientnet_lite2"
 

@@ -1,15 +1,25 @@
 """Scores against computations of the test's own."""
 
+import argparse
+import json
 import math
 from collections import Counter
 
 import numpy as np
+import pycocoevalcap.eval
 import pytest
+import sacrebleu
+import scipy.stats
 import torch
+from conftest import needs_java
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocoevalcap.eval import COCOEvalCap
+from pycocotools.coco import COCO
 
+import demo
 import metrics
+import utils
 
 WORDS = st.sampled_from(["a", "dog", "runs", "on", "the", "red", "grass"])
 # four words or more: of a shorter caption nltk counts one 4-gram, the definition none
@@ -101,3 +111,138 @@ def test_top5_accuracy_equals_a_loop(vocabulary):
         for row, t in zip(scores.tolist(), targets.tolist(), strict=True)
     ]
     assert metrics.top5_accuracy(scores, targets) == pytest.approx(sum(right) / 30)
+
+
+# -------------------------------------------------------------------------- the official scores
+
+CAPTIONS = [
+    "a dog runs on the grass",
+    "two men in red shirts play football",
+    "a child is smiling at the camera\u2028and waving",  # a line break of a kind
+]
+REFERENCES = [
+    ["A dog runs on the green grass.", "The brown dog's running!"],
+    ["Two men play football; they wear red.", "Men (in red) playing soccer", "A match."],
+    ["A smiling child", "A kid waves at the camera -- and smiles."],
+]
+
+
+@needs_java
+def test_coco_scores_are_those_of_the_official_evaluation(tmp_path):
+    """To the last digit, from files, by the official class with the scorers that are there."""
+    images = [{"id": i} for i in range(3)]
+    annotations = [
+        {"image_id": i, "id": 10 * i + j, "caption": text}
+        for i, texts in enumerate(REFERENCES)
+        for j, text in enumerate(texts)
+    ]
+    results = [
+        {"image_id": i, "caption": " ".join(text.split())} for i, text in enumerate(CAPTIONS)
+    ]
+    (tmp_path / "truth.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "info": {}, "licenses": []})
+    )
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    truth = COCO(str(tmp_path / "truth.json"))
+    official = COCOEvalCap(truth, truth.loadRes(str(tmp_path / "results.json")))
+    with pytest.MonkeyPatch.context() as patch:
+        # SPICE would download its models
+        spice = argparse.Namespace(method=lambda: "", compute_score=lambda *_: (0.0, [0.0] * 3))
+        patch.setattr(pycocoevalcap.eval, "Spice", lambda: spice)
+        official.evaluate()
+
+    found = metrics.coco_scores(REFERENCES, CAPTIONS)
+    names = {f"BLEU-{n}": f"Bleu_{n}" for n in range(1, 5)}
+    names |= {"METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr-D": "CIDEr"}
+    assert found.corpus == {ours: official.eval[theirs] for ours, theirs in names.items()}
+    for ours, theirs in names.items():
+        assert found.each[ours] == [official.imgToEval[i][theirs] for i in range(3)], ours
+
+
+def test_without_java_a_line_says_what_is_left_out(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = metrics.coco_scores(REFERENCES, CAPTIONS)
+    assert found.corpus == found.each == {}
+    assert len(found.left_out) == 1 and "Java" in found.left_out[0]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(SENTENCES, SENTENCES, SENTENCES), min_size=1, max_size=6))
+def test_bleu_is_sacrebleus(examples):
+    captions = [" ".join(words) for words, *_ in examples]
+    references = [[" ".join(words) for words in rest] for _, *rest in examples]
+    theirs = sacrebleu.corpus_bleu(
+        captions, list(zip(*references, strict=True)), smooth_method="none", tokenize="none",
+        force=True,
+    )  # fmt: skip
+    assert 100 * metrics.bleu(references, captions).scores[3] == pytest.approx(theirs.score)
+
+
+# --------------------------------------------------------------------------------- the attention
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(1, 6),
+    st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    st.integers(0, 2**32 - 1),
+)
+def test_mass_in_a_box_is_the_integral_over_it(size, corners, seed):
+    """Against a grid of points, each in one place."""
+    x0, x1, y0, y1 = *sorted(corners[:2]), *sorted(corners[2:])
+    alpha = np.random.default_rng(seed).dirichlet(np.ones(size**2))
+    fine = (np.arange(400) + 0.5) / 400
+    inside = np.outer((y0 <= fine) & (fine <= y1), (x0 <= fine) & (fine <= x1))
+    density = alpha.reshape(size, size)[
+        np.ix_((fine * size).astype(int), (fine * size).astype(int))
+    ]
+    mass, area = metrics.mass_in_boxes(
+        [(["a", "star"], np.stack([alpha, alpha]))], [{"star": [x0, y0, x1, y1]}], ("star",)
+    )
+    assert mass == pytest.approx((density * inside).sum() * size**2 / 400**2, abs=0.02)
+    assert area == pytest.approx((x1 - x0) * (y1 - y0), abs=1e-9)
+
+
+def test_mass_counts_words_whose_object_is_there():
+    captions = [(["star", "heart"], np.eye(2, 4)), (["star"], np.eye(1, 4))]
+    boxes = [{"star": [0, 0, 0.5, 0.5]}, {"heart": [0, 0, 1, 1]}]
+    assert metrics.mass_in_boxes(captions, boxes, ("star", "heart")) == (1.0, 0.25)
+    assert all(map(math.isnan, metrics.mass_in_boxes(captions, boxes, ("cross",))))
+
+
+def test_entropy_is_scipys_and_grouped():
+    rng = np.random.default_rng(0)
+    alphas = rng.dirichlet(np.ones(9), size=3)
+    alphas[2] = np.eye(9)[4]  # one place: 0
+    captions = [(["a", "star"], alphas[:2]), (["star"], alphas[2:])]
+    by_hand = scipy.stats.entropy(alphas, axis=1)
+    assert metrics.attention_entropy(captions)["all"] == (pytest.approx(by_hand.mean()), 3)
+    found = metrics.attention_entropy(captions, demo.part_of_speech)
+    assert found == {
+        "determiner": (pytest.approx(by_hand[0]), 1),
+        "noun": (pytest.approx(by_hand[1:].mean()), 2),
+    }
+
+
+def test_coverage_is_the_regularisers_and_its_least():
+    rng = np.random.default_rng(0)
+    captions = [(["a"] * n, rng.dirichlet(np.ones(16), size=n)) for n in (3, 30)]
+    uneven, least = metrics.coverage(captions)
+    by_hand = [((1 - alphas.sum(0)) ** 2).mean() for _, alphas in captions]
+    assert uneven == pytest.approx(np.mean(by_hand))
+    assert least == pytest.approx(((1 - 3 / 16) ** 2 + (1 - 30 / 16) ** 2) / 2)
+    even = [(words, np.full_like(alphas, 1 / 16)) for words, alphas in captions]
+    assert metrics.coverage(even) == (pytest.approx(least), pytest.approx(least))
+
+
+def test_every_word_of_the_demo_has_one_part_of_speech():
+    words = [word for words in demo.PARTS_OF_SPEECH.values() for word in words]
+    assert len(words) == len(set(words))
+    rng = np.random.default_rng(0)
+    spoken = {
+        word
+        for _ in range(300)
+        for caption in demo.captions(demo.compose(rng), rng)
+        for word in utils.tokenize(caption)
+    }
+    assert spoken <= set(words)

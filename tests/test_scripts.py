@@ -1,6 +1,7 @@
 """The scripts as a user runs them: train, evaluate, caption, continue, and bad input."""
 
 import json
+import math
 import os
 import shutil
 
@@ -8,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE, failure, run_here, run_script
+from conftest import OFFLINE, failure, needs_java, run_here, run_script
 from nltk.translate.bleu_score import corpus_bleu
 from PIL import Image
 
@@ -39,13 +40,24 @@ def best(trained):
     return checkpoints.checkpoint_path(output, base, best=True)
 
 
-def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(trained, tiny_data):
+@needs_java
+def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
+    trained, tiny_data, scenes
+):
     folder, _ = tiny_data
     output, base, _ = trained
     # not the best checkpoint, which is the first whose greedy captions are right, by a hair maybe
     newest = checkpoints.checkpoint_path(output, base)
     process = run_script(
-        "eval.py", "--data_folder", folder, "--checkpoint", newest, "--beam_size", 1, 5
+        "eval.py",
+        "--data_folder",
+        folder,
+        "--checkpoint",
+        newest,
+        "--beam_size",
+        1,
+        5,
+        "--attention_report",
     )
     assert process.returncode == 0, process.stderr
     results = json.loads((output / f"results_test_beam5_{base}.json").read_text())
@@ -56,12 +68,38 @@ def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(trained
         [r["caption"].split() for r in results],
     )
     assert by_hand > 0.9
-    rows = [line.split("|") for line in process.stdout.splitlines() if line.startswith("|")]
-    header, _, beam1, beam5 = [[cell.strip() for cell in row[1:-1]] for row in rows]
-    assert beam5[header.index("BLEU-4")] == f"{100 * by_hand:.1f}"
-    assert (beam1[0], beam5[0]) == ("1", "5")
-    assert beam5[header.index("captions")] == "8"
-    assert "of" in beam5[header.index("pointing")]
+    nltk_table, coco_table, pointing, attention, parts = tables(process.stdout)
+    assert list(nltk_table) == list(pointing) == ["beam 1", "beam 5"]
+    assert nltk_table["beam 5"]["BLEU-4"] == f"{100 * by_hand:.1f}"
+    assert "of" in pointing["beam 5"]["hits"]
+    assert 0 < float(attention["beam 1"]["entropy"]) <= math.log(9)
+    assert parts["beam 5"]["noun"].split(" of ")[1].isdecimal()
+    assert {"METEOR", "ROUGE-L", "CIDEr-D"} < coco_table["beam 1"].keys()
+    assert "PTB tokenizer" in process.stdout and "without brevity penalty" in process.stdout
+
+    # the same captions, scored as those of another system
+    process = run_script(
+        "eval.py", "--results", output / f"results_test_beam5_{base}.json",
+        "--references", scenes / "karpathy.json",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    again = tables(process.stdout)
+    assert [table["results"] for table in again] == [nltk_table["beam 5"], coco_table["beam 5"]]
+
+
+def tables(printed):
+    """The Markdown tables in a text: for each, name of the row -> column -> cell."""
+    found, header = [], None
+    for line in printed.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells:
+            header = None
+        elif header is None:
+            header = cells
+            found.append({})
+        elif not set(line) <= set("|-: "):
+            found[-1][cells[0]] = dict(zip(header[1:], cells[1:], strict=True))
+    return found
 
 
 def test_the_log_has_a_line_an_epoch_of_both_stages_and_the_curves_are_drawn(trained):
@@ -245,6 +283,36 @@ def test_evaluation_refuses_a_beam_larger_than_the_vocabulary(checkpoint, tiny_d
         )
     )
     assert "--beam_size 500" in line
+
+
+@pytest.mark.parametrize(
+    ("results", "references", "words"),
+    [
+        ([{"image_id": 1, "caption": "a dog"}], None, ["--references"]),
+        ([{"image_id": 1, "caption": 2}], {"annotations": []}, ["references.json", "no captions"]),
+        ({"a": 1}, {"annotations": [{"image_id": 1, "caption": "x"}]}, ["results.json is no list"]),
+        ([], {"annotations": [{"image_id": 1, "caption": "x"}]}, ["no caption for 1 of 1"]),
+        (
+            [{"image_id": 2, "caption": "x"}],
+            {"annotations": [{"image_id": 1, "caption": "x"}]},
+            ["results.json has 1 images", "2 among them"],
+        ),
+        (
+            [{"image_id": 1, "caption": "x"}] * 2,
+            {"annotations": [{"image_id": 1, "caption": "x"}]},
+            ["several captions for image 1"],
+        ),
+        ([{"image_id": 1, "caption": "x"}], {"images": 3}, ["references.json is not in Karpathy"]),
+    ],
+)
+def test_captions_that_cannot_be_scored_are_refused(tmp_path, results, references, words):
+    arguments = ["--results", tmp_path / "results.json"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    if references is not None:
+        (tmp_path / "references.json").write_text(json.dumps(references))
+        arguments += ["--references", tmp_path / "references.json"]
+    line = failure(run_here("eval.py", *arguments))
+    assert all(word in line for word in words), line
 
 
 def test_evaluation_without_a_checkpoint_says_where_it_looked(tiny_data):

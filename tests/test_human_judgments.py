@@ -1,0 +1,106 @@
+"""Kendall's τ with people, on judgments made up in the published layout."""
+
+import random
+
+import pytest
+from conftest import failure, needs_java, run_here
+from scipy.stats import kendalltau
+
+import human_judgments
+import metrics
+
+WORDS = ["a", "dog", "man", "girl", "red", "ball", "runs", "on", "the", "green", "grass"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images, one named as an oddity of the real data set is."""
+    rng = random.Random(0)
+    images = [f"{i}_x.jpg" for i in range(12)]
+    tokens, ids = [], []
+    for i, image in enumerate(images):
+        for number in range(5):
+            id_ = f"{image}{'.1' if i == 3 else ''}#{number}"
+            ids.append(id_)
+            tokens.append(f"{id_}\t{' '.join(rng.choices(WORDS, k=rng.randint(4, 9)))} .")
+    (tmp_path / "Flickr8k.token.txt").write_text("\n".join(tokens) + "\n")
+    expert, crowd = [], []
+    for image in images:
+        for id_ in sorted({*rng.sample(ids, 6), ids[5 * images.index(image)]}):
+            expert.append("\t".join([image, id_, *(str(rng.randint(1, 4)) for _ in range(3))]))
+            yes = rng.randint(0, 3)
+            crowd.append(f"{image}\t{id_}\t{yes / 3}\t{yes}\t{3 - yes}")
+    (tmp_path / "ExpertAnnotations.txt").write_text("\n".join(expert) + "\n")
+    (tmp_path / "CrowdFlowerAnnotations.txt").write_text("\n".join(crowd) + "\n")
+    return tmp_path
+
+
+def by_hand(folder, name, variant):
+    """τ of BLEU-1 and CIDEr-D, an entry a line, with the references that the protocol names."""
+    captions = {}
+    for line in (folder / "Flickr8k.token.txt").read_text().splitlines():
+        id_, text = line.split("\t")
+        captions[id_] = text
+    texts, references, judgments = [], [], []
+    for line in (folder / name).read_text().splitlines():
+        image, id_, *values = line.split("\t")
+        stem = image.removesuffix(".jpg")
+        own = [text for other, text in captions.items() if other.startswith(f"{stem}.")]
+        if captions[id_] in own and variant == "c":
+            continue
+        texts.append(captions[id_])
+        references.append([text for text in own if text != captions[id_]])
+        judgments.append([float(v) for v in (values if variant == "c" else values[:1])])
+    each = metrics.coco_scores(references, texts).each
+    return {
+        metric: kendalltau(
+            [score for score, j in zip(each[metric], judgments, strict=True) for _ in j],
+            [value for j in judgments for value in j],
+            variant=variant,
+        ).statistic
+        for metric in ("BLEU-1", "CIDEr-D")
+    }, sum(map(len, judgments))
+
+
+@needs_java
+def test_tau_is_that_of_scores_and_judgments_line_by_line(folder):
+    process = run_here("human_judgments.py", "--folder", folder)
+    assert process.returncode == 0, process.stderr
+    expert, crowd = process.stdout.strip().split("\n\n")
+    for printed, name, variant in (
+        (expert, "ExpertAnnotations.txt", "c"),
+        (crowd, "CrowdFlowerAnnotations.txt", "b"),
+    ):
+        taus, count = by_hand(folder, name, variant)
+        assert f"{name}: {count} judgments; Kendall's τ-{variant}" in printed
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
+        found = {row[0]: row[1:] for row in rows if row}
+        for metric, tau in taus.items():
+            published = human_judgments.PUBLISHED["expert" if variant == "c" else "crowdflower"]
+            assert found[metric] == [f"{100 * tau:.1f}", str(published[metric])]
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "words"),
+    [
+        ("Flickr8k.token.txt", "one column", "Flickr8k.token.txt, line 61: not 2 columns"),
+        ("ExpertAnnotations.txt", "a.jpg\tb.jpg#0\t1\t2\t3", "ExpertAnnotations.txt names"),
+        ("ExpertAnnotations.txt", "0_x.jpg\t1_x.jpg#0\t1\ttwo\t3", "'two' is no number"),
+        ("CrowdFlowerAnnotations.txt", "0_x.jpg\t1_x.jpg#0", ": not 5 columns"),
+    ],
+)
+def test_damaged_files_are_named(folder, file, line, words):
+    if file.startswith("Crowd"):
+        (folder / "ExpertAnnotations.txt").unlink()
+    with open(folder / file, "a") as opened:
+        opened.write(line + "\n")
+    assert words in failure(run_here("human_judgments.py", "--folder", folder))
+
+
+def test_a_folder_without_the_files_is_refused(folder, tmp_path):
+    (folder / "ExpertAnnotations.txt").unlink()
+    (folder / "CrowdFlowerAnnotations.txt").unlink()
+    line = failure(run_here("human_judgments.py", "--folder", folder))
+    assert "ExpertAnnotations.txt" in line and "CrowdFlowerAnnotations.txt" in line
+    (folder / "Flickr8k.token.txt").unlink()
+    assert "cannot read" in failure(run_here("human_judgments.py", "--folder", folder))
