@@ -340,43 +340,53 @@ class _Energies(torch.autograd.Function):
 
     The hidden layer (n, L, A) is the model's largest tensor by far, and is never kept: the backward
     pass needs only where it is positive, which is where W_a a_i > -W_h h_{t-1}. On a CPU it is made
-    some rows at a time, which stay in the cache. What the backward pass finds for the step's own
-    query it returns; what all steps share it adds to the `sums` of `_Deferred`.
+    for some rows of one image at a time, which stay in the cache. What the backward pass finds for
+    the step's own query it returns; what all steps share it adds to the `sums` of `_Deferred`.
     """
 
     CACHE = 2**20  # bytes; second-level caches hold one to two million
 
     @staticmethod
     def forward(ctx, projected, query, w, images, token, sums):
-        ctx.save_for_backward(projected, query, w, images)
-        ctx.sums = sums
+        ctx.save_for_backward(projected, query, w)
+        ctx.sums, ctx.parts = sums, _Energies.parts(projected, images)
         energies = query.new_empty(len(query), projected.shape[1])
-        for rows in _Energies.chunks(projected, query):
-            hidden = projected.index_select(0, images[rows]).add_(query[rows, None]).relu_()
-            energies[rows] = hidden @ w
+        for image, rows in ctx.parts:
+            energies[rows] = (projected[image] + query[rows, None]).relu_() @ w
         return energies
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        projected, query, w, images = ctx.saved_tensors
+        projected, query, w = ctx.saved_tensors
         if not ctx.sums:
             ctx.sums.extend([torch.zeros_like(projected), torch.zeros_like(w, dtype=torch.float32)])
         of_projected, of_w = ctx.sums
-        threshold, grad_query = -query, torch.empty_like(query)
-        for rows in _Energies.chunks(projected, query):
-            positive = projected.index_select(0, images[rows]).gt_(threshold[rows, None])
-            grad_query[rows] = (grad[rows, None] @ positive).squeeze(1)
-            of_projected.index_add_(0, images[rows], positive.mul_(grad[rows, :, None]))
+        grad_query = torch.empty_like(query)
+        for image, rows in ctx.parts:
+            own = grad[rows]
+            positive = query.new_empty(*own.shape, len(w))
+            torch.gt(projected[image], -query[rows, None], out=positive)  # as numbers, not bools
+            grad_query[rows] = (own[:, None] @ positive).squeeze(1)
+            if isinstance(image, int):
+                for weights, places in zip(own.unsqueeze(2), positive, strict=True):
+                    of_projected[image].addcmul_(weights, places)
+            else:
+                of_projected.index_add_(0, image, positive.mul_(own.unsqueeze(2)))
         of_w += (query * grad_query).sum(dim=0, dtype=torch.float32)
         return None, grad_query.mul_(w), None, None, grad.new_zeros(()), None
 
     @staticmethod
-    def chunks(projected, query):
-        """Slices of the rows, as many at a time as the cache holds; all of them off the CPU."""
-        row = projected[0].numel() * projected.element_size()
-        size = max(1, _Energies.CACHE // row) if query.device.type == "cpu" else len(query)
-        return [slice(start, start + size) for start in range(0, len(query), size)]
+    def parts(projected, images):
+        """(image, its rows) for as many rows at a time as the cache holds; off the CPU all rows at
+        once, each with its image."""
+        if projected.device.type != "cpu":
+            return [(images, slice(None))]
+        size = max(1, _Energies.CACHE // (projected[0].numel() * projected.element_size()))
+        groups = images.argsort(stable=True).split(images.bincount().tolist())
+        return [
+            (i, rows) for i, group in enumerate(groups) if len(group) for rows in group.split(size)
+        ]
 
 
 class _Deferred:
@@ -430,6 +440,7 @@ class Memory(NamedTuple):
     recurrent_bias: Tensor
     word_weight: Tensor  # the LSTM gates' columns for the embedding
     context_weight: Tensor  # and those for the gated context
+    vocabulary_weight: Tensor  # of the last layer
 
     def select(self, images: Tensor) -> "Memory":
         """The memory of the given images alone: indices or a mask."""
@@ -548,7 +559,9 @@ class DecoderWithAttention(nn.Module):
         word_weight, context_weight = cell.weight_ih.to(dtype).split(
             [self.embedding.embedding_dim, encoder_out.shape[3]], dim=1
         )
-        return Memory(annotations, weight.to(dtype), bias.to(dtype), word_weight, context_weight)
+        vocabulary_weight = self.fc.weight.to(dtype)
+        weights = (weight.to(dtype), bias.to(dtype), word_weight, context_weight, vocabulary_weight)
+        return Memory(annotations, *weights)
 
     def init_state(self, memory: Memory) -> State:
         """h_0 and c_0, linear maps of the mean annotation vector (§3.1.2), a row per image."""
@@ -599,7 +612,7 @@ class DecoderWithAttention(nn.Module):
             alphas.append(F.pad(alpha, (0, 0, 0, len(slots) - n)))
         for values in (hidden_inputs, context_inputs, hs, contexts):
             values.append(values[0].new_zeros(filler, values[0].shape[1]))
-        scores = self._scores(torch.cat(hs), torch.cat(contexts), words)
+        scores = self._scores(torch.cat(hs), torch.cat(contexts), words, memory)
         scores, _ = scores.split([rows, filler])
         alphas = torch.stack(alphas, dim=1)[inputs.unsorted_indices]
         return inputs._replace(data=scores), targets, alphas
@@ -620,7 +633,7 @@ class DecoderWithAttention(nn.Module):
         words = self.embedding(words)
         offsets = self._offsets(words, memory)
         state, context, alphas = self._advance(memory, state, offsets, slots, per_image)
-        return self._scores(state.h, context, words), alphas, state
+        return self._scores(state.h, context, words, memory), alphas, state
 
     def _offsets(self, words, memory):
         """What the embeddings and biases add to all that h_{t-1} is multiplied by, n rows."""
@@ -644,11 +657,12 @@ class DecoderWithAttention(nn.Module):
         c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
         return State(torch.sigmoid(o) * torch.tanh(c), c), context, alphas
 
-    def _scores(self, h, context, words):
+    def _scores(self, h, context, words, memory):
         """Vocabulary scores of n rows: the published checkpoints' layer, or the paper's eq. 7."""
         if self.deep_output:
             h = torch.tanh(words + self.output_h(h) + self.output_z(context))
-        return self.fc(self.dropout(h))
+        weight = memory.vocabulary_weight
+        return F.linear(self.dropout(h).to(weight.dtype), weight, self.fc.bias.to(weight.dtype))
 
 
 def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0, sizes=None):

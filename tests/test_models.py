@@ -271,7 +271,7 @@ def test_dropout_falls_on_what_enters_the_vocabulary_layer_alone():
     decoder = make_decoder(5, dropout=0.5)
     batch = make_batch([7] * 60, 5)
     inputs = []
-    decoder.fc.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    decoder.dropout.register_forward_hook(lambda *hooked: inputs.append(hooked[2]))
     alphas = [decoder.train(mode)(*batch)[2] for mode in (False, True)]
     assert torch.equal(*alphas)  # the recurrence sees no dropout
     without, dropped = (rows[: 60 * 6] for rows in inputs)  # filled up with rows of zeros
