@@ -62,7 +62,7 @@ def main():
 
 def find_images(arguments):
     """The files named, and those in the folders named that have an image's ending, sorted."""
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in utils.FORMATS}
     paths = []
     for argument in map(Path, arguments):
         if argument.is_dir():

@@ -5,9 +5,7 @@ and what it holds is checked before anything uses it.
 """
 
 import io
-import pickle
 import sys
-import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,9 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import provenance
 import published
-from models import DecoderWithAttention, Encoder
+import torch_files
+from models import DecoderWithAttention, Encoder, encoder_shapes
 from utils import (
+    MAX_GRID,
+    MAX_IMAGE_SIZE,
     UserError,
     atomic_write,
     check_word_map,
@@ -32,7 +34,7 @@ from utils import (
 
 
 def _is_size(value):
-    return type(value) is int and 1 <= value <= 4096
+    return type(value) is int and 1 <= value <= MAX_IMAGE_SIZE
 
 
 def _is_count(value):
@@ -62,18 +64,40 @@ def _is_state_dict(value):
 
 
 def _is_log(value):
-    return isinstance(value, list) and all(map(_is_texts, value))
+    """A line an epoch, with what the curves are drawn from."""
+    numbers = ("epoch", "lr", "loss", "val_loss", "bleu1", "bleu2", "bleu3", "bleu4")
+    return isinstance(value, list) and all(
+        _is_texts(line)
+        and line.get("stage") in ("decoder", "finetune")
+        and all(_is_number(line.get(key)) for key in numbers)
+        for line in value
+    )
+
+
+def _is_records(value):
+    return isinstance(value, list) and all(
+        _is_texts(record) and record.keys() >= provenance.KEYS and _is_number(record["seconds"])
+        for record in value
+    )
 
 
 def _is_random(value):
-    return isinstance(value, list) and all(isinstance(v, list) and len(v) == 2 for v in value)
+    return isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and isinstance(pair[0], Tensor)
+        and all(state is None or state.dtype is torch.uint8 for state in pair)
+        for pair in value
+    )
 
 
 def _is_means(value):
     return (
         _is_dict(value)
-        and _is_number(value.get("count"))
-        and _is_texts(value.get("sums"))
+        and value.keys() == {"count", "sums"}
+        and _is_number(value["count"])
+        and _is_dict(value["sums"])
+        and value["sums"].keys() == {"loss", "top5"}
         and all(map(_is_number, value["sums"].values()))
     )
 
@@ -82,7 +106,7 @@ def _is_means(value):
 # comes with it, or else from --word_map.
 MODEL_KEYS = {
     "encoder_name": lambda value: isinstance(value, str),
-    "encoded_image_size": lambda value: _is_size(value) and value <= 256,
+    "encoded_image_size": lambda value: _is_size(value) and value <= MAX_GRID,
     "image_size": _is_size,
     "encoder": _is_state_dict,
     "decoder": _is_state_dict,
@@ -103,8 +127,10 @@ RUN_KEYS = MODEL_KEYS | {  # and what training needs to go on
     "seconds": _is_number,
     "order": _is_texts,
     "log": _is_log,
-    "records": _is_log,
+    "word_map": _is_dict,
 }
+OPTIONAL = {"records": _is_records}
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}  # of weights
 
 
 def _tensors(value):
@@ -128,13 +154,14 @@ def _fault(checkpoint, keys):
         plain = type(tensor) is Tensor and tensor.layout is torch.strided
         if not plain or tensor.is_quantized or tensor.device.type != "cpu":
             return "is no checkpoint of train.py: it holds a tensor of an unknown kind"
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            return "is damaged: a tensor is larger than its storage"
     for part in ("encoder", "decoder", "optimizer"):
         for tensor in _tensors(checkpoint.get(part)):
+            if tensor.dtype not in DTYPES:
+                return f"is no checkpoint of train.py: its {part} holds {tensor.dtype}"
             if not tensor.isfinite().all():
                 return f"is of no use: its {part} holds values that are not finite"
-    unfit = [key for key, fits in keys.items() if not fits(checkpoint[key])]
+    checks = keys | {key: fits for key, fits in OPTIONAL.items() if key in checkpoint}
+    unfit = [key for key, fits in checks.items() if not fits(checkpoint[key])]
     return f"is no checkpoint of train.py: its {unfit[0]} cannot be one" if unfit else None
 
 
@@ -179,14 +206,13 @@ def load_checkpoint(path, keys=MODEL_KEYS):
 
 def _read(path):
     """A checkpoint of either form, its contents not looked at."""
-    if not zipfile.is_zipfile(path):
-        return published.read(path)
-    with zipfile.ZipFile(path) as archive:
-        published.check_archive(archive, path)
-    try:
+    if torch_files.is_archive(path):
+        try:
+            torch_files.read(path, load=False)  # what would do harm raises an error here
+        except ValueError:  # it is damaged, or holds modules
+            return published.read(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # it names what is no tensor or container
-        return published.read(path)
+    return published.read(path)
 
 
 def newest_whole_checkpoint(paths, keys=MODEL_KEYS):
@@ -194,7 +220,7 @@ def newest_whole_checkpoint(paths, keys=MODEL_KEYS):
 
     Says on stderr which were passed over.
     """
-    there = [path for path in paths if path.exists()]
+    there = [path for path in paths if path.is_file()]
     for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             return path, load_checkpoint(path, keys)
@@ -205,7 +231,7 @@ def newest_whole_checkpoint(paths, keys=MODEL_KEYS):
 
 def newest_best_checkpoint(folder):
     """Path of the newest BEST checkpoint in a folder or below it. Raises UserError."""
-    found = Path(folder).glob("**/BEST_checkpoint_*.pth.tar")
+    found = filter(Path.is_file, Path(folder).glob("**/BEST_checkpoint_*.pth.tar"))
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise UserError(f"no BEST checkpoint under {folder}/: train with train.py, or name one")
@@ -221,8 +247,13 @@ def build_models(checkpoint, dropout=0.5, embed_dropout=0.0):
     Raises:
         UserError: its weights do not fit each other.
     """
-    size = checkpoint["encoded_image_size"]
-    encoder = Encoder(checkpoint["encoder_name"], size, weights=None)
+    size, name = checkpoint["encoded_image_size"], checkpoint["encoder_name"]
+    shapes = {key: tensor.shape for key, tensor in checkpoint["encoder"].items()}
+    if shapes != encoder_shapes(name):  # before it takes memory
+        raise UserError(
+            f"the checkpoint's weights do not fit its models: the encoder's are not {name!r}'s"
+        )
+    encoder = Encoder(name, size, weights=None)
     try:
         encoder.load_state_dict(checkpoint["encoder"])
         decoder = DecoderWithAttention.from_state_dict(
@@ -231,6 +262,8 @@ def build_models(checkpoint, dropout=0.5, embed_dropout=0.0):
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the checkpoint's weights do not fit its models: {reason}") from error
+    if decoder.attention.encoder_att.in_features != encoder.dim:
+        raise UserError(f"the checkpoint's decoder is not for the features of {name!r}")
     return encoder.eval(), decoder.eval()
 
 

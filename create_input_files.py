@@ -11,13 +11,20 @@ def parse_arguments():
     add("--dataset", required=True, choices=["coco", "flickr8k", "flickr30k", "demo"])
     add("--karpathy_json", help="captions and splits in Karpathy's format; the demo makes its own")
     add("--image_folder", help="where the JSON's images are; the demo makes its own")
-    add("--captions_per_image", type=positive, default=5, help="sampled for each image")
+    size = utils.number(int, above=0, below=utils.MAX_IMAGE_SIZE + 1)
+    few = utils.number(int, above=0, below=1001)
+    add("--captions_per_image", type=few, default=5, help="sampled for each image")
     add("--min_word_freq", type=count, default=5, help="words seen more often have an index")
-    add("--max_len", type=positive, default=50, help="captions with more words are left out")
+    add("--max_len", type=few, default=50, help="captions with more words are left out")
     add("--output_folder", default="data", help="where the input files go")
-    add("--image_size", type=positive, default=256, help="height and width, pixels")
+    add("--image_size", type=size, default=256, help="height and width, pixels")
     add("--workers", type=positive, help="threads that read images; None: one for each core")
-    add("--seed", type=int, default=0, help="of the sampling of captions")
+    add(
+        "--seed",
+        type=utils.number(int, least=0, below=2**63),
+        default=0,
+        help="of the sampling of captions",
+    )
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
     return parser.parse_args()
 

@@ -94,6 +94,8 @@ class CaptionDataset(Dataset):
         self.captions = captions.view(images[0], -1, captions.shape[1])
         self.lengths = lengths.view(images[0], -1)
         self._data = None
+        if self.from_features and not _are_features(self.path, images[0]):
+            raise UserError(f"{self.path} is damaged: delete it, and it is made again")
 
     def __len__(self):
         return len(self.captions)
@@ -166,6 +168,8 @@ def open_hdf5(path, name):
     """The data set `name` of an HDF5 file, opened for reading. Raises UserError if it cannot be."""
     if not Path(path).exists():
         raise UserError(f"{path} is missing: run create_input_files.py")
+    if not Path(path).is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{path} is no file: run create_input_files.py")
     try:
         data = h5py.File(path, "r")[name]
         if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
@@ -186,9 +190,25 @@ def open_images(path):
     shape = images.shape
     if images.dtype != "uint8" or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
         raise UserError(f"{path} holds no square images: run create_input_files.py again")
-    if not 0 < math.prod(shape[1:]) <= MAX_CHUNK:
+    if not 0 < shape[2] <= utils.MAX_IMAGE_SIZE:
         raise UserError(f"{path} holds images of {shape[2]} × {shape[3]} pixels: make it again")
     return images
+
+
+def _are_features(path, count):
+    """Whether a file holds the features of `count` images."""
+    try:
+        features = open_hdf5(path, "features")
+    except UserError:
+        return False
+    shape = features.shape
+    return (
+        features.dtype == "float16"
+        and len(shape) == 5
+        and shape[0] == count
+        and shape[2] == shape[3]
+        and min(shape) > 0
+    )
 
 
 def _read(data, index):
@@ -225,6 +245,7 @@ def _is_reference(value):
         and isinstance(value.get("filename"), str)
         and isinstance(value.get("id"), int | str)
         and isinstance(value.get("captions"), list)
+        and value["captions"]
         and all(isinstance(caption, str) for caption in value["captions"])
         and _are_boxes(value.get("boxes", {}))
     )
@@ -294,6 +315,9 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
         f"caching {split} features, {count} images × {views} views: {size / 1e9:.2f} GB in {path}"
     )
     partial = path.with_suffix(".part")
+    if partial.exists() and not _can_go_on(partial, (count, views, *grid)):
+        print(f"{partial} is damaged: starting anew")
+        partial.unlink()
     if not partial.exists():
         if free < 1.1 * size:
             print(
@@ -306,6 +330,18 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
         _fill(partial, encoder, images, seed, amp, batch_size)
         os.replace(partial, path)
     return path
+
+
+def _can_go_on(path, shape):
+    """Whether a file is the unfinished features of that shape, or another process is at it."""
+    try:
+        with h5py.File(path, "r") as file:
+            done = file["done"][()]
+            return file["features"].shape == shape and 0 <= int(done) <= shape[0]
+    except BlockingIOError:
+        return True
+    except Exception:  # as in open_hdf5
+        return False
 
 
 def _allocate(path, shape):

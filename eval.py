@@ -65,6 +65,10 @@ def evaluate(options):
     captions = caption_split(model, data, options)
     if not distributed.is_main:
         return
+    for beam_size, found in captions.items():
+        results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
+        write_results(results, found, data)
+        print(f"captions: {results}")
     print(f"{path}, stage {model.checkpoint['stage']}, epoch {model.checkpoint['epoch']}")
     for line in provenance.lines(model.checkpoint.get("records", [])):
         print(line)
@@ -80,10 +84,6 @@ def evaluate(options):
     print_pointing(captions, data)
     if options.attention_report:
         print_attention(captions, data)
-    for beam_size, found in captions.items():
-        results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
-        write_results(results, found, data)
-        print(f"captions: {results}")
 
 
 def open_split(path, model, options):

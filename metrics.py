@@ -83,7 +83,10 @@ def coco_scores(references, captions):
     }
     with redirect_stdout(io.StringIO()):  # they tell what they are doing
         tokenizer = PTBTokenizer()
-        truth, found = tokenizer.tokenize(several), tokenizer.tokenize(one_line)
+        try:
+            truth, found = tokenizer.tokenize(several), tokenizer.tokenize(one_line)
+        except OSError as error:  # it writes into the package's own folder
+            return CocoScores({}, {}, [f"no METEOR, ROUGE-L, CIDEr-D, SPICE: {error}"])
         scorers = [(Bleu(4), [f"BLEU-{n}" for n in range(1, 5)])]
         scorers += [(Meteor(), "METEOR"), (Rouge(), "ROUGE-L"), (Cider(), "CIDEr-D")]
         left_out = []

@@ -156,6 +156,18 @@ class Encoder(nn.Module):
         self.late_stages = late
 
 
+def encoder_shapes(name):
+    """Tensor's name -> shape of an encoder's state dict, without the memory that it would take.
+
+    Raises:
+        EncoderError: the name is unknown, or the network's classifier cannot be cut off.
+    """
+    build = _timm_backbone if name.startswith("timm:") else _torchvision_backbone
+    with torch.device("meta"):
+        backbone, *_ = build(name, None)
+    return {f"resnet.{key}": tensor.shape for key, tensor in backbone.state_dict().items()}
+
+
 def _torchvision_backbone(name, weights):
     """Backbone, mean and standard deviation of a torchvision classification model."""
     known = torchvision.models.list_models(module=torchvision.models)
@@ -529,19 +541,22 @@ class DecoderWithAttention(nn.Module):
             attention_dim, encoder_dim = state["attention.encoder_att.weight"].shape
             vocab_size, embed_dim = state["embedding.weight"].shape
             gates, decoder_dim = state["f_beta.weight"].shape
-            decoder = cls(
-                vocab_size,
-                encoder_dim,
-                attention_dim,
-                embed_dim,
-                decoder_dim,
-                dropout,
-                encoded_image_size,
-                gate="scalar" if gates == 1 else "channel",
-                deep_output="output_h.weight" in state,
-                embed_dropout=embed_dropout,
-            )
-            decoder.load_state_dict(state)
+            with torch.device("meta"):  # no memory yet: the sizes may be anything
+                decoder = cls(
+                    vocab_size,
+                    encoder_dim,
+                    attention_dim,
+                    embed_dim,
+                    decoder_dim,
+                    dropout,
+                    encoded_image_size,
+                    gate="scalar" if gates == 1 else "channel",
+                    deep_output="output_h.weight" in state,
+                    embed_dropout=embed_dropout,
+                )
+            own = {name: tensor.float().clone().contiguous() for name, tensor in state.items()}
+            decoder.load_state_dict(own, assign=True)
+            decoder.requires_grad_()
         except KeyError as error:
             raise ValueError(f"not a decoder of this model: it has no tensor {error}") from error
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:

@@ -17,6 +17,10 @@ import distributed
 import utils
 from datasets import open_images
 
+# what `lines` shows
+KEYS = {"started", "seconds", "command", "code", "python", "torch", "torchvision", "cuda", "device"}
+KEYS |= {"machine", "data", "seed"}
+
 
 def describe(options, base):
     """A record of a run that begins now: texts and numbers by name.
@@ -67,11 +71,11 @@ def lines(records):
             for name in ("python", "torch", "torchvision", "cuda")
             if record[name]
         )
-        yield (
+        yield utils.printable(
             f"trained from {record['started']} for {record['seconds']:.0f} s by: "
             f"{record['command']}"
         )
-        yield (
+        yield utils.printable(
             f"  code {record['code']}; {versions}; {record['device']} of {record['machine']}; "
             f"data {record['data']}; seed {record['seed']}"
         )
@@ -86,6 +90,8 @@ def _code():
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.resolve():
+            raise OSError("the modules are no repository of their own")
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + (", with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):

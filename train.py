@@ -82,7 +82,8 @@ def make_parser():
         help="a torchvision model or timm:NAME",
     )
     add("--encoder_weights", help="file of the encoder's state dict; None: its ImageNet weights")
-    add("--encoded_image_size", type=positive, default=14, help="side of the attention's grid")
+    grid = utils.number(int, above=0, below=utils.MAX_GRID + 1)
+    add("--encoded_image_size", type=grid, default=14, help="side of the attention's grid")
     add(
         "--gate",
         choices=["scalar", "channel"],
@@ -147,7 +148,8 @@ def make_parser():
         help="weight of doubly stochastic attention",
     )
     add("--label_smoothing", type=share, default=0.0, help="share spread over the vocabulary")
-    add("--seed", type=int, default=0, help="of everything")
+    seed = utils.number(int, least=0, below=2**63)
+    add("--seed", type=seed, default=0, help="of everything")
     add(
         "--deterministic",
         action="store_true",
@@ -197,7 +199,9 @@ def train(parser, options):
             if options.data_folder != parser.get_default("data_folder"):
                 raise UserError(f"no data set in {options.data_folder}: run create_input_files.py")
             print(f"no data set in {options.data_folder}: making the demo data there")
-            base = demo.prepare(options.data_folder)
+            folder = utils.make_folder(options.data_folder)
+            with utils.sole_writer(folder / "demo", "wait for it, or use another --data_folder"):
+                base = demo.prepare(folder)
     if base.startswith("demo_"):
         print(f"demo data, so the defaults are {_as_flags(DEMO_DEFAULTS)}")
         parser.set_defaults(**DEMO_DEFAULTS)
@@ -291,10 +295,12 @@ def _checked(path, checkpoint, options):
 
 
 def _plain(options):
-    """The options as numbers and text, by name."""
+    """The options as numbers and text, by name, as they are given on the command line."""
+    unit, interval = options.save_every
+    plain = vars(options) | {"save_every": f"{interval}m" if unit == "minutes" else str(interval)}
     return {
         name: value if isinstance(value, str | int | float | None) else str(value)
-        for name, value in vars(options).items()
+        for name, value in plain.items()
     }
 
 
@@ -359,7 +365,7 @@ class Trainer:
             )
         else:
             if checkpoint["word_map"] != self.word_map:
-                raise UserError(f"--checkpoint is of another vocabulary than {base}'s word map")
+                raise UserError(f"the checkpoint is of another vocabulary than {base}'s word map")
             self.encoder, self.decoder = checkpoints.build_models(
                 checkpoint, options.dropout, options.embed_dropout
             )
@@ -412,6 +418,8 @@ class Trainer:
         self._load_optimizer(checkpoint["optimizer"])
         shape = ["schedule", "patience" if options.schedule == "plateau" else "epochs"]
         if all(getattr(options, name) == before.get(name) for name in shape):
+            if not _same_form(checkpoint["schedule"], self.schedule.state_dict()):
+                raise UserError("the checkpoint's schedule is damaged: start anew with --overwrite")
             self.schedule.load_state_dict(checkpoint["schedule"])
         for group, name in zip(
             self.optimizer.param_groups, ("decoder_lr", "encoder_lr"), strict=False
@@ -431,25 +439,39 @@ class Trainer:
             self._write_log()
         if distributed.rank < len(checkpoint["random"]):
             cpu, cuda = checkpoint["random"][distributed.rank]
-            torch.set_rng_state(cpu)
-            if cuda is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(cuda, self.device)
+            try:
+                torch.set_rng_state(cpu)
+                if cuda is not None and self.device.type == "cuda":
+                    torch.cuda.set_rng_state(cuda, self.device)
+            except RuntimeError as error:
+                raise UserError(
+                    f"the checkpoint's random state is damaged ({error}): start with --overwrite"
+                ) from error
 
+    @torch.no_grad()
     def _load_optimizer(self, state):
         """Raises UserError unless the state is that of these parameters: fused updates trust it."""
-        try:
-            self.optimizer.load_state_dict(state)
-            fits = all(
-                value.shape in (parameter.shape, ())
-                for parameter in self.parameters
-                for value in self.optimizer.state[parameter].values()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-            fits = False
-        if not fits:
+        groups = self.optimizer.state_dict()["param_groups"]
+        theirs, moments = state.get("param_groups"), state.get("state")
+        if (
+            not isinstance(theirs, list)
+            or len(theirs) != len(groups)
+            or not all(map(_same_form, theirs, groups))
+            or not isinstance(moments, dict)
+            or not moments.keys() <= set(range(len(self.parameters)))
+            or not all(_is_adams(moments[i], self.parameters[i]) for i in moments)
+        ):
             raise UserError(
                 "the checkpoint's optimizer is of another model: start anew with --overwrite"
             )
+        copies = {  # laid out like the parameters
+            i: {
+                name: value if name == "step" else torch.empty_like(self.parameters[i]).copy_(value)
+                for name, value in moments[i].items()
+            }
+            for i in moments
+        }
+        self.optimizer.load_state_dict({"state": copies, "param_groups": theirs})
 
     def _adopt_best(self):
         """Brings the best checkpoint along into another folder, or forgets how good it was."""
@@ -532,7 +554,7 @@ class Trainer:
                 "lr": self.optimizer.param_groups[0]["lr"],
             }
             record |= self._train_epoch(started, stop)
-            scores, captions = self._validate()
+            scores, captions = self._validate(stop)
             record |= scores
             improved = scores["bleu4"] > self.best
             self.best = max(self.best, scores["bleu4"])
@@ -588,7 +610,7 @@ class Trainer:
                     refresh=False,
                 )
                 bar.update()
-                if stopping or due:
+                if stopping or (due and not self.skipped):  # else the weights may be spoilt
                     self.seconds = time.perf_counter() - started
                     self._save()
                     saved = time.monotonic()
@@ -647,7 +669,8 @@ class Trainer:
         self.skipped += 1
         print(f"{self._place()}, skipped: {reason}", flush=True)
         if self.skipped == SKIPS:
-            kept = f"{self.newest_path} is kept; " if self.newest_path.exists() else ""
+            there = [path for path in (self.newest_path, self.best_path) if path.exists()]
+            kept = f"{' and '.join(map(str, there))} are kept; " if there else ""
             raise UserError(
                 f"{SKIPS} steps in a row skipped, the last because {reason}: stopped; {kept}try a "
                 "lower learning rate or --amp off; --detect_anomaly finds the operation"
@@ -676,11 +699,17 @@ class Trainer:
             return self.encoder.features(source)
 
     @torch.inference_mode()
-    def _validate(self):
-        """Scores of the validation split, and its captions, decoded greedily as text."""
+    def _validate(self, stop):
+        """Scores of the validation split, and its captions, decoded greedily as text.
+
+        At a signal it is given up, to be done again after resuming; several processes finish it.
+        """
         loader, total, captions = self.loaders["VAL"], _Means(), []
         self.decoder.eval()
         for source, *rest in utils.progress(loader, desc="validation", unit="batch", leave=False):
+            if stop.signal and distributed.world_size == 1:
+                self._save()
+                self._leave(stop)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 features = self._encode(source)
                 loss, top5, words = self._forward(features, *rest)
@@ -721,12 +750,7 @@ class Trainer:
             temporary.write_text("".join(lines), encoding="utf-8")
 
     def _save(self, improved=False):
-        """A checkpoint of this moment; all processes take part, and the main one writes it.
-
-        Not while steps are being skipped: the weights may be spoilt, and the last good ones stay.
-        """
-        if self.skipped and not improved:
-            return
+        """A checkpoint of this moment; all processes take part, and the main one writes it."""
         random = distributed.collect([self._random_state()])
         partial = self.partial.add_up(self.device)
         if distributed.is_main:
@@ -769,6 +793,38 @@ class Trainer:
     def _random_state(self):
         cuda = self.device.type == "cuda"
         return [torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None]
+
+
+def _same_form(value, own):
+    """Whether a state read from a file has the form of our own: numbers where it has numbers, and
+    all else the same."""
+    if isinstance(own, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == own.keys()
+            and all(_same_form(value[key], own[key]) for key in own)
+        )
+    if isinstance(own, list | tuple):
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(own)
+            and all(map(_same_form, value, own))
+        )
+    if type(own) in (int, float):
+        return type(value) in (int, float) and not math.isnan(value)
+    return type(value) is type(own) and value == own
+
+
+def _is_adams(state, parameter):
+    """Whether a dict of tensors is Adam's state of a parameter."""
+    return (
+        isinstance(state, dict)
+        and state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        and all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+        and all(tensor.dtype is torch.float32 for tensor in state.values())
+        and state["step"].shape == ()
+        and state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+    )
 
 
 class _Means:

@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import io
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import threading
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -50,16 +51,21 @@ def printable(text):
 
 def run(main):
     """Calls main(); an error the user can mend ends the process with one line and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what it cannot write
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, EncoderError) as error:
         # a DataLoader's process puts its traceback before the message
         sys.exit(f"error: {str(error).rpartition('UserError: ')[2]}")
     except (RuntimeError, MemoryError) as error:
+        if "does not have a deterministic implementation" in str(error):
+            sys.exit(f"error: {printable(error)[:200]}: leave out --deterministic")
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not out_of_memory and "can't allocate memory" not in str(error):
             raise
-        sys.exit("error: the memory is too small: lower --batch_size or the model's sizes")
+        sys.exit("error: the memory is too small for the batch or the sizes asked for: lower them")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -216,6 +222,8 @@ def make_folder(path):
 
 def read_json(path):
     """The contents of a JSON file. Raises UserError if it cannot be read or is not valid JSON."""
+    if Path(path).exists() and not Path(path).is_file():  # reading a pipe would wait for ever
+        raise UserError(f"cannot read {path}: it is no file")
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -228,6 +236,11 @@ def read_json(path):
 
 
 _opening = threading.Lock()  # the filters of warnings are all threads' own
+_large = threading.Lock()  # one at a time: the threads' memory adds up
+# Those of pictures: others, as EPS, have Pillow start other programs
+FORMATS = ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF"]
+FORMATS += ["WEBP"]
+MAX_ASPECT = 100
 MAX_PIXELS = 2**26  # of an image; decoded, turned upright and made RGB it takes under a gigabyte
 
 
@@ -235,7 +248,8 @@ def open_image(path):
     """The image file's picture as an upright RGB PIL.Image, transparent parts on white.
 
     Of an animated file the first frame. Raises UserError naming the file if it is missing, not
-    an image, damaged, or has more than `MAX_PIXELS`.
+    an image of `FORMATS`, damaged, has more than `MAX_PIXELS`, or is over `MAX_ASPECT` times as
+    long as wide.
     """
     if not Path(path).exists():
         raise UserError(f"there is no image {path}")
@@ -244,12 +258,15 @@ def open_image(path):
     try:
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes earlier
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
         with image:
-            if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width}×{image.height}"
-                raise ValueError(f"{size} pixels are more than {MAX_PIXELS:,}, make it smaller")
-            return _to_rgb(ImageOps.exif_transpose(image))
+            size, pixels = f"{image.width}×{image.height} pixels", image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise ValueError(f"{size} are more than {MAX_PIXELS:,}, make it smaller")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"{size} are a line, not a picture")
+            with _large if pixels > MAX_PIXELS / 8 else nullcontext():
+                return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
         raise UserError(f"cannot read image {path}: {error or type(error).__name__}") from error
 
@@ -309,6 +326,8 @@ def _read_images(paths, size, workers):
 
 # ------------------------------------------------------------------------------------ captions
 
+MAX_IMAGE_SIZE, MAX_GRID = 2048, 64  # pixels and places along a side: memory grows with the square
+
 SPECIAL_WORDS = ("<unk>", "<start>", "<end>", "<pad>")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -340,6 +359,7 @@ def check_word_map(word_map, source):
     if (
         not isinstance(word_map, dict)
         or not all(word in word_map for word in SPECIAL_WORDS)
+        or not all(isinstance(word, str) for word in word_map)
         or not all(type(index) is int for index in word_map.values())
         or sorted(word_map.values()) != list(range(len(word_map)))
     ):
@@ -616,7 +636,7 @@ def choose_device(name=None):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
@@ -666,7 +686,12 @@ def loader_options(options):
 def add_decoding_options(parser):
     """How captions are searched for, beside --beam_size."""
     add = parser.add_argument
-    add("--max_len", type=number(int, above=0), default=50, help="words of a caption, at most")
+    add(
+        "--max_len",
+        type=number(int, above=0, below=1001),
+        default=50,
+        help="words of a caption, at most",
+    )
     add(
         "--length_penalty",
         type=number(float, least=0, below=10),
@@ -687,6 +712,8 @@ def number(kind, above=None, least=None, below=None):
 
     def parse(text):
         value = kind(text)
+        if kind is int and abs(value) >= (below or 2**31):
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if above is not None and not value > above:

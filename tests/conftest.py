@@ -15,6 +15,7 @@ import torch
 from hypothesis import settings
 
 import demo
+import provenance
 import utils
 
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same on any machine
@@ -47,11 +48,14 @@ def tiny_checkpoint(**changes):
         "best_bleu4": -1.0,
         "epochs_without_improvement": 0,
         "step": 3,
-        "partial": {"count": 2, "sums": {"loss": 1.0}},
+        "partial": {"count": 2, "sums": {"loss": 1.0, "top5": 0.5}},
         "seconds": 1.5,
         "order": {"seed": 0},
-        "log": [{"stage": "decoder", "loss": 1.0}],
-        "records": [{"command": "train.py"}],
+        "log": [
+            {"stage": "decoder", "epoch": 1, "lr": 0.1, "loss": 1.0, "val_loss": 1.0}
+            | {f"bleu{n}": 0.5 for n in range(1, 5)}
+        ],
+        "records": [dict.fromkeys(provenance.KEYS, "x") | {"seconds": 1.5}],
         "word_map": WORDS,
     } | changes
 

@@ -277,15 +277,24 @@ def test_many_such_steps_stop_training_with_the_last_good_checkpoint(
 ):
     process, path = run_tiny(tiny_data, tmp_path, "--epochs", 1)
     before = path.read_bytes()
-    # two skipped, one good, then five skipped: the second epoch's four steps and one of the third
+    # two skipped, one good, then five skipped within the epoch of eight steps
     spoil(monkeypatch, [math.nan] * 2 + [1.0] + [math.nan] * 9)
-    process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 9, "--resume", "--save_every", 4)
+    run = ["--epochs", 9, "--resume", "--save_every", 5, "--batch_size", 10]
+    process, _ = run_tiny(tiny_data, tmp_path, *run)
     assert process.returncode == 1
     line = process.stderr.splitlines()[-1]
-    assert f"{train.SKIPS} steps in a row skipped" in line and str(path) in line
+    assert f"{train.SKIPS} steps in a row skipped" in line and f"{path} and " in line
     assert process.stdout.count("skipped: the loss is nan") == 7
     assert path.read_bytes() == before
     checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS)
+
+
+def test_an_epoch_whose_last_step_was_skipped_is_saved(tiny_data, tmp_path, monkeypatch):
+    spoil(monkeypatch, [1.0, 1.0, 1.0, math.nan])
+    process, path = run_tiny(tiny_data, tmp_path, "--epochs", 1)
+    assert process.returncode == 0, process.stderr
+    assert "step 4 of epoch 1, stage decoder, skipped" in process.stdout
+    assert checkpoints.load_checkpoint(path)["epoch"] == 1
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # which shows where the operation was called
@@ -350,17 +359,41 @@ def test_a_second_run_into_the_folder_is_refused(tiny_data, tmp_path):
 def test_the_optimizer_of_another_model_is_refused(tiny_data, tmp_path):
     process, path = run_tiny(tiny_data, tmp_path, "--epochs", 1)
     checkpoint = checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS)
-    state = checkpoint["optimizer"]["state"]
+    optimizer = checkpoint["optimizer"]
+    state, [group] = optimizer["state"], optimizer["param_groups"]
+    thin = torch.zeros(1).expand(2, 3)[:, :0]
     for damaged in (
         {"param_groups": []},
+        {"param_groups": [group | {"lr": "x"}]},
+        {"param_groups": [group | {"capturable": True}]},
+        {"param_groups": [group | {"betas": (2, "a")}]},
         {"state": state | {0: {key: torch.zeros(3) for key in state[0]}}},
-        {},
+        {"state": state | {0: state[0] | {"exp_avg": torch.zeros(())}}},
+        {"state": state | {0: state[0] | {"exp_avg": thin}}},
+        {"state": state | {0: {"step": state[0]["step"]}}},
+        {"state": state | {0: state[0] | {"step": torch.zeros(2)}}},
+        {"state": state | {999: state[0]}},
+        {"state": 5},
     ):
-        optimizer = checkpoint["optimizer"] | damaged if damaged else {}
-        torch.save(checkpoint | {"optimizer": optimizer}, path)
+        torch.save(checkpoint | {"optimizer": optimizer | damaged}, path)
         process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 2, "--resume")
         assert process.returncode == 1
         assert "optimizer is of another model" in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "words"),
+    [
+        ({"schedule": {"step": 5}}, "schedule is damaged"),
+        ({"random": [[torch.zeros(3, dtype=torch.uint8), None]]}, "random state is damaged"),
+    ],
+)
+def test_a_damaged_state_is_not_continued(tiny_data, tmp_path, damaged, words):
+    process, path = run_tiny(tiny_data, tmp_path, "--epochs", 1)
+    torch.save(checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS) | damaged, path)
+    process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 2, "--resume")
+    assert process.returncode == 1
+    assert words in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
 
 
 def test_the_record_says_what_the_run_was_made_with(tiny_data, tmp_path):
