@@ -419,7 +419,10 @@ class Trainer:
         shape = ["schedule", "patience" if options.schedule == "plateau" else "epochs"]
         if all(getattr(options, name) == before.get(name) for name in shape):
             if not _same_form(checkpoint["schedule"], self.schedule.state_dict()):
-                raise UserError("the checkpoint's schedule is damaged: start anew with --overwrite")
+                raise UserError(
+                    "the checkpoint's schedule is damaged, or of another version of PyTorch: "
+                    "start anew with --overwrite"
+                )
             self.schedule.load_state_dict(checkpoint["schedule"])
         for group, name in zip(
             self.optimizer.param_groups, ("decoder_lr", "encoder_lr"), strict=False
@@ -455,8 +458,9 @@ class Trainer:
         theirs, moments = state.get("param_groups"), state.get("state")
         if (
             not isinstance(theirs, list)
-            or len(theirs) != len(groups)
-            or not all(map(_same_form, theirs, groups))
+            or not all(isinstance(group, dict) for group in theirs)
+            or [group.get("params") for group in theirs] != [group["params"] for group in groups]
+            or not all(_same_form(group.get("lr"), 0.0) for group in theirs)
             or not isinstance(moments, dict)
             or not moments.keys() <= set(range(len(self.parameters)))
             or not all(_is_adams(moments[i], self.parameters[i]) for i in moments)
@@ -471,7 +475,9 @@ class Trainer:
             }
             for i in moments
         }
-        self.optimizer.load_state_dict({"state": copies, "param_groups": theirs})
+        for group, their in zip(groups, theirs, strict=True):
+            group["lr"] = their["lr"]  # all else is as train.py sets it
+        self.optimizer.load_state_dict({"state": copies, "param_groups": groups})
 
     def _adopt_best(self):
         """Brings the best checkpoint along into another folder, or forgets how good it was."""

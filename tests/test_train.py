@@ -365,8 +365,7 @@ def test_the_optimizer_of_another_model_is_refused(tiny_data, tmp_path):
     for damaged in (
         {"param_groups": []},
         {"param_groups": [group | {"lr": "x"}]},
-        {"param_groups": [group | {"capturable": True}]},
-        {"param_groups": [group | {"betas": (2, "a")}]},
+        {"param_groups": [group | {"params": [0]}]},
         {"state": state | {0: {key: torch.zeros(3) for key in state[0]}}},
         {"state": state | {0: state[0] | {"exp_avg": torch.zeros(())}}},
         {"state": state | {0: state[0] | {"exp_avg": thin}}},
