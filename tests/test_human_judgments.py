@@ -62,6 +62,7 @@ def by_hand(folder, name, variant):
     }, sum(map(len, judgments))
 
 
+@pytest.mark.slow
 @needs_java
 def test_tau_is_that_of_scores_and_judgments_line_by_line(folder):
     process = run_here("human_judgments.py", "--folder", folder)

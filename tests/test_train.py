@@ -193,7 +193,9 @@ def test_a_run_killed_at_random_moments_ends_as_one_never_stopped(
     assert_equal_runs(undisturbed, tmp_path / "run", tiny_data[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_after_a_checkpoint(number, undisturbed, tiny_data, tmp_path):
     process = disturb(undisturbed, tmp_path, number, 3)
     assert process.returncode == 128 + number, process.stderr
@@ -312,6 +314,7 @@ def test_detect_anomaly_names_the_operation(tiny_data, tmp_path, monkeypatch):
     assert not torch.is_anomaly_enabled()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device",
     [
