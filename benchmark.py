@@ -518,7 +518,7 @@ def write_input_files(scene, folder):
     contents = {
         ("CAPTIONS", "TRAIN"): scene.captions.tolist(),
         ("CAPLENS", "TRAIN"): scene.lengths.tolist(),
-        ("REFERENCES", "TRAIN"): [{"filename": "", "id": 0, "captions": []}] * len(scene.images),
+        ("REFERENCES", "TRAIN"): [{"filename": "", "id": 0, "captions": ["a"]}] * len(scene.images),
         ("WORDMAP", None): scene.word_map,
     }
     for (kind, split), value in contents.items():

@@ -157,13 +157,16 @@ class Encoder(nn.Module):
 
 
 def encoder_shapes(name):
-    """Tensor's name -> shape of an encoder's state dict, without the memory that it would take.
+    """Tensor's name -> shape of an encoder's state dict, mostly without taking its memory.
 
     Raises:
         EncoderError: the name is unknown, or the network's classifier cannot be cut off.
     """
     build = _timm_backbone if name.startswith("timm:") else _torchvision_backbone
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            backbone, *_ = build(name, None)
+    except (NotImplementedError, RuntimeError):  # it computes with values while it is built
         backbone, *_ = build(name, None)
     return {f"resnet.{key}": tensor.shape for key, tensor in backbone.state_dict().items()}
 

@@ -67,3 +67,12 @@ def test_the_report_holds_ratios_goals_and_shares(tmp_path):
     benchmark.draw(rows, grown).savefig(tmp_path / "benchmark.png", dpi=110)
     with Image.open(tmp_path / "benchmark.png") as image:
         assert image.width == 1430
+
+
+def test_the_files_of_a_scene_can_be_trained_on(tmp_path):
+    scene = Scene(OPTIONS, images=2, vocabulary=50)
+    benchmark.write_input_files(scene, tmp_path)
+    data = benchmark.CaptionDataset(tmp_path, benchmark.BASE, "TRAIN")
+    image, captions, _ = data[1]
+    assert torch.equal(image, scene.images[1])
+    assert torch.equal(captions, scene.captions.view(2, 5, -1)[1])

@@ -156,6 +156,18 @@ def test_weights_of_other_models(checkpoint):
         checkpoints.build_models(checkpoint | {"encoder_name": "squeezenet9"})
 
 
+def test_weights_are_compared_before_models_take_memory(checkpoint):
+    """Built in full, these would take gigabytes."""
+    wide = {"f_beta.weight": torch.zeros(1, 300_000), "embedding.weight": torch.zeros(300_000, 1)}
+    with pytest.raises(UserError, match="do not fit"):
+        checkpoints.build_models(checkpoint | {"decoder": checkpoint["decoder"] | wide})
+    with pytest.raises(UserError, match="do not fit"):
+        checkpoints.build_models(checkpoint | {"encoder_name": "resnet152"})
+    other = DecoderWithAttention(len(WORDS), 7, 8, 6, 10, encoded_image_size=3).state_dict()
+    with pytest.raises(UserError, match="not for the features of 'squeezenet1_1'"):
+        checkpoints.build_models(checkpoint | {"decoder": other})
+
+
 def test_load_model(tmp_path, checkpoint):
     path, bare = tmp_path / "with.pth.tar", tmp_path / "bare.pth.tar"
     shuffled = dict(reversed(WORDS.items()))

@@ -191,6 +191,58 @@ def test_features_are_computed_once(cache, monkeypatch):
     assert cache(encoder)[0] == path
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros((8, 1, 2, 2, 5), np.float32),
+        np.zeros((7, 1, 2, 2, 5), np.float16),
+        np.zeros((8, 2, 2, 5), np.float16),
+        np.zeros((8, 1, 2, 3, 5), np.float16),
+        None,
+    ],
+)
+def test_damaged_features_are_refused_by_name(tiny_data, tmp_path, values):
+    path = tmp_path / "features.hdf5"
+    with h5py.File(path, "w") as file:
+        if values is not None:
+            file["features"] = values
+    with pytest.raises(UserError, match=r"features.hdf5 is damaged: delete it"):
+        CaptionDataset(*tiny_data, "TRAIN", path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no done", "text", "beyond", "shape"])
+def test_a_damaged_unfinished_cache_is_begun_anew(cache, capsys, damage):
+    path, expected = cache(TinyEncoder())
+    partial = path.with_suffix(".part")
+    path.rename(partial)
+    if damage == "cut":
+        partial.write_bytes(partial.read_bytes()[:1000])
+    else:
+        with h5py.File(partial, "r+") as file:
+            if damage == "shape":
+                del file["features"]
+                file["features"] = np.zeros((3, 1), np.float16)
+            else:
+                del file["done"]
+                if damage != "no done":
+                    file["done"] = {"text": "x", "beyond": 10**6}[damage]
+    again, features = cache(TinyEncoder())
+    assert again == path and torch.equal(features, expected)
+    assert "damaged: starting anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["IMAGES", "CAPTIONS", "WORDMAP"])
+def test_a_pipe_in_the_place_of_an_input_file_is_refused(tiny_data, tmp_path, kind):
+    folder, base = tiny_data
+    for path in folder.glob(f"*_{base}*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = utils.input_path(tmp_path, base, kind, None if kind == "WORDMAP" else "TRAIN")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"{path.name}.* no file"):
+        CaptionDataset(tmp_path, base, "TRAIN")
+
+
 def test_whatever_changes_the_features_changes_their_file(cache, tmp_path):
     def renamed():
         encoder = TinyEncoder()

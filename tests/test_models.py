@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_packed_sequence
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from models import DecoderWithAttention, Encoder, EncoderError, caption_loss, pooling_matrix
+from models import (
+    OFFLINE_ENCODER,
+    DecoderWithAttention,
+    Encoder,
+    EncoderError,
+    caption_loss,
+    encoder_shapes,
+    pooling_matrix,
+)
 
 V, D, A, E, H = 11, 6, 5, 4, 7  # words, annotation vectors, attention, embedding, LSTM
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -759,3 +767,10 @@ def test_a_network_without_a_grid_of_features_is_refused_by_name(name):
     with pytest.raises(EncoderError, match=f"encoder '{name}'") as error:
         Encoder(name, weights=None)
     one_line(error)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "regnet_y_400mf", "swin_t", OFFLINE_ENCODER])
+def test_encoder_shapes_are_those_of_its_weights(name):
+    state = Encoder(name, 3, weights=None).state_dict()
+    expected = {key: tensor.shape for key, tensor in state.items()}
+    assert encoder_shapes(name) == expected

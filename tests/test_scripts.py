@@ -199,6 +199,12 @@ def test_a_loss_that_is_not_finite_stops_training_and_leaves_the_last_checkpoint
         (["--device", "nonsense"], ["--device nonsense"]),
         (["--epochs", "0"], ["--epochs", "0"]),
         (["--dropout", "1.5"], ["--dropout", "1.5"]),
+        (["--epochs", "9" * 400], ["--epochs", "too large"]),
+        (["--save_every", "9" * 400 + "m"], ["--save_every"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--seed", "1" + "0" * 25], ["--seed"]),
+        (["--device", "meta"], ["--device meta"]),
+        (["--encoded_image_size", "65"], ["--encoded_image_size"]),
     ],
 )
 def test_training_refuses_bad_options_in_one_line(tiny_data, tmp_path, arguments, words):
