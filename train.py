@@ -344,7 +344,7 @@ class Trainer:
         self.best_path = checkpoints.checkpoint_path(options.output_folder, base, best=True)
         self.stage, self.best = None, checkpoint["best_bleu4"] if checkpoint else -1.0
         self.log = checkpoint["log"] if checkpoint else []
-        self.records = checkpoint["records"] if checkpoint else []
+        self.records = checkpoint.get("records", []) if checkpoint else []
         self.records.append(provenance.describe(options, base))
         self.began, self.skipped = time.monotonic(), 0
         if checkpoint is None:
