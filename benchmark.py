@@ -327,7 +327,7 @@ class _Traffic(TorchDispatchMode):
 
 
 def measure_speeds(options):
-    """`Speeds`: the best of ten large matrix products, and of ten sums of tensors in the cache."""
+    """`Speeds`: the best of ten large products, and of a hundred sums of tensors in the cache."""
     device, flops = options.device, {}
     for amp in {False, options.amp}:
         dtype = torch.bfloat16 if amp else torch.float32
@@ -546,19 +546,19 @@ def _peak_of_step(options, side):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        _forget_peak()
-    before = torch.cuda.memory_allocated() if cuda else _peak_memory()
+        forget_peak()
+    before = torch.cuda.memory_allocated() if cuda else process_peak()
     scene.step(lambda: getattr(scene, side)(scene.features, **amp))
-    return (torch.cuda.max_memory_allocated() if cuda else _peak_memory()) - before
+    return (torch.cuda.max_memory_allocated() if cuda else process_peak()) - before
 
 
-def _forget_peak():
+def forget_peak():
     """Makes the memory in use now the peak, on Linux."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory():
+def process_peak():
     """Bytes of memory that the process has taken at most."""
     try:  # not as getrusage has it, which counts in the process that started this one
         status = Path("/proc/self/status").read_text()

@@ -33,6 +33,9 @@ from utils import (
 # ------------------------------------------------------------------------------------- contents
 
 
+STAGES = ["decoder", "finetune"]  # of training
+
+
 def _is_size(value):
     return type(value) is int and 1 <= value <= MAX_IMAGE_SIZE
 
@@ -68,7 +71,7 @@ def _is_log(value):
     numbers = ("epoch", "lr", "loss", "val_loss", "bleu1", "bleu2", "bleu3", "bleu4")
     return isinstance(value, list) and all(
         _is_texts(line)
-        and line.get("stage") in ("decoder", "finetune")
+        and line.get("stage") in STAGES
         and all(_is_number(line.get(key)) for key in numbers)
         for line in value
     )
@@ -112,7 +115,7 @@ MODEL_KEYS = {
     "decoder": _is_state_dict,
     "base": _is_file_name,
     "options": lambda value: _is_texts(value) and isinstance(value.get("data_folder"), str),
-    "stage": lambda value: value in ("decoder", "finetune"),
+    "stage": lambda value: value in STAGES,
     "epoch": _is_count,
     "scores": _is_texts,
 }

@@ -201,13 +201,13 @@ def print_scores(captions, references):
         row["words each"] = f"{description['mean_length']:.1f}"
         row["distinct words"] = str(description["distinct_words"])
         rows.append(row)
-    print_table(rows)
+    utils.print_table(rows)
 
     found = {name: metrics.coco_scores(references, texts) for name, texts in captions.items()}
     [*_, last] = found.values()
     if last.corpus:
         print("\nCOCO's caption evaluation, pycocoevalcap with its PTB tokenizer")
-        print_table(
+        utils.print_table(
             [
                 {"": name} | {kind: f"{100 * s:.1f}" for kind, s in scores.corpus.items()}
                 for name, scores in found.items()
@@ -227,7 +227,7 @@ def print_pointing(captions, data):
         game = metrics.pointing_game(found, boxes, demo.SHAPES)
         share = f"{game.hits / max(game.words, 1):.1%} of {game.words}"
         rows.append({"": f"beam {beam_size}", "hits": share, "by chance": f"{game.chance:.1%}"})
-    print_table(rows)
+    utils.print_table(rows)
 
 
 def print_attention(captions, data):
@@ -255,20 +255,16 @@ def print_attention(captions, data):
         "even; Σα, over a caption's words, should be near 1 at every place"
         + ("; in the box of the object that a shape word names" if boxes else "")
     )
-    print_table(rows)
+    utils.print_table(rows)
     if parts:
         print("\nentropy by part of speech, of so many words")
-        print_table(parts)
+        utils.print_table(parts)
 
 
 def boxes_of(data):
     """The boxes of each image's objects, None where the data has none."""
     boxes = [reference.get("boxes") for reference in data.references]
     return boxes if all(boxes) else None
-
-
-def print_table(rows):
-    print("\n".join(utils.format_table(rows)))
 
 
 def write_results(path, captions, data):

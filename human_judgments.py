@@ -60,7 +60,7 @@ def main():
             if metric in PUBLISHED[name]
         ]
         if rows:
-            print("\n".join(utils.format_table(rows)))
+            utils.print_table(rows)
         print("\n".join(left_out))
 
 

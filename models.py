@@ -60,9 +60,8 @@ class Encoder(nn.Module):
     def __init__(self, name="resnet101", encoded_image_size=14, weights="DEFAULT"):
         super().__init__()
         self.name = name
-        build = _timm_backbone if name.startswith("timm:") else _torchvision_backbone
         # `resnet` is what the published checkpoints call the backbone, whichever it is
-        self.resnet, mean, std = build(name, weights)
+        self.resnet, mean, std = _backbone(name, weights)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
@@ -162,13 +161,18 @@ def encoder_shapes(name):
     Raises:
         EncoderError: the name is unknown, or the network's classifier cannot be cut off.
     """
-    build = _timm_backbone if name.startswith("timm:") else _torchvision_backbone
     try:
         with torch.device("meta"):
-            backbone, *_ = build(name, None)
+            backbone, *_ = _backbone(name, None)
     except (NotImplementedError, RuntimeError):  # it computes with values while it is built
-        backbone, *_ = build(name, None)
+        backbone, *_ = _backbone(name, None)
     return {f"resnet.{key}": tensor.shape for key, tensor in backbone.state_dict().items()}
+
+
+def _backbone(name, weights):
+    """Backbone, mean and standard deviation of the network of that name."""
+    build = _timm_backbone if name.startswith("timm:") else _torchvision_backbone
+    return build(name, weights)
 
 
 def _torchvision_backbone(name, weights):

@@ -31,7 +31,6 @@ from datasets import CaptionDataset, LengthSampler, cache_features, find_data, r
 from models import OFFLINE_ENCODER, DecoderWithAttention, Encoder, caption_loss
 from utils import UserError
 
-STAGES = ["decoder", "finetune"]
 SKIPS = 5  # steps without finite gradients, in a row, after which training stops
 MODEL_OPTIONS = ["encoder", "encoded_image_size", "gate", "deep_output"]  # a checkpoint has its own
 MODEL_OPTIONS += ["attention_dim", "embed_dim", "decoder_dim"]
@@ -222,7 +221,7 @@ def _run(options, base):
     checkpoint = _starting_point(options, base)
     trainer = Trainer(options, base, checkpoint)
     reached = checkpoint["stage"] if checkpoint else "decoder"
-    stages = STAGES if options.stage == "both" else [options.stage]
+    stages = checkpoints.STAGES if options.stage == "both" else [options.stage]
     for stage in stages[stages.index(reached) if reached in stages else 0 :]:
         trainer.start(stage)
         if checkpoint and stage == reached:

@@ -731,15 +731,16 @@ def number(kind, above=None, least=None, below=None):
 # -------------------------------------------------------------------------------------- tables
 
 
-def format_table(rows):
-    """Lines of a Markdown table, its columns aligned."""
+def print_table(rows):
+    """Prints dicts of column -> text as a Markdown table, its columns aligned."""
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "| " + " | ".join(t.rjust(w) for t, w in zip(row, widths, strict=True)) + " |"
         for row in table
     ]
-    return [lines[0], "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *lines[1:]]
+    rule = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
+    print("\n".join([lines[0], rule, *lines[1:]]))
 
 
 # ------------------------------------------------------------------------------------ pictures

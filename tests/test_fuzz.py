@@ -1,12 +1,9 @@
 """Readers of files meet damaged ones: each is read, or refused in one line that names it."""
 
-import contextlib
 import io
 import json
-import resource
 import shutil
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+import benchmark
 import checkpoints
 import decoding
 import provenance
@@ -147,8 +145,8 @@ def test_damaged_files_are_read_or_refused_in_one_line(reader, count, tiny_data,
         path.write_bytes(whole)
     for path, _ in files:
         read(path)  # undamaged, they can be read
-    forget_peak()
-    before, tried, refused = peak_memory(), 0, 0
+    benchmark.forget_peak()
+    before, tried, refused = benchmark.process_peak(), 0, 0
 
     @settings(
         max_examples=count,
@@ -175,22 +173,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(reader, count, tiny_data,
     read_damaged()
     print(f"{reader}: {tried} damaged files, {refused} refused")
     assert tried >= count * 0.99 and refused > count / 20
-    assert peak_memory() - before < MEMORY
-
-
-def forget_peak():
-    """Makes the memory in use now the peak; elsewhere than on Linux, what comes later must exceed
-    what was before."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory():
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except FileNotFoundError:
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert benchmark.process_peak() - before < MEMORY
 
 
 # What may stand anywhere in a checkpoint that is made by hand
