@@ -5,6 +5,8 @@ first word nor later than after `max_length` words, so that a caption always com
 Log-probabilities are the model's own, over its whole vocabulary.
 """
 
+import math
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -78,7 +80,6 @@ def _roll_out(decoder, encoder_out, word_map, max_length, choose):
     return _captions(torch.stack(history, 1), torch.stack(alphas, 1), total, end)
 
 
-@torch.inference_mode()
 def beam_search(
     decoder, encoder_out, word_map, beam_size=5, max_length=MAX_LENGTH, length_penalty=0.0
 ):
@@ -96,7 +97,30 @@ def beam_search(
     Returns:
         list of I `Caption`.
     """
-    device, count, k = encoder_out.device, len(encoder_out), beam_size
+    found = _search(decoder, encoder_out, word_map, beam_size, max_length, length_penalty, 1)
+    return [caption for [caption] in found]
+
+
+def finished_beams(
+    decoder, encoder_out, word_map, beam_size=5, max_length=MAX_LENGTH, length_penalty=0.0
+):
+    """All captions that `beam_search` would find, were it to go on until its beams are empty.
+
+    Args:
+        as in `beam_search`.
+
+    Returns:
+        list of I lists of `Caption`, the best first: `beam_size` of them, or fewer where the
+        vocabulary has not that many.
+    """
+    return _search(decoder, encoder_out, word_map, beam_size, max_length, length_penalty, beam_size)
+
+
+@torch.inference_mode()
+def _search(decoder, encoder_out, word_map, k, max_length, length_penalty, keep):
+    """The `keep` best captions of each image, among the k at most that finish; ended early where
+    no other can come among them."""
+    device, count = encoder_out.device, len(encoder_out)
     memory = decoder.prepare(encoder_out)
     state = decoder.init_state(memory)
     state = state.select(torch.arange(count, device=device).repeat_interleave(k))
@@ -108,7 +132,7 @@ def beam_search(
     log_probs = torch.full((count, k), -torch.inf, device=device)
     log_probs[:, 0] = 0.0  # the beams of an image start alike: one of them counts
     places = torch.full((count, 1), k, device=device)
-    best = _Best(count, device)
+    best = _Best(count, keep, device)
     history = _History(count, k)
     for step in range(max_length + 1):
         scores, alphas, state = decoder.step(words.flatten(), state, memory)
@@ -128,7 +152,7 @@ def beam_search(
 
         # log p only falls, and dividing by the greatest length lifts it most
         bound = log_probs.amax(1) / (max_length + 1) ** length_penalty
-        going = bound > best.score[active]
+        going = bound > best.score[active, -1]
         still = int(going.sum())  # the only time in a step that the host waits for the device
         if still == 0:
             break
@@ -140,26 +164,31 @@ def beam_search(
             )
         state = state.select(rows.flatten())
     words, alphas = history.trace(best, end)
-    return _captions(words, alphas, best.log_prob, end)
+    captions = iter(_captions(words, alphas, best.log_prob.flatten(), end))
+    return [
+        [caption for caption in islice(captions, keep) if caption.log_prob > -math.inf]
+        for _ in range(count)
+    ]
 
 
 class _Best:
-    """The best finished caption of each image: its score and where its `<end>` stands."""
+    """The best finished captions of each image, (I, keep): their scores, the best first, and where
+    their `<end>` stands."""
 
-    def __init__(self, count, device):
-        self.score = torch.full((count,), -torch.inf, device=device)
-        self.log_prob = torch.full((count,), -torch.inf, device=device)
-        self.step = torch.zeros(count, dtype=torch.int64, device=device)
-        self.beam = torch.zeros(count, dtype=torch.int64, device=device)
+    def __init__(self, count, keep, device):
+        self.score = torch.full((count, keep), -torch.inf, device=device)
+        self.log_prob = torch.full((count, keep), -torch.inf, device=device)
+        self.step = torch.zeros(count, keep, dtype=torch.int64, device=device)
+        self.beam = torch.zeros(count, keep, dtype=torch.int64, device=device)
 
     def update(self, images, log_probs, step, length_penalty):
         """Takes in the captions finished at a step: log_probs (n, k), -inf for the others."""
-        log_prob, beam = log_probs.max(dim=1)
-        score = log_prob / (step + 1) ** length_penalty
-        better = score > self.score[images]
-        found = (score, log_prob, torch.full_like(beam, step), beam)
-        for own, new in zip((self.score, self.log_prob, self.step, self.beam), found, strict=True):
-            own[images] = new.where(better, own[images])
+        beams = torch.arange(log_probs.shape[1], device=log_probs.device).expand_as(log_probs)
+        found = (log_probs, torch.full_like(beams, step), beams)
+        score = torch.cat([self.score[images], log_probs / (step + 1) ** length_penalty], dim=1)
+        self.score[images], order = score.topk(self.score.shape[1])
+        for own, new in zip((self.log_prob, self.step, self.beam), found, strict=True):
+            own[images] = torch.cat([own[images], new], dim=1).gather(1, order)
 
 
 class _History:
@@ -182,14 +211,17 @@ class _History:
             )
 
     def trace(self, best, end):
-        """Words (I, T) and alphas (I, T, L) of the best captions, `end` from their end on."""
-        images, beam = torch.arange(self.shape[0], device=best.beam.device), best.beam
+        """Words (I·keep, T) and alphas (I·keep, T, L) of the best captions, `end` from their end
+        on."""
+        beam, last = best.beam.flatten(), best.step.flatten()
+        images = torch.arange(self.shape[0], device=beam.device)
+        images = images.repeat_interleave(best.beam.shape[1])
         words, alphas = [], []
         for step in reversed(range(len(self.words))):
             parent = self.parents[step][images, beam]
-            words.append(self.words[step][images, beam].where(step < best.step, end))
+            words.append(self.words[step][images, beam].where(step < last, end))
             alphas.append(self.alphas[step][images, parent])
-            beam = parent.where(step <= best.step, beam)
+            beam = parent.where(step <= last, beam)
         return torch.stack(words[::-1], dim=1), torch.stack(alphas[::-1], dim=1)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from decoding import beam_search, greedy, sample
+from decoding import beam_search, finished_beams, greedy, sample
 from models import DecoderWithAttention
 
 WORDS = ["<pad>", *"abcdef", "<unk>", "<start>", "<end>"]
@@ -80,7 +80,8 @@ def greedy_by_hand(decoder, image, max_length):
 
 @torch.no_grad()
 def beam_by_hand(decoder, image, beam_size, max_length, length_penalty):
-    """All finished captions the beam meets, and the best: a finished one takes a place for good."""
+    """All finished captions the beam meets, the best first: a finished one takes a place for
+    good."""
     memory = decoder.prepare(image[None])
     partials = [(0.0, [], [], decoder.init_state(memory))]
     finished = []
@@ -96,8 +97,8 @@ def beam_by_hand(decoder, image, beam_size, max_length, length_penalty):
         kept = candidates[: beam_size - len(finished)]
         finished += [candidate for candidate in kept if candidate[1][-1] == END]
         partials = [candidate for candidate in kept if candidate[1][-1] != END]
-    best = max(finished, key=lambda found: found[0] / len(found[1]) ** length_penalty)
-    return best[1][:-1], best[0], torch.stack(best[2][:-1])
+    finished.sort(key=lambda found: -found[0] / len(found[1]) ** length_penalty)
+    return [(words[:-1], total, torch.stack(alphas[:-1])) for total, words, alphas, _ in finished]
 
 
 @torch.no_grad()
@@ -138,8 +139,30 @@ def test_beam_search_equals_plain_lists_over_one_image(beam_size, length_penalty
         captions = beam_search(decoder, images, WORD_MAP, beam_size, MAX_LENGTH, length_penalty)
         assert len(captions) == len(images)
         for caption, image in zip(captions, images, strict=True):
+            best, *_ = beam_by_hand(decoder, image, beam_size, MAX_LENGTH, length_penalty)
+            assert_same(caption, *best)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("beam_size", [1, 3, 12])
+def test_finished_beams_are_all_that_plain_lists_find(beam_size, length_penalty):
+    for seed in range(4):
+        decoder, images = make_decoder(seed), make_images(5, seed=seed)
+        found = finished_beams(decoder, images, WORD_MAP, beam_size, MAX_LENGTH, length_penalty)
+        assert len(found) == len(images)
+        for captions, image in zip(found, images, strict=True):
             expected = beam_by_hand(decoder, image, beam_size, MAX_LENGTH, length_penalty)
-            assert_same(caption, *expected)
+            assert len(captions) == len(expected) == beam_size
+            for caption, by_hand in zip(captions, expected, strict=True):
+                assert_same(caption, *by_hand)
+
+
+def test_a_beam_wider_than_the_language_finishes_every_caption_once():
+    decoder, images = make_decoder(1, TINY), make_images(3)
+    every_caption = {words for n in (1, 2) for words in product((1, 2, 3), repeat=n)}
+    for captions in finished_beams(decoder, images, TINY, 20, 2):
+        assert len(captions) == len(every_caption) == 12
+        assert {tuple(caption.words) for caption in captions} == every_caption
 
 
 def test_the_cases_compared_are_diverse():
