@@ -75,7 +75,7 @@ class CaptionDataset(Dataset):
         captions = _read_numbers(utils.input_path(data_folder, base, "CAPTIONS", split), 2)
         lengths = _read_numbers(utils.input_path(data_folder, base, "CAPLENS", split), 1)
         path = utils.input_path(data_folder, base, "REFERENCES", split)
-        self.references = _read_references(path)
+        self.references = read_references(path)
         if (
             not images[0]
             or len(self.references) != images[0]
@@ -232,7 +232,8 @@ def _read_numbers(path, dimensions):
     return numbers
 
 
-def _read_references(path):
+def read_references(path):
+    """The images' file names, ids and human captions. Raises UserError if they are unusable."""
     references = utils.read_json(path)
     if not isinstance(references, list) or not all(map(_is_reference, references)):
         raise UserError(f"{path} is no list of file names, ids and captions")

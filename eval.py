@@ -6,6 +6,7 @@ With --results and --references it scores captions that any other system made.
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,6 +17,7 @@ import demo
 import distributed
 import metrics
 import provenance
+import report
 import utils
 from datasets import CaptionDataset, find_data, read_word_map
 from utils import UserError
@@ -33,6 +35,7 @@ def parse_arguments():
     add("--batch_size", type=positive, default=50, help="images")
     add("--results_folder", help="for the captions; None: the checkpoint's folder")
     add("--attention_report", action="store_true", help="measure where the model looked, too")
+    add("--report", metavar="FOLDER", help="for a page with scores, curves and all captions")
     add("--results", help="captions made elsewhere, as COCO results JSON, to score instead")
     add("--references", help="for --results: Karpathy's JSON, of which --split, or COCO's captions")
     utils.add_workers_option(parser)
@@ -46,6 +49,8 @@ def main():
     if (options.results is None) != (options.references is None):
         raise UserError("--results and --references go together")
     if options.results is not None:
+        if options.report is not None:
+            raise UserError("--report shows what a model found: it goes without --results")
         score_results(options)
         return
     options.device = utils.choose_device(options.device)
@@ -62,28 +67,46 @@ def evaluate(options):
     data = open_split(path, model, options)
     folder = utils.make_folder(options.results_folder or path.parent)
 
-    captions = caption_split(model, data, options)
+    if options.report is not None:
+        utils.make_folder(options.report)
+
+    captions, beams = caption_split(model, data, options)
     if not distributed.is_main:
         return
     for beam_size, found in captions.items():
         results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
         write_results(results, found, data)
         print(f"captions: {results}")
-    print(f"{path}, stage {model.checkpoint['stage']}, epoch {model.checkpoint['epoch']}")
-    for line in provenance.lines(model.checkpoint.get("records", [])):
-        print(line)
-    print(
+    about = [
+        f"{path}, stage {model.checkpoint['stage']}, epoch {model.checkpoint['epoch']}",
+        *provenance.lines(model.checkpoint.get("records", [])),
         f"{data.base}, {options.split} split; length penalty {options.length_penalty:g}, "
-        f"{options.max_len} words at most"
-    )
+        f"{options.max_len} words at most",
+    ]
     texts = {
         f"beam {beam_size}": [" ".join(words) for words, _ in found]
         for beam_size, found in captions.items()
     }
-    print_scores(texts, [reference["captions"] for reference in data.references])
-    print_pointing(captions, data)
+    scores = score(texts, [reference["captions"] for reference in data.references])
+    tables = scores.tables + pointing_tables(captions, data)
     if options.attention_report:
-        print_attention(captions, data)
+        tables += attention_tables(captions, data)
+    print("\n".join(about))
+    print_tables(scores.references, tables, scores.left_out)
+    if options.report is not None:
+        widest, scores = captions[max(captions)], scores._replace(tables=tables)
+        log = training_log(path, model.checkpoint)
+        page = report.write(options.report, model, data, widest, beams, about, scores, log)
+        print(f"report: {page}")
+
+
+def training_log(path, checkpoint):
+    """The records of a checkpoint's run, with later epochs' where their log lies beside it."""
+    log, beside = checkpoint.get("log", []), path.with_name(f"log_{checkpoint['base']}.jsonl")
+    if log and beside.is_file():
+        longer = utils.read_log(beside)
+        return longer if longer[: len(log)] == log else log
+    return log
 
 
 def open_split(path, model, options):
@@ -102,24 +125,40 @@ def open_split(path, model, options):
 
 @torch.inference_mode()
 def caption_split(model, data, options):
-    """beam_size -> list of (words, alphas) per image; the encoder runs once for all beams."""
-    captions = {beam_size: [] for beam_size in options.beam_size}
+    """Captions the split, running the encoder once for all beam widths.
+
+    Returns:
+        beam_size -> list of (words, alphas) per image; and per image all captions of the widest
+        beam as (text, log p), the best first, where a report shows them.
+    """
+    captions, beams = {beam_size: [] for beam_size in options.beam_size}, []
     share = distributed.share(len(data))
     loader = DataLoader(data, options.batch_size, sampler=share, **utils.loader_options(options))
     batches = utils.progress(loader, desc="captioning", unit="batch")
     for features in model.encode_ahead(images for images, *_ in batches):
-        with model.autocast():
-            for beam_size, found in captions.items():
-                beams = decoding.beam_search(
-                    model.decoder,
-                    features,
-                    model.word_map,
-                    beam_size,
-                    options.max_len,
-                    options.length_penalty,
-                )
-                found += [(model.to_words(caption), caption.alphas) for caption in beams]
-    return {beam_size: distributed.collect(found) for beam_size, found in captions.items()}
+        for beam_size, found in captions.items():
+            if options.report is not None and beam_size == max(captions):
+                finished = search(decoding.finished_beams, model, features, beam_size, options)
+                beams += [[(" ".join(model.to_words(c)), c.log_prob) for c in f] for f in finished]
+                best = [f[0] for f in finished]
+            else:
+                best = search(decoding.beam_search, model, features, beam_size, options)
+            found += [(model.to_words(caption), caption.alphas) for caption in best]
+    captions = {beam_size: distributed.collect(found) for beam_size, found in captions.items()}
+    return captions, distributed.collect(beams)
+
+
+def search(method, model, features, beam_size, options):
+    """What a beam search of `decoding` finds for features."""
+    with model.autocast():
+        return method(
+            model.decoder,
+            features,
+            model.word_map,
+            beam_size,
+            options.max_len,
+            options.length_penalty,
+        )
 
 
 def score_results(options):
@@ -137,7 +176,8 @@ def score_results(options):
             f"{options.references}, {min(missing, key=str)} among them"
         )
     print(f"{options.results} against {options.references}")
-    print_scores({"results": [captions[id_] for id_ in references]}, list(references.values()))
+    scores = score({"results": [captions[id_] for id_ in references]}, list(references.values()))
+    print_tables(scores.references, scores.tables, scores.left_out)
 
 
 def read_references(path, split):
@@ -179,20 +219,23 @@ def _image_captions(entries, path):
         yield entry["image_id"], entry["caption"]
 
 
-def print_scores(captions, references):
-    """Two tables, each under the protocol that its figures follow.
+class Scores(NamedTuple):
+    """Scores of captions, each under the protocol that it follows."""
+
+    references: str  # what the captions are compared with
+    tables: list[tuple[str, list[dict]]]  # protocol, and a row for each list of captions
+    left_out: list[str]  # a line for what cannot be computed, with the reason
+    each: dict[str, dict[str, list[float]]]  # list of captions -> score -> its value of each image
+
+
+def score(captions, references):
+    """`Scores` of captions.
 
     Args:
         captions: name -> a caption for each image, text.
         references: for each image the list of its human captions.
     """
-    count = sum(map(len, references))
-    print(
-        f"{len(references)} images, {count} human captions, all of them references; in per cent\n\n"
-        "nltk corpus_bleu on lower-cased words without punctuation; the last four without brevity "
-        "penalty"
-    )
-    rows = []
+    count, rows, each = sum(map(len, references)), [], {}
     for name, texts in captions.items():
         bleu, description = metrics.bleu(references, texts), metrics.describe(texts)
         row = {"": name}
@@ -201,36 +244,47 @@ def print_scores(captions, references):
         row["words each"] = f"{description['mean_length']:.1f}"
         row["distinct words"] = str(description["distinct_words"])
         rows.append(row)
-    utils.print_table(rows)
-
-    found = {name: metrics.coco_scores(references, texts) for name, texts in captions.items()}
-    [*_, last] = found.values()
-    if last.corpus:
-        print("\nCOCO's caption evaluation, pycocoevalcap with its PTB tokenizer")
-        utils.print_table(
-            [
-                {"": name} | {kind: f"{100 * s:.1f}" for kind, s in scores.corpus.items()}
-                for name, scores in found.items()
-            ]
+    tables = [
+        (
+            "nltk corpus_bleu on lower-cased words without punctuation; the last four without "
+            "brevity penalty",
+            rows,
         )
-    for line in last.left_out:
-        print(line)
+    ]
+    rows = []
+    for name, texts in captions.items():
+        found = metrics.coco_scores(references, texts)
+        rows.append({"": name} | {kind: f"{100 * s:.1f}" for kind, s in found.corpus.items()})
+        each[name] = found.each
+    if found.corpus:
+        tables.append(("COCO's caption evaluation, pycocoevalcap with its PTB tokenizer", rows))
+    against = f"{len(references)} images, {count} human captions, all of them references"
+    return Scores(f"{against}; in per cent", tables, found.left_out, each)
 
 
-def print_pointing(captions, data):
+def print_tables(head, tables, notes):
+    print(head)
+    for title, rows in tables:
+        print(f"\n{title}")
+        utils.print_table(rows)
+    for note in notes:
+        print(note)
+
+
+def pointing_tables(captions, data):
     """On data with boxes: how often the attention points at what a word names."""
     if not (boxes := boxes_of(data)):
-        return
-    print("\npointing game: the attention's peak for a shape word lies in that object's box")
+        return []
     rows = []
     for beam_size, found in captions.items():
         game = metrics.pointing_game(found, boxes, demo.SHAPES)
         share = f"{game.hits / max(game.words, 1):.1%} of {game.words}"
         rows.append({"": f"beam {beam_size}", "hits": share, "by chance": f"{game.chance:.1%}"})
-    utils.print_table(rows)
+    title = "pointing game: the attention's peak for a shape word lies in that object's box"
+    return [(title, rows)]
 
 
-def print_attention(captions, data):
+def attention_tables(captions, data):
     """What the attention is like: how even for each word, and over each caption."""
     boxes, rows, parts = boxes_of(data), [], []
     for beam_size, found in captions.items():
@@ -250,15 +304,14 @@ def print_attention(captions, data):
             parts.append(name | row_of_parts)
         rows.append(row)
     places = captions[min(captions)][0][1].shape[1]
-    print(
-        f"\nattention over {places} places: entropy in nats, {math.log(places):.2f} where it is "
+    title = (
+        f"attention over {places} places: entropy in nats, {math.log(places):.2f} where it is "
         "even; Σα, over a caption's words, should be near 1 at every place"
         + ("; in the box of the object that a shape word names" if boxes else "")
     )
-    utils.print_table(rows)
-    if parts:
-        print("\nentropy by part of speech, of so many words")
-        utils.print_table(parts)
+    return [(title, rows)] + (
+        [("entropy by part of speech, of so many words", parts)] * bool(boxes)
+    )
 
 
 def boxes_of(data):

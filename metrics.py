@@ -8,12 +8,19 @@ import io
 import math
 import shutil
 import warnings
+from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from nltk.translate.bleu_score import brevity_penalty, closest_ref_length, corpus_bleu
+from nltk.translate.bleu_score import (
+    SmoothingFunction,
+    brevity_penalty,
+    closest_ref_length,
+    corpus_bleu,
+    sentence_bleu,
+)
 
 from utils import tokenize
 
@@ -46,6 +53,22 @@ def bleu(references, captions):
     return Bleu(
         [float(s) for s in scores], [float(s) / penalty if penalty else 0.0 for s in scores]
     )
+
+
+def smoothed_bleu(references, captions):
+    """BLEU-4 of each caption by itself, with one added to counts of n-grams from 2 on (nltk's
+    method 2; Lin and Och, 2004), without which most would be 0.
+
+    Args:
+        references, captions: as in `bleu`.
+    """
+    smooth = SmoothingFunction().method2
+    return [
+        float(
+            sentence_bleu([tokenize(t) for t in texts], tokenize(text), smoothing_function=smooth)
+        )
+        for texts, text in zip(references, captions, strict=True)
+    ]
 
 
 class CocoScores(NamedTuple):
@@ -114,6 +137,45 @@ def describe(captions):
         "mean_length": sum(map(len, words)) / max(len(words), 1),
         "distinct_words": len({word for caption in words for word in caption}),
     }
+
+
+class VocabularyUse(NamedTuple):
+    """Counts of distinct words, and a share of all."""
+
+    said: int  # of the vocabulary, by the captions
+    known: int  # in the vocabulary
+    human: int  # in the human captions
+    human_known: int  # of these, in the vocabulary
+    covered: float  # share of the human captions' words that the vocabulary has
+
+
+def vocabulary_use(captions, references, word_map):
+    """`VocabularyUse` of captions, and of people's.
+
+    Args:
+        captions, references: as in `bleu`.
+        word_map: word -> index; words in angle brackets are no words.
+    """
+    vocabulary = {word for word in word_map if not word.startswith("<")}
+    said = {word for text in captions for word in tokenize(text)}
+    human = Counter(word for texts in references for text in texts for word in tokenize(text))
+    known = human.keys() & vocabulary
+    covered = sum(human[word] for word in known) / max(human.total(), 1)
+    return VocabularyUse(len(said & vocabulary), len(vocabulary), len(human), len(known), covered)
+
+
+def repeated(captions, most=3):
+    """The share of captions that are another image's, too, and the `most` frequent of these with
+    their counts."""
+    counts = Counter(" ".join(tokenize(text)) for text in captions)
+    several = [(text, count) for text, count in counts.most_common() if count > 1]
+    return sum(count for _, count in several) / max(len(captions), 1), several[:most]
+
+
+def novelty(captions, training):
+    """The share of captions that are, word for word, none of the training captions."""
+    known = {tuple(tokenize(text)) for text in training}
+    return sum(tuple(tokenize(text)) not in known for text in captions) / max(len(captions), 1)
 
 
 class Pointing(NamedTuple):

@@ -751,21 +751,34 @@ def curves_path(log_path):
     return log_path.with_name(log_path.stem.replace("log_", "curves_", 1) + ".png")
 
 
+def read_log(path):
+    """The records of a training log, one an epoch. Raises UserError if a line is damaged."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} has a damaged line, take it out: {error}") from error
+
+
 def draw_curves(log_path):
     """Draws a training log as a PNG beside it, at `curves_path`.
-
-    The log holds JSON lines, one an epoch, with `stage`, `loss`, `val_loss`, `bleu1` to `bleu4`
-    (0 to 1) and `lr`; epochs of stage "finetune" that follow others are shaded.
 
     Raises:
         UserError: a line of the log is damaged, or the PNG cannot be written.
     """
     log_path = Path(log_path)
-    lines = log_path.read_text(encoding="utf-8").splitlines()
-    try:
-        records = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{log_path} has a damaged line, take it out: {error}") from error
+    figure = curves(read_log(log_path))
+    with atomic_write(curves_path(log_path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def curves(records):
+    """A matplotlib figure of losses, BLEU and learning rate over the epochs.
+
+    Args:
+        records: dicts, one an epoch, with `stage`, `loss`, `val_loss`, `bleu1` to `bleu4` (0 to 1)
+            and `lr`; epochs of stage "finetune" that follow others are shaded.
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
     loss, bleu, rate = figure.subplots(1, 3)
@@ -775,8 +788,7 @@ def draw_curves(log_path):
     _plot(rate, records, "learning rate (10⁻⁴)", {"decoder": "lr"}, scale=1e4)
     for axes in (bleu, rate):
         axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
-    with atomic_write(curves_path(log_path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    return figure
 
 
 def _plot(axes, records, title, curves, scale=1):

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from playwright.sync_api import Error, sync_playwright
 
+import checkpoints
 import demo
 import provenance
 import utils
@@ -24,6 +26,9 @@ settings.load_profile("suite")
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 ROOT = Path(__file__).parent.parent
 OFFLINE = "timm:tf_efficientnet_lite2"
+SMALL = [f"--{name}_dim=128" for name in ("attention", "embed", "decoder")]
+LEARN = [*SMALL, "--encoded_image_size", 3, "--dropout", 0, "--decoder_lr", 4e-3, "--amp", "off"]
+LEARN += ["--encoder", OFFLINE, "--batch_size", 10, "--device", "cpu"]
 
 
 WORDS = {"<pad>": 0, "a": 1, "dog": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
@@ -137,3 +142,55 @@ def tiny_data(scenes, tmp_path_factory):
         workers=1,
     )
     return folder, summary["base"]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_data, tmp_path_factory):
+    """A model that has learned the tiny data set by heart, then fine-tuned; what was printed."""
+    folder, base = tiny_data
+    output = tmp_path_factory.mktemp("run")
+    run = ["train.py", "--data_folder", folder, "--output_folder", output, *LEARN]
+    tune = ["--finetune_batch_size", 40, "--encoder_lr", 1e-5, "--decoder_lr", 1e-4]
+    decoder = run_script(*run, "--stage", "decoder", "--epochs", 25)
+    assert decoder.returncode == 0, decoder.stderr
+    finetune = run_script(*run, *tune, "--stage", "finetune", "--epochs", 2)
+    assert finetune.returncode == 0, finetune.stderr
+    return output, base, decoder.stdout + finetune.stdout
+
+
+def best(trained):
+    output, base, _ = trained
+    return checkpoints.checkpoint_path(output, base, best=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(trained):
+    return best(trained)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser, the system's Chromium or Playwright's own."""
+    with sync_playwright() as playwright:
+        path = shutil.which("chromium") or shutil.which("google-chrome")
+        try:
+            # root's browser has no sandbox; updates and telemetry are not for tests
+            flags = ["--no-sandbox", "--disable-background-networking", "--disable-quic"]
+            flags += ["--disable-component-update", "--disable-sync", "--no-first-run"]
+            browser = playwright.chromium.launch(executable_path=path, args=flags)
+        except Error as error:
+            pytest.skip(f"no Chromium: playwright install chromium ({str(error)[:60]})")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """An empty page; fails where the browser complains about what the page does."""
+    page = chromium.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(20_000)
+    complaints = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    yield page
+    page.close()
+    assert not complaints, complaints

@@ -9,35 +9,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE, failure, needs_java, run_here, run_script
+from conftest import LEARN, OFFLINE, best, failure, needs_java, run_here, run_script
 from nltk.translate.bleu_score import corpus_bleu
 from PIL import Image
 
 import checkpoints
 import utils
-
-SMALL = [f"--{name}_dim=128" for name in ("attention", "embed", "decoder")]
-LEARN = [*SMALL, "--encoded_image_size", 3, "--dropout", 0, "--decoder_lr", 4e-3, "--amp", "off"]
-LEARN += ["--encoder", OFFLINE, "--batch_size", 10, "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_data, tmp_path_factory):
-    """A model that has learned the tiny data set by heart, then fine-tuned; what was printed."""
-    folder, base = tiny_data
-    output = tmp_path_factory.mktemp("run")
-    run = ["train.py", "--data_folder", folder, "--output_folder", output, *LEARN]
-    tune = ["--finetune_batch_size", 40, "--encoder_lr", 1e-5, "--decoder_lr", 1e-4]
-    decoder = run_script(*run, "--stage", "decoder", "--epochs", 25)
-    assert decoder.returncode == 0, decoder.stderr
-    finetune = run_script(*run, *tune, "--stage", "finetune", "--epochs", 2)
-    assert finetune.returncode == 0, finetune.stderr
-    return output, base, decoder.stdout + finetune.stdout
-
-
-def best(trained):
-    output, base, _ = trained
-    return checkpoints.checkpoint_path(output, base, best=True)
 
 
 @needs_java
@@ -249,11 +226,6 @@ def test_damaged_data_files_are_named(copied_data, kind, damage):
     line = failure(run_here("train.py", "--data_folder", folder, "--encoder", OFFLINE))
     assert base in line
     assert damage == "of another data set" or kind in line
-
-
-@pytest.fixture(scope="module")
-def checkpoint(trained):
-    return best(trained)
 
 
 def test_evaluation_names_a_split_that_is_not_there(checkpoint, copied_data):

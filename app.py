@@ -1,0 +1,170 @@
+"""A web page on this machine: drop a photograph, see its caption and where the model looked."""
+
+import html
+import json
+import os
+from pathlib import Path
+
+import torch
+
+import checkpoints
+import decoding
+import report
+import utils
+from utils import UserError
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it would tell its makers of each start
+try:
+    import gradio as gr
+except ImportError as error:
+    raise SystemExit(
+        "error: the web demo needs Gradio: pip install -r requirements-dev.txt"
+    ) from error
+
+PHOTOGRAPH = 640  # pixels along the longer side, as shown
+
+
+def parse_arguments():
+    parser = utils.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--model", nargs="+", help="checkpoints; None: the newest BEST checkpoint under data/")
+    add("--word_map", help="WORDMAP file, for checkpoints that hold no word map")
+    add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    port = utils.number(int, above=0, below=2**16)
+    add("--port", type=port, help="None: the first that is free from 7860 on")
+    utils.add_decoding_options(parser)
+    utils.add_device_options(parser)
+    return parser.parse_args()
+
+
+def main():
+    options = parse_arguments()
+    paths = options.model or [checkpoints.newest_best_checkpoint("data")]
+    models = {
+        name: checkpoints.load_model(path, options.device, options.amp, options.word_map)
+        for name, path in zip(names(paths), paths, strict=True)
+    }
+    page = build_page(models, options)
+    try:
+        _, address, _ = page.launch(
+            server_name=options.host,
+            server_port=options.port,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size="64mb",
+            head=f"<script>{report.VIEWER.read_text(encoding='utf-8')}</script>",
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=STYLE,
+            footer_links=[],
+        )
+    except OSError as error:
+        where = f"--host {options.host} --port {options.port or 'from 7860 on'}"
+        raise UserError(f"cannot serve at {where}: is it taken? {error}") from error
+    print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
+    page.block_thread()
+
+
+def names(paths):
+    """A short name for each checkpoint: its path from the folder that holds them all."""
+    folder = os.path.commonpath([Path(path).absolute().parent for path in paths])
+    return [os.path.relpath(path, folder).removesuffix(".pth.tar") for path in paths]
+
+
+def build_page(models, options):
+    """The page, as gr.Blocks.
+
+    Args:
+        models: name -> `checkpoints.Model`.
+        options: with `max_len` and `length_penalty`.
+    """
+    words = min(len(model.word_map) - len(utils.SPECIAL_WORDS) for model in models.values())
+    hour = 3600  # seconds, after which uploaded photographs are deleted
+    with gr.Blocks(
+        title="Show, Attend and Tell", fill_width=True, delete_cache=(hour, hour)
+    ) as page:
+        gr.Markdown("# Show, Attend and Tell")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                photograph = gr.File(label="photograph", file_types=["image"], height=150)
+                beam_size = gr.Slider(1, min(20, words), min(5, words), step=1, label="beam size")
+                temperature = gr.Slider(
+                    0, 2, 0, step=0.1, label="temperature",
+                    info="0: beam search; above: as many captions drawn by chance",
+                )  # fmt: skip
+                chosen = gr.CheckboxGroup(
+                    list(models), value=list(models), label="models", visible=len(models) > 1
+                )
+                again = gr.Button("caption")
+            with gr.Column(scale=4, min_width=420):
+                found = gr.HTML(PROMPT, min_height=260)
+
+        def show(path, beam_size, temperature, chosen):
+            if path is None or not chosen:
+                return PROMPT
+            try:
+                return render(
+                    path, {name: models[name] for name in chosen}, beam_size, temperature, options
+                )
+            except UserError as error:
+                message = str(error).replace(f"{Path(path).parent}{os.sep}", "")  # Gradio's folder
+                raise gr.Error(message, print_exception=False) from error
+
+        gr.on(
+            [photograph.change, beam_size.release, temperature.release, chosen.change, again.click],
+            show,
+            [photograph, beam_size, temperature, chosen],
+            found,
+            trigger_mode="always_last",
+        )
+    return page
+
+
+STYLE = """
+.models { display: grid; gap: 28px; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); }
+.models h3, label span { overflow-wrap: anywhere; }
+"""
+PROMPT = "<p>Drop a photograph on the left: its captions come here.</p>"
+
+
+def render(path, models, beam_size, temperature, options):
+    """HTML: an <attention-view> for each model, side by side under the models' names where there
+    are several."""
+    image, parts = utils.open_image(path), []
+    for name, model in models.items():
+        captions = [
+            (model.to_words(caption), caption.alphas, caption.log_prob)
+            for caption in caption_image(path, model, beam_size, temperature, options)
+        ]
+        view = json.dumps(report.attention_view(image, captions, PHOTOGRAPH))
+        heading = f"<h3>{html.escape(name)}</h3>" if len(models) > 1 else ""
+        view = f'<attention-view data="{html.escape(view)}"></attention-view>'
+        parts.append(f"<div>{heading}{view}</div>")
+    return f'<div class="models">{"".join(parts)}</div>'
+
+
+@torch.inference_mode()
+def caption_image(path, model, beam_size, temperature, options):
+    """The captions of a beam, or, at a temperature above 0, as many drawn by chance; the likeliest
+    first."""
+    pixels = torch.from_numpy(utils.read_image(path, model.checkpoint["image_size"]))
+    with model.autocast():
+        features = model.encoder.features(pixels.unsqueeze(0).to(model.device))
+        if temperature == 0:
+            [captions] = decoding.finished_beams(
+                model.decoder,
+                features,
+                model.word_map,
+                beam_size,
+                options.max_len,
+                options.length_penalty,
+            )
+            return captions
+        features = features.expand(beam_size, *features.shape[1:])
+        drawn = decoding.sample(
+            model.decoder, features, model.word_map, options.max_len, temperature
+        )
+    return sorted(drawn, key=lambda caption: -caption.log_prob)
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,190 @@
+"""A page about a model's captions of a split, that opens from disk: `eval.py --report`."""
+
+import base64
+import io
+import random
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+import datasets
+import metrics
+import utils
+
+WEB = Path(__file__).parent / "web"
+VIEWER = WEB / "attention_view.js"  # the element <attention-view>
+THUMBNAIL = 256  # pixels along a side, at most
+EXAMPLES = 3  # best, worst and by chance
+
+
+def write(folder, model, data, captions, beams, about, scores, log):
+    """Writes `index.html`, which holds all that it shows, pictures too.
+
+    Args:
+        folder: made if it is missing.
+        model: `checkpoints.Model`.
+        data: `datasets.CaptionDataset` of the split, from images.
+        captions: for each image (words, alphas): list of T words, and (T, L) tensor.
+        beams: for each image all captions of its beam, (text, log p), the best first.
+        about: lines on where the captions come from.
+        scores: `Scores` of eval.py, the captions' own last in `each`.
+        log: records of the training, one an epoch; may be empty.
+
+    Returns:
+        its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = utils.make_folder(folder)
+    references = [reference["captions"] for reference in data.references]
+    texts = [" ".join(words) for words, _ in captions]
+    [*_, coco] = scores.each.values()
+    each = coco | {"smoothed BLEU-4": metrics.smoothed_bleu(references, texts)}
+    rank = "CIDEr-D" if "CIDEr-D" in each else "smoothed BLEU-4"
+    columns = [name for name in ("CIDEr-D", "METEOR", "ROUGE-L", "SPICE") if name in each]
+    columns.append("smoothed BLEU-4")
+    examples = [
+        example(data, i, *captions[i], beams[i], {name: each[name][i] for name in columns})
+        for i in range(len(data))
+    ]
+    order = sorted(range(len(data)), key=lambda i: each[rank][i], reverse=True)
+    page = _template().render(
+        viewer=VIEWER.read_text(encoding="utf-8"),
+        title=f"{data.base}: {len(data)} captions",
+        about=about,
+        scores=scores,
+        curves=_picture(utils.curves(log)) if log else None,
+        language=language(texts, references, training_captions(data), model.word_map),
+        lengths=_picture(draw_lengths(texts, references)),
+        rank=rank,
+        groups={
+            "Best": order[:EXAMPLES],
+            "Worst": order[: -EXAMPLES - 1 : -1],
+            "By chance": random.Random(0).sample(order, min(EXAMPLES, len(order))),
+        },
+        contents={"columns": columns, "rank": rank, "examples": examples},
+    )
+    path = folder / "index.html"
+    with utils.atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _template():
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(WEB),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template("report.html")
+
+
+def example(data, i, words, alphas, beams, scores):
+    """What the page shows of image i, for JSON."""
+    image, *_ = data[i]
+    image = Image.fromarray(np.ascontiguousarray(image.numpy().transpose(1, 2, 0)))
+    reference = data.references[i]
+    return {
+        "file": reference["filename"],
+        "view": attention_view(image, [(words, alphas, beams[0][1])], THUMBNAIL),
+        "caption": " ".join(words),
+        "human": reference["captions"],
+        "beams": [[text, round(log_prob, 2)] for text, log_prob in beams],
+        "scores": {name: round(100 * score, 1) for name, score in scores.items()},
+    }
+
+
+def attention_view(image, captions, size):
+    """The attribute `data` of the element <attention-view>, as a dict for JSON.
+
+    Args:
+        image: RGB PIL.Image.
+        captions: (words, alphas, log p) each: T strings, and a (T, L) array or tensor of
+            non-negative numbers, no row all zero; L = places².
+        size: pixels along the image's longer side, at most.
+    """
+    image, picture = image.copy(), io.BytesIO()
+    image.thumbnail((size, size))
+    image.save(picture, format="JPEG", quality=85)
+    return {
+        "image": _data_url("image/jpeg", picture.getvalue()),
+        "captions": [
+            {"words": list(words), "alphas": _encode(alphas), "log_prob": round(log_prob, 2)}
+            for words, alphas, log_prob in captions
+        ],
+    }
+
+
+def _encode(alphas):
+    """Base64 of bytes, each word's 255 at the greatest."""
+    alphas = np.asarray(alphas, np.float64)
+    levels = np.rint(255 * alphas / alphas.max(axis=1, keepdims=True)).astype(np.uint8)
+    return base64.b64encode(levels.tobytes()).decode()
+
+
+def _data_url(kind, contents):
+    return f"data:{kind};base64,{base64.b64encode(contents).decode()}"
+
+
+def _picture(figure):
+    """A matplotlib figure as the address of an SVG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None})
+    return _data_url("image/svg+xml", picture.getvalue())
+
+
+# ------------------------------------------------------------------------------------- language
+
+
+def training_captions(data):
+    """All human captions of the training split; None where its files are missing."""
+    path = utils.input_path(data.path.parent, data.base, "REFERENCES", "TRAIN")
+    if not path.exists():
+        return None
+    return [text for r in datasets.read_references(path) for text in r["captions"]]
+
+
+def language(captions, references, training, word_map):
+    """Lines, (what, figure, note), on the words of captions and on how they repeat each other."""
+    use = metrics.vocabulary_use(captions, references, word_map)
+    repeated, most = metrics.repeated(captions)
+    lines = [
+        ("Words of the vocabulary that the captions use", _share(use.said, use.known), ""),
+        ("Distinct words of the human captions that the vocabulary has",
+         _share(use.human_known, use.human), f"{use.covered:.1%} of all their words"),
+        ("Captions that several images have", f"{repeated:.1%}",
+         "; ".join(f"{count} × “{text}”" for text, count in most)),
+    ]  # fmt: skip
+    if training is None:
+        return [*lines, ("Captions that are new", "unknown", "no training split at hand")]
+    novel = metrics.novelty(captions, training)
+    return [*lines, ("Captions that are new", f"{novel:.1%}", "not among the training captions")]
+
+
+def _share(part, whole):
+    return f"{part:,} of {whole:,}, {part / max(whole, 1):.1%}"
+
+
+def draw_lengths(captions, references):
+    """A matplotlib figure: the share of captions of each length, the model's and people's."""
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    human = [text for texts in references for text in texts]
+    for name, texts, options in (
+        ("human captions", human, {"color": "0.8"}),
+        ("the model's", captions, {"color": "#1f77b4", "width": 0.4}),
+    ):
+        lengths = np.bincount([len(utils.tokenize(text)) for text in texts])
+        axes.bar(range(len(lengths)), 100 * lengths / lengths.sum(), label=name, **options)
+    axes.set_xlabel("words in a caption")
+    axes.set_ylabel("% of captions")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure

@@ -1,0 +1,169 @@
+"""The web demo as a visitor meets it: photographs uploaded in a browser."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, failure, run_here, run_script
+
+import app
+import checkpoints
+
+TIMEOUT = 120  # seconds, after which a demo that has not started is a failure
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint, trained):
+    """Paths of two checkpoints of the run, as `--model` takes them."""
+    output, base, _ = trained
+    return [str(checkpoint), str(checkpoints.checkpoint_path(output, base))]
+
+
+@pytest.fixture(scope="module")
+def address(models, tmp_path_factory):
+    """Where a demo of both models is served, from its start as a user sees it."""
+    folder = tmp_path_factory.mktemp("app")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "app.py"), "--model", *models, "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"GRADIO_TEMP_DIR": str(folder)},
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("open http://127.0.0.1:"), line
+        yield line.split()[1]
+    finally:
+        process.terminate()
+        process.wait(TIMEOUT)
+
+
+@pytest.fixture
+def photograph(scenes):
+    return sorted((scenes / "images").iterdir())[0]
+
+
+@pytest.fixture
+def demo(address, page):
+    """The page, which asks for nothing from elsewhere."""
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.locator("input[type=file]").wait_for(state="attached")
+    yield page
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def upload(page, path):
+    page.locator("input[type=file]").set_input_files(path)
+    page.locator("attention-view .word").first.wait_for()
+
+
+def captions_of(view):
+    """(text, log p) of the captions that a view has to choose from."""
+    lines = view.locator(".captions li").all_inner_texts()
+    return [(text, float(p.replace("−", "-"))) for text, _, p in (x.rpartition(" ") for x in lines)]
+
+
+def test_an_uploaded_photograph_gets_the_captions_of_all_models(
+    demo, models, photograph, tmp_path, checkpoint
+):
+    upload(demo, photograph)
+    views = demo.locator("attention-view")
+    assert views.count() == 2
+    assert demo.locator(".models h3").all_inner_texts() == [
+        os.path.basename(path).removesuffix(".pth.tar") for path in models
+    ]
+    left, right = (views.nth(i).bounding_box() for i in range(2))
+    assert left["y"] == pytest.approx(right["y"], abs=30) and right["x"] > left["x"] + 300
+    for i, model in enumerate(models):
+        process = run_here(
+            "caption.py", "--img", photograph, "--model", model, "--json", "--device", "cpu",
+            "--output_folder", tmp_path,
+        )  # fmt: skip
+        [expected] = json.loads(process.stdout)
+        words = views.nth(i).locator(".word").all_inner_texts()
+        assert " ".join(words) == expected["caption"]
+        captions = captions_of(views.nth(i))
+        assert len(captions) == 5
+        assert captions[0] == (expected["caption"], pytest.approx(expected["log_prob"], abs=0.006))
+        assert captions == sorted(captions, key=lambda caption: -caption[1])
+
+
+def test_stepping_through_the_words_shows_where_the_model_looked(demo, photograph):
+    upload(demo, photograph)
+    view = demo.locator("attention-view").first
+    words = view.locator(".word").all_inner_texts()
+    pictures = set()
+    for t, word in enumerate(words):
+        view.locator(".steps button").nth(1).click()
+        assert view.locator(".word.shown").all_inner_texts() == [word]
+        assert view.locator(".steps span").inner_text() == f"word {t + 1} of {len(words)}: {word}"
+        pictures.add(view.locator(".photo canvas").evaluate("canvas => canvas.toDataURL()"))
+    assert len(pictures) == len(words) > 3
+
+
+def test_beam_temperature_and_models_are_obeyed(demo, photograph):
+    upload(demo, photograph)
+    demo.get_by_role("checkbox").nth(1).uncheck()
+    views = demo.locator("attention-view")
+    demo.wait_for_function("document.querySelectorAll('attention-view').length === 1")
+    demo.get_by_label("number input for beam size").fill("2")
+    demo.get_by_role("button", name="caption", exact=True).click()
+    two = views.first.locator(".captions li")
+    two.nth(2).wait_for(state="detached")
+    assert two.count() == 2
+    found = set()
+    demo.get_by_label("number input for temperature").fill("2")
+    shown = "document.querySelector('attention-view')?.shadowRoot.querySelector('.view')"
+    for _ in range(3):
+        demo.evaluate(f"{shown}.old = true")
+        demo.get_by_role("button", name="caption", exact=True).click()
+        demo.wait_for_function(f"{shown} && !{shown}.old")
+        found |= {text for text, _ in captions_of(views.first)}
+    assert len(found) > 3  # by chance: the model knows its data by heart
+
+
+def test_what_is_no_image_is_said_to_be_none(demo, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    demo.locator("input[type=file]").set_input_files(tmp_path / "text.jpg")
+    message = demo.locator(".toast-body")
+    message.wait_for()
+    assert "cannot read image text.jpg" in message.inner_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "missing.pth.tar"], ["missing.pth.tar"]),
+        (["--port", "70000"], ["--port", "70000"]),
+        (["--model", __file__], ["test_app.py", "no checkpoint"]),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, words):
+    line = failure(run_here("app.py", *arguments))
+    assert all(word in line for word in words), line
+
+
+def test_a_port_that_is_taken_is_one_line(checkpoint, address):
+    port = address.rstrip("/").rpartition(":")[2]
+    line = failure(run_here("app.py", "--model", checkpoint, "--port", port, "--device", "cpu"))
+    assert "--port" in line and port in line
+
+
+def test_without_gradio_the_way_out_is_named(tmp_path):
+    (tmp_path / "gradio.py").write_text("raise ImportError('not installed')")
+    line = failure(run_script("app.py", env={"PYTHONPATH": str(tmp_path)}))
+    assert "requirements-dev.txt" in line
+
+
+def test_models_are_named_by_what_tells_them_apart(checkpoint, tmp_path):
+    paths = []
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        paths.append(shutil.copy(checkpoint, tmp_path / run / "BEST.pth.tar"))
+    assert app.names(paths) == ["first/BEST", "second/BEST"]
+    assert app.names(paths[:1]) == ["BEST"]

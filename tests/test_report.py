@@ -1,0 +1,337 @@
+"""The report as a reader meets it: opened from disk in a browser that has no network."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import failure, run_here
+from PIL import Image
+
+import eval as evaluation
+import report
+import utils
+from datasets import CaptionDataset
+
+PAGE = '<!DOCTYPE html><body style="width: {width}px"><script>{viewer}</script>{views}</body>'
+
+
+@pytest.fixture(scope="module")
+def written(checkpoint, tiny_data, tmp_path_factory):
+    """A report of the model that knows its data by heart: its page and what was printed."""
+    folder = tmp_path_factory.mktemp("report")
+    process = run_here(
+        "eval.py", "--checkpoint", checkpoint, "--data_folder", tiny_data[0], "--beam_size", 1, 3,
+        "--results_folder", folder / "results", "--report", folder / "page", "--device", "cpu",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert [path.name for path in (folder / "page").iterdir()] == ["index.html"]
+    return folder, process.stdout
+
+
+@pytest.fixture
+def opened(written, page):
+    """The page in a browser without network, which asks for nothing but the page."""
+    folder, printed = written
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.context.set_offline(True)
+    page.goto((folder / "page" / "index.html").as_uri())
+    page.locator("attention-view .word").first.wait_for()
+    assert [url for url in asked if not url.startswith("data:")] == [page.url]
+    return page, printed
+
+
+def contents(page):
+    return json.loads(page.locator("#contents").text_content())
+
+
+def rows(page):
+    """Texts of the rows of the captions' table, below their heads."""
+    heads = page.locator("#captions th").all_inner_texts()
+    heads = [re.sub(" [▲▼]$", "", head.strip()) for head in heads]
+    return [
+        dict(zip(heads, row.locator("td").all_inner_texts(), strict=True))
+        for row in page.locator("#captions tr.row").all()
+    ]
+
+
+def test_the_page_has_the_figures_that_are_printed(opened):
+    page, printed = opened
+    printed_rows = [
+        [cell.strip() for cell in line[1:-1].split("|")]
+        for line in printed.splitlines()
+        if line.startswith("|") and not line.startswith("|-")
+    ]
+    shown = [
+        row.locator("th, td").all_inner_texts() for row in page.locator("table.figures tr").all()
+    ]
+    assert len(shown) > 3
+    assert shown == printed_rows
+    assert {row[0] for row in shown[1:]} >= {"beam 1", "beam 3"}
+    about = " ".join(page.locator(".about").all_inner_texts())
+    assert "stage " in about and "train.py" in about and "length penalty 0" in about
+
+
+def test_its_pictures_are_there(opened):
+    page, _ = opened
+    for name in ("curves", "lengths"):
+        assert page.locator(f"#{name}").evaluate("image => image.naturalWidth") > 300
+    load = "async all => { await Promise.all(all.map(i => i.decode()));"
+    load += " return all.map(i => i.naturalWidth) }"
+    widths = page.locator("#captions img").evaluate_all(load)
+    assert widths == [96] * 8  # the images are 96 × 96, and thumbnails are never larger
+
+
+def test_the_table_is_sorted_by_what_is_clicked(opened):
+    page, _ = opened
+    examples = contents(page)["examples"]
+    for name, key in [
+        ("smoothed BLEU-4", lambda e: e["scores"]["smoothed BLEU-4"]),
+        ("log p", lambda e: e["beams"][0][1]),
+        ("caption", lambda e: e["caption"]),
+        ("words", lambda e: len(e["caption"].split())),
+    ]:
+        values = sorted(map(key, examples))
+        directions = []
+        for _ in range(2):
+            page.locator("#captions th button", has_text=name).click()
+            captions = [row["caption"] for row in rows(page)]
+            by_caption = {e["caption"]: key(e) for e in examples}
+            assert len(captions) == 8
+            found = [by_caption[caption] for caption in captions]
+            directions.append([found == values, found == values[::-1]])
+            sort = page.locator("th[aria-sort]")
+            assert sort.count() == 1 and name in sort.inner_text()
+        assert np.any(directions, axis=0).all(), (name, directions)
+
+
+def test_searching_leaves_the_rows_that_have_all_words(opened):
+    page, _ = opened
+    examples = contents(page)["examples"]
+    word = examples[2]["caption"].split()[1]
+    page.locator("#search").fill(f"{word.upper()} {examples[2]['file']}")
+    assert [row["caption"] for row in rows(page)] == [examples[2]["caption"]]
+    page.locator("#search").fill("nowhere to be found")
+    assert rows(page) == []
+    assert "0 of 8" in page.locator("#count").inner_text()
+
+
+def test_a_row_opens_on_beams_people_and_attention(opened):
+    page, _ = opened
+    example = contents(page)["examples"][0]
+    assert len(example["beams"]) == 3
+    assert example["beams"][0][0] == example["caption"]
+    assert example["beams"] == sorted(example["beams"], key=lambda beam: -beam[1])
+    page.locator("#search").fill(example["file"])
+    page.locator("#captions tr.row").click()
+    details = page.locator("#captions tr.open")
+    assert details.locator("figcaption").all_inner_texts() == example["caption"].split()
+    beams = details.locator("ol li").all_inner_texts()
+    assert beams == [f"{t} {p:.2f}".replace("-", "−") for t, p in example["beams"]]
+    assert details.locator("ul li").count() == len(example["human"])
+    page.locator("#captions tr.row").click()
+    assert details.count() == 0
+
+
+def test_best_and_worst_are_by_score(opened):
+    page, _ = opened
+    rank, examples = (contents(page)[key] for key in ("rank", "examples"))
+    scores = [example["scores"][rank] for example in examples]
+    best, worst, chance = page.locator(".examples").all()
+    for group, expected in ((best, sorted(scores)[-3:]), (worst, sorted(scores)[:3])):
+        indices = map(int, group.get_attribute("data-indices").split())
+        assert sorted(scores[i] for i in indices) == expected
+    assert len(set(chance.get_attribute("data-indices").split())) == 3
+
+
+def test_words_are_shown_on_the_photograph_by_mouse_and_keys(opened):
+    page, _ = opened
+    view = page.locator("attention-view").first
+    words = view.locator(".word")
+
+    def state():
+        picture = view.locator(".photo canvas").evaluate("canvas => canvas.toDataURL()")
+        return view.locator(".word.shown").all_inner_texts(), picture
+
+    _, plain = state()
+    words.nth(1).hover()
+    assert state()[0] == [words.nth(1).inner_text()] and state()[1] != plain
+    page.mouse.move(0, 0)
+    assert state() == ([], plain)
+    view.locator(".view").focus()
+    count = words.count()
+    for key, expected in [("ArrowRight", 0), ("ArrowRight", 1), ("ArrowLeft", 0),
+                          ("ArrowLeft", count - 1)]:  # fmt: skip
+        page.keyboard.press(key)
+        assert state()[0] == [words.nth(expected).inner_text()]
+    assert f"word {count} of {count}" in view.locator(".steps").inner_text()
+    page.keyboard.press("Escape")
+    assert state() == ([], plain)
+    view.locator("figure").nth(2).click()
+    page.mouse.move(0, 0)
+    assert state()[0] == [words.nth(2).inner_text()]  # a click keeps it
+
+
+def image_of(view):
+    return Image.open(io.BytesIO(base64.b64decode(view["image"].partition(",")[2])))
+
+
+def open_views(page, tmp_path, *views, width=1100):
+    """<attention-view>s on a page of their own."""
+    elements = [page_element(view) for view in views]
+    text = PAGE.format(width=width, viewer=report.VIEWER.read_text(), views="".join(elements))
+    (tmp_path / "views.html").write_text(text)
+    page.goto((tmp_path / "views.html").as_uri())
+    page.locator("attention-view .word").first.wait_for()
+
+
+def page_element(view):
+    return f"<attention-view data='{json.dumps(view)}'></attention-view>"
+
+
+def noise(seed, size, mean):
+    """A smooth picture of any brightness, which JPEG keeps nearly."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3)).astype(np.uint8))
+    pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), float)
+    return Image.fromarray((pixels * mean / pixels.mean()).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("size", "mean"), [((220, 220), 140), ((220, 130), 30), ((90, 220), 90)])
+def test_panels_show_where_the_attention_is(page, tmp_path, size, mean):
+    """The formula of caption.py's pictures, pixel by pixel, away from the line at half."""
+    rng = np.random.default_rng(0)
+    alphas = rng.dirichlet(np.full(36, 0.3), size=2)
+    view = report.attention_view(noise(1, size, mean), [(["a", "dog"], alphas, -1.0)], 220)
+    open_views(page, tmp_path, view)
+    photo = np.asarray(image_of(view), float) / 255
+    photo = photo ** np.clip(np.log(0.4) / np.log(photo.mean()), 0.45, 1)
+    width, height = size
+    for t, canvas in enumerate(page.locator("figure canvas").all()):
+        url = canvas.evaluate("canvas => canvas.toDataURL()")
+        drawn = np.asarray(image_of({"image": url}).convert("RGB"), float) / 255
+        assert drawn.shape == (height, width, 3)
+        attention = np.zeros((height, width))
+        for y, x in np.ndindex(height, width):
+            near = [
+                np.exp(-0.5 * (((at + 0.5) * 6 / length - np.arange(6) - 0.5) / 0.65) ** 2)
+                for at, length in ((y, height), (x, width))
+            ]
+            weights = np.outer(*near) / near[0].sum() / near[1].sum()
+            attention[y, x] = (weights * alphas[t].reshape(6, 6)).sum()
+        attention = attention[..., None] / attention.max()
+        dim = 0.4 * photo @ np.array([[0.299], [0.587], [0.114]])
+        expected = dim + attention**0.8 * (photo - dim)
+        away = (abs(attention - 0.5) > 0.12)[..., 0]
+        assert 0.5 < away.mean() < 1
+        assert abs(drawn - expected)[away].max() < 0.03
+        amber = abs(drawn * 255 - [255, 184, 28]).max(axis=2) < 3
+        assert amber.any() and not (amber & away).any()
+
+
+def test_even_attention_leaves_the_photograph_as_it_is(page, tmp_path):
+    view = report.attention_view(noise(2, (220, 220), 150), [(["a"], np.ones((1, 9)), 0.0)], 220)
+    open_views(page, tmp_path, view)
+    url = page.locator("figure canvas").evaluate("canvas => canvas.toDataURL()")
+    drawn, photo = image_of({"image": url}).convert("RGB"), image_of(view)
+    assert abs(np.asarray(drawn, float) - np.asarray(photo, float)).max() <= 2
+
+
+@pytest.mark.parametrize("width", [1100, 380])
+@pytest.mark.parametrize("count", [1, 12, 40])
+def test_captions_of_any_length_are_legible(page, tmp_path, count, width):
+    words = ["internationalisation" if t % 7 == 3 else "word" * (t % 3 + 1) for t in range(count)]
+    rng = np.random.default_rng(0)
+    captions = [(words, rng.dirichlet(np.ones(9), size=count), -12.3)] * 2
+    open_views(page, tmp_path, report.attention_view(noise(3, (300, 200), 120), captions, 256),
+               width=width)  # fmt: skip
+    outside = "all => all.map(e => { const b = e.getBoundingClientRect();"
+    outside += " return [b.left, b.top, b.right, b.bottom] })"
+    for parts in (".word", "figure", ".photo, .side"):
+        boxes = page.locator(parts).evaluate_all(outside)
+        assert len(boxes) == (2 if parts == ".photo, .side" else count)
+        for i, (left, top, right, bottom) in enumerate(boxes):
+            assert left >= 0 and right <= width + 10, parts
+            for other in boxes[:i]:
+                assert (
+                    right <= other[0] + 1 or other[2] <= left + 1
+                    or bottom <= other[1] + 1 or other[3] <= top + 1
+                ), parts  # fmt: skip
+    assert page.locator(".captions li").count() == 2
+
+
+def test_one_of_several_captions_is_chosen_by_a_click(page, tmp_path):
+    rng = np.random.default_rng(0)
+    captions = [(["a", "dog"], rng.random((2, 9)), -1.5), (["cats"], rng.random((1, 9)), -2.25)]
+    open_views(page, tmp_path, report.attention_view(noise(3, (300, 200), 120), captions, 256))
+    assert page.locator(".captions li").all_inner_texts() == ["a dog −1.50", "cats −2.25"]
+    assert page.locator(".captions .chosen").inner_text() == "a dog −1.50"
+    page.locator(".captions button").nth(1).click()
+    assert page.locator("figcaption").all_inner_texts() == ["cats"]
+    assert page.locator(".captions .chosen").inner_text() == "cats −2.25"
+
+
+def write_by_hand(tiny_data, folder, texts, references=None, log=()):
+    """A report of given captions on the tiny data, without a model."""
+    data = CaptionDataset(*tiny_data, "TEST")
+    for reference, captions in zip(data.references, references or [], strict=False):
+        reference["captions"] = captions
+    rng = np.random.default_rng(0)
+    captions = [(text.split(), rng.dirichlet(np.ones(9), len(text.split()))) for text in texts]
+    scores = evaluation.score({"beam 1": texts}, [r["captions"] for r in data.references])
+
+    class Model:
+        word_map = json.loads(utils.input_path(*tiny_data, "WORDMAP").read_text())
+
+    beams = [[(text, -1.0)] for text in texts]
+    return report.write(folder, Model, data, captions, beams, ["by hand"], scores, log)
+
+
+def test_text_in_the_data_is_shown_and_not_run(tiny_data, tmp_path, page, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Java: the ranking has to do without CIDEr-D
+    nasty = "</script><script>document.title = 'taken'</script><img src=x onerror='alert(1)'> &amp;"
+    path = write_by_hand(tiny_data, tmp_path / "page", ["a <b>dog</b> 'barks' &lt;"] * 8, [[nasty]])
+    page.goto(path.as_uri())
+    page.locator("attention-view .word").first.wait_for()
+    assert "taken" not in page.title()
+    page.locator("#search").fill("document.title")
+    page.locator("#captions tr.row").click()
+    assert page.locator("#captions tr.open ul li").inner_text() == nasty
+    assert page.locator("#captions tr.open figcaption").all_inner_texts()[1] == "<b>dog</b>"
+    assert page.locator("#captions td.text").inner_text() == "a <b>dog</b> 'barks' &lt;"
+    note = page.locator(".note", has_text="Java")
+    assert note.count() == 1 and page.locator("#captions th", has_text="CIDEr").count() == 0
+    assert page.locator("#curves").count() == 0  # there is no log to draw
+
+
+def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page):
+    known = list(utils.read_json(utils.input_path(*tiny_data, "WORDMAP")))[:2]
+    first, second = known
+    train = utils.read_json(utils.input_path(*tiny_data, "REFERENCES", "TRAIN"))
+    learned = train[0]["captions"][0]
+    texts = [f"{first} {second}"] * 3 + [f"{second} zebra"] * 2 + [learned, first, second]
+    path = write_by_hand(tiny_data, tmp_path, texts)
+    page.goto(path.as_uri())
+    lines = page.locator("table.words tr").all_inner_texts()
+    said = {first, second, *utils.tokenize(learned)}
+    vocabulary = len(utils.read_json(utils.input_path(*tiny_data, "WORDMAP"))) - 4
+    assert f"{len(said)} of {vocabulary}" in lines[0]
+    assert "100.0% of all their words" in lines[1]
+    assert "62.5%" in lines[2]  # five of eight
+    assert f"3 × “{first} {second}”; 2 × “{second} zebra”" in lines[2]
+    assert "87.5%" in lines[3]  # all but one
+
+
+def test_a_report_that_cannot_be_written(checkpoint, tiny_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    run = ["eval.py", "--checkpoint", checkpoint, "--data_folder", tiny_data[0]]
+    run += ["--results_folder", tmp_path]
+    assert "file" in failure(run_here(*run, "--report", tmp_path / "file"))
+
+
+def test_a_report_needs_a_model():
+    process = run_here("eval.py", "--results", "x", "--references", "y", "--report", "z")
+    assert "--report" in failure(process)

@@ -1,0 +1,206 @@
+// <attention-view data='{"image": URL, "captions": [{"words", "alphas", "log_prob"}, …]}'>: a
+// photograph, its caption, and a panel a word that shows where the model looked, as caption.py draws
+// them. Hovering over a word or panel shows it on the photograph; a click keeps it there; the arrow
+// keys step. Of several captions one is chosen by a click.
+//
+// alphas: base64 of T rows of L = size² bytes, one a word, row by row over the image, 255 at the
+// greatest of each word.
+(() => {
+  const AMBER = [255, 184, 28];
+  const PANEL = 220; // pixels along the longer side; shown at half of that
+
+  const STYLE = `
+    :host { display: block; font: 15px/1.45 system-ui, sans-serif; color: inherit; }
+    .view { display: flex; flex-wrap: wrap; gap: 18px; outline-offset: 6px; }
+    .photo { flex: 0 1 300px; min-width: 180px; }
+    .photo canvas { display: block; width: 100%; border-radius: 4px; }
+    .side { flex: 1 1 360px; min-width: 0; }
+    .caption { display: flex; flex-wrap: wrap; gap: 2px; margin: 0 0 6px -5px; font-size: 18px; }
+    .word { font: inherit; color: inherit; background: none; border: 0; border-radius: 4px;
+            padding: 1px 5px; cursor: pointer; }
+    .steps { display: flex; align-items: center; gap: 8px; margin-bottom: 12px; font-size: 13px; }
+    .steps button { font: inherit; color: inherit; background: none; cursor: pointer;
+                    border: 1px solid currentColor; border-radius: 4px; padding: 1px 9px; }
+    .steps span { opacity: 0.75; }
+    .strip { display: grid; gap: 8px 8px; grid-template-columns: repeat(auto-fill, 98px); }
+    figure { margin: 0; cursor: pointer; }
+    figcaption { font-size: 13px; padding: 0 3px; border-radius: 4px; white-space: nowrap;
+                 overflow: hidden; text-overflow: ellipsis; }
+    figure canvas { display: block; width: 100%; border-radius: 3px; }
+    .word.shown, .shown figcaption { background: rgb(${AMBER}); color: #1a1a1a; }
+    .captions { margin: 14px 0 0; padding: 0 0 0 22px; font-size: 14px; }
+    .captions button { font: inherit; color: inherit; background: none; border: 0; cursor: pointer;
+                       padding: 1px 4px; text-align: left; border-radius: 4px;
+                       vertical-align: top; }
+    .captions .chosen { background: rgb(${AMBER.join(" ")} / 0.35); }
+    .captions .p { opacity: 0.65; font-variant-numeric: tabular-nums; }
+    .pinned { box-shadow: inset 0 -2px currentColor; }
+  `;
+
+  const element = (name, properties = {}, ...children) => {
+    const made = Object.assign(document.createElement(name), properties);
+    made.append(...children);
+    return made;
+  };
+
+  // rows of L bytes -> each word's share of attention, 0 to 1 at its greatest
+  const decode = (text, count) => {
+    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const places = bytes.length / count;
+    return Array.from({ length: count }, (_, t) =>
+      Float32Array.from(bytes.subarray(t * places, (t + 1) * places), (b) => b / 255));
+  };
+
+  // How much each of `size` places counts for each of `length` pixels: a Gaussian of the distance.
+  const weights = (length, size) =>
+    Array.from({ length }, (_, pixel) => {
+      const at = ((pixel + 0.5) * size) / length;
+      const row = Array.from({ length: size }, (_, i) => Math.exp(-0.5 * ((at - i - 0.5) / 0.65) ** 2));
+      const sum = row.reduce((a, b) => a + b);
+      return row.map((value) => value / sum);
+    });
+
+  // A square grid blown up to width × height pixels, round peaks, scaled to a maximum of 1.
+  const smooth = (grid, width, height) => {
+    const size = Math.round(Math.sqrt(grid.length));
+    const across = weights(width, size), down = weights(height, size);
+    const columns = down.map((row) => // height × size
+      Float32Array.from({ length: size }, (_, x) =>
+        row.reduce((sum, weight, y) => sum + weight * grid[y * size + x], 0)));
+    const out = new Float32Array(width * height);
+    let most = 0;
+    for (let y = 0; y < height; y++) {
+      for (let x = 0; x < width; x++) {
+        let sum = 0;
+        for (let i = 0; i < size; i++) sum += across[x][i] * columns[y][i];
+        out[y * width + x] = sum;
+        if (sum > most) most = sum;
+      }
+    }
+    return out.map((value) => value / most);
+  };
+
+  // Dark photographs are lightened, on which dim and lit places would look alike.
+  const brighten = (pixels) => {
+    let sum = 0;
+    for (let i = 0; i < pixels.length; i += 4) sum += pixels[i] + pixels[i + 1] + pixels[i + 2];
+    const mean = Math.min(Math.max(sum / (pixels.length / 4) / 765, 0.01), 0.99);
+    const gamma = Math.min(Math.max(Math.log(0.4) / Math.log(mean), 0.45), 1);
+    const table = Float32Array.from({ length: 256 }, (_, i) => (i / 255) ** gamma);
+    return (level) => table[level];
+  };
+
+  // Draws the image: as it is, or, given a grid, in full where attention is, dim and gray elsewhere,
+  // with a line where it is half its maximum.
+  const draw = (canvas, image, longer, grid) => {
+    const scale = longer / Math.max(image.naturalWidth, image.naturalHeight);
+    const width = (canvas.width = Math.max(1, Math.round(image.naturalWidth * scale)));
+    const height = (canvas.height = Math.max(1, Math.round(image.naturalHeight * scale)));
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.imageSmoothingQuality = "high";
+    context.drawImage(image, 0, 0, width, height);
+    if (!grid) return;
+    const picture = context.getImageData(0, 0, width, height);
+    const pixels = picture.data, light = brighten(pixels), attention = smooth(grid, width, height);
+    const thick = 0.6 + longer / 350;
+    for (let y = 0; y < height; y++) {
+      for (let x = 0; x < width; x++) {
+        const at = y * width + x, share = attention[at] ** 0.8;
+        const slope = Math.hypot(
+          attention[at + (x + 1 < width)] - attention[at - (x > 0)],
+          attention[y + 1 < height ? at + width : at] - attention[y > 0 ? at - width : at]) / 2;
+        const line = slope ? Math.min(Math.max(thick + 0.5 - Math.abs(attention[at] - 0.5) / slope, 0), 1) : 0;
+        const [r, g, b] = [0, 1, 2].map((i) => light(pixels[4 * at + i]));
+        const dim = 0.4 * (0.299 * r + 0.587 * g + 0.114 * b);
+        [r, g, b].forEach((value, i) => {
+          const lit = 255 * (dim + share * (value - dim));
+          pixels[4 * at + i] = lit + line * (AMBER[i] - lit);
+        });
+      }
+    }
+    context.putImageData(picture, 0, 0);
+  };
+
+  class AttentionView extends HTMLElement {
+    static observedAttributes = ["data"];
+
+    attributeChangedCallback() {
+      const { image, captions } = JSON.parse(this.getAttribute("data"));
+      this.captions = captions;
+      this.image = element("img", { src: image });
+      this.image.decode().then(() => this.choose(0));
+    }
+
+    choose(i) {
+      const { words, alphas } = this.captions[i];
+      this.words = words;
+      this.grids = decode(alphas, words.length);
+      this.pinned = null;
+      this.build(i);
+      this.panels.forEach((panel, t) =>
+        draw(panel.querySelector("canvas"), this.image, PANEL, this.grids[t]));
+      this.show(null);
+    }
+
+    build(chosen) {
+      this.photo = element("canvas");
+      const watch = (part, t) => {
+        part.addEventListener("mouseenter", () => this.show(t));
+        part.addEventListener("mouseleave", () => this.show(this.pinned));
+        part.addEventListener("click", () => this.pin(this.pinned === t ? null : t));
+        return part;
+      };
+      this.labels = this.words.map((word, t) =>
+        watch(element("button", { className: "word", textContent: word, tabIndex: -1 }), t));
+      this.panels = this.words.map((word, t) =>
+        watch(element("figure", { title: word },
+          element("figcaption", { textContent: word }), element("canvas")), t));
+      this.where = element("span", { ariaLive: "polite" });
+      const step = (text, label, by) =>
+        element("button", { textContent: text, ariaLabel: label, onclick: () => this.step(by) });
+      const others = this.captions.map(({ words, log_prob }, i) =>
+        element("li", {}, element("button", {
+          className: i === chosen ? "chosen" : "", ariaPressed: i === chosen,
+          onclick: () => this.choose(i),
+        }, `${words.join(" ")} `,
+        element("span", { className: "p", textContent: log_prob.toFixed(2).replace("-", "−") }))));
+      const view = element("div", { className: "view", tabIndex: 0, onkeydown: (event) => {
+        const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+        if (event.key === "Escape") this.pin(null);
+        if (by) { event.preventDefault(); this.step(by); }
+      } },
+        element("div", { className: "photo" }, this.photo),
+        element("div", { className: "side" },
+          element("div", { className: "caption" }, ...this.labels),
+          element("div", { className: "steps" },
+            step("◀", "word before", -1), step("▶", "next word", 1), this.where),
+          element("div", { className: "strip" }, ...this.panels),
+          ...(others.length > 1 ? [element("ol", { className: "captions" }, ...others)] : [])));
+      const root = this.shadowRoot || this.attachShadow({ mode: "open" });
+      root.replaceChildren(element("style", { textContent: STYLE }), view);
+    }
+
+    step(by) {
+      const count = this.words.length;
+      this.pin(this.pinned === null ? (by > 0 ? 0 : count - 1) : (this.pinned + by + count) % count);
+    }
+
+    pin(t) {
+      this.pinned = t;
+      this.labels.forEach((label, i) => label.classList.toggle("pinned", i === t));
+      this.show(t);
+    }
+
+    show(t) {
+      draw(this.photo, this.image, 600, t === null ? null : this.grids[t]);
+      for (const parts of [this.labels, this.panels]) {
+        parts.forEach((part, i) => part.classList.toggle("shown", i === t));
+      }
+      this.where.textContent = t === null
+        ? "hover over a word, or step through them"
+        : `word ${t + 1} of ${this.words.length}: ${this.words[t]}`;
+    }
+  }
+
+  if (!customElements.get("attention-view")) customElements.define("attention-view", AttentionView);
+})();
