@@ -150,14 +150,7 @@ def caption_image(path, model, beam_size, temperature, options):
     with model.autocast():
         features = model.encoder.features(pixels.unsqueeze(0).to(model.device))
         if temperature == 0:
-            [captions] = decoding.finished_beams(
-                model.decoder,
-                features,
-                model.word_map,
-                beam_size,
-                options.max_len,
-                options.length_penalty,
-            )
+            [captions] = model.search(features, beam_size, options, decoding.finished_beams)
             return captions
         features = features.expand(beam_size, *features.shape[1:])
         drawn = decoding.sample(

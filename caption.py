@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 import checkpoints
-import decoding
 import utils
 from utils import UserError
 
@@ -94,14 +93,7 @@ def caption_images(model, images, options):
         return []
     with model.autocast():
         features = model.encoder.features(torch.from_numpy(np.stack(images)).to(model.device))
-        return decoding.beam_search(
-            model.decoder,
-            features,
-            model.word_map,
-            options.beam_size,
-            options.max_len,
-            options.length_penalty,
-        )
+    return model.search(features, options.beam_size, options)
 
 
 def report(path, caption, picture, model, options):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import decoding
 import provenance
 import published
 import torch_files
@@ -319,6 +320,22 @@ class Model:
                 if len(ahead) == 2:
                     yield ahead.popleft().result()
             yield from (future.result() for future in ahead)
+
+    def search(self, features, beam_size, options, method=decoding.beam_search):
+        """What a beam search of `decoding` finds for features of `Encoder`.
+
+        Args:
+            options: of the command line, with `max_len` and `length_penalty`.
+        """
+        with self.autocast():
+            return method(
+                self.decoder,
+                features,
+                self.word_map,
+                beam_size,
+                options.max_len,
+                options.length_penalty,
+            )
 
     def to_words(self, caption):
         """The words of a `decoding.Caption`, as a list of text."""

@@ -138,27 +138,14 @@ def caption_split(model, data, options):
     for features in model.encode_ahead(images for images, *_ in batches):
         for beam_size, found in captions.items():
             if options.report is not None and beam_size == max(captions):
-                finished = search(decoding.finished_beams, model, features, beam_size, options)
+                finished = model.search(features, beam_size, options, decoding.finished_beams)
                 beams += [[(" ".join(model.to_words(c)), c.log_prob) for c in f] for f in finished]
                 best = [f[0] for f in finished]
             else:
-                best = search(decoding.beam_search, model, features, beam_size, options)
+                best = model.search(features, beam_size, options)
             found += [(model.to_words(caption), caption.alphas) for caption in best]
     captions = {beam_size: distributed.collect(found) for beam_size, found in captions.items()}
     return captions, distributed.collect(beams)
-
-
-def search(method, model, features, beam_size, options):
-    """What a beam search of `decoding` finds for features."""
-    with model.autocast():
-        return method(
-            model.decoder,
-            features,
-            model.word_map,
-            beam_size,
-            options.max_len,
-            options.length_penalty,
-        )
 
 
 def score_results(options):

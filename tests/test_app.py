@@ -120,7 +120,7 @@ def test_beam_temperature_and_models_are_obeyed(demo, photograph):
     demo.get_by_label("number input for temperature").fill("2")
     shown = "document.querySelector('attention-view')?.shadowRoot.querySelector('.view')"
     for _ in range(3):
-        demo.evaluate(f"{shown}.old = true")
+        demo.evaluate(f"Object.assign({shown}, {{old: true}})")
         demo.get_by_role("button", name="caption", exact=True).click()
         demo.wait_for_function(f"{shown} && !{shown}.old")
         found |= {text for text, _ in captions_of(views.first)}
