@@ -12,7 +12,7 @@ from utils import UserError
 # Tag of what a line of the log holds
 TAGS = {"loss": "loss/train", "val_loss": "loss/validation"}
 TAGS |= {"top5": "top-5/train", "val_top5": "top-5/validation"}
-TAGS |= {f"bleu{n}": f"BLEU-{n}/validation" for n in range(1, 5)}
+TAGS |= {f"bleu{n}": f"BLEU/BLEU-{n}" for n in range(1, 5)}  # one group of charts
 TAGS |= {"captions_per_second": "speed/captions_per_second"}
 RATES = ["learning_rate/decoder", "learning_rate/encoder"]
 
