@@ -294,7 +294,7 @@ def no_room(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("room", [0, 14])  # events: at once, and among the pictures
+@pytest.mark.parametrize("room", [0, 21])  # events: at once, and among the pictures
 def test_on_a_full_disk_training_goes_on_without(tiny_data, tmp_path, monkeypatch, room):
     append, written = gfile.LocalFileSystem.append, []
 
