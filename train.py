@@ -12,10 +12,11 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -26,6 +27,7 @@ import demo
 import distributed
 import metrics
 import provenance
+import tensorboard_log
 import utils
 from datasets import CaptionDataset, LengthSampler, cache_features, find_data, read_word_map
 from models import OFFLINE_ENCODER, DecoderWithAttention, Encoder, caption_loss
@@ -34,6 +36,10 @@ from utils import UserError
 SKIPS = 5  # steps without finite gradients, in a row, after which training stops
 MODEL_OPTIONS = ["encoder", "encoded_image_size", "gate", "deep_output"]  # a checkpoint has its own
 MODEL_OPTIONS += ["attention_dim", "embed_dim", "decoder_dim"]
+HYPERPARAMETERS = [*MODEL_OPTIONS, "dropout", "embed_dropout", "views", "stage", "epochs"]
+HYPERPARAMETERS += ["batch_size", "finetune_batch_size", "decoder_lr", "encoder_lr", "schedule"]
+HYPERPARAMETERS += ["patience", "stop_after", "grad_clip", "alpha_c", "label_smoothing", "seed"]
+HYPERPARAMETERS += ["amp"]
 # Learnable in minutes on two cores; the other defaults suit photographs and a grid of 14×14.
 DEMO_DEFAULTS = {
     "encoder": OFFLINE_ENCODER,
@@ -60,6 +66,12 @@ def make_parser():
         help="for checkpoints, log and curves; None: the data folder, or that of --checkpoint",
     )
     add("--overwrite", action="store_true", help="start anew over an earlier run's files")
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="scalars, captions with attention and hyperparameters for TensorBoard, in the "
+        "output folder's folder tensorboard",
+    )
     add(
         "--cache_features",
         choices=["auto", "off"],
@@ -182,6 +194,8 @@ def _as_flags(options):
 def main():
     parser = make_parser()
     options = parser.parse_args()
+    if options.tensorboard:
+        tensorboard_log.check_installed()
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
         torch.use_deterministic_algorithms(True)
@@ -222,14 +236,16 @@ def _run(options, base):
     trainer = Trainer(options, base, checkpoint)
     reached = checkpoint["stage"] if checkpoint else "decoder"
     stages = checkpoints.STAGES if options.stage == "both" else [options.stage]
-    for stage in stages[stages.index(reached) if reached in stages else 0 :]:
-        trainer.start(stage)
-        if checkpoint and stage == reached:
-            trainer.resume(checkpoint)
-        elif not checkpoint and stage == stages[0]:
-            trainer.clear()
-        with _Stop() as stop, torch.autograd.set_detect_anomaly(options.detect_anomaly):
-            trainer.fit(stop)
+    with closing(trainer):
+        for stage in stages[stages.index(reached) if reached in stages else 0 :]:
+            trainer.start(stage)
+            if checkpoint and stage == reached:
+                trainer.resume(checkpoint)
+            elif not checkpoint and stage == stages[0]:
+                trainer.clear()
+            trainer.open_events()
+            with _Stop() as stop, torch.autograd.set_detect_anomaly(options.detect_anomaly):
+                trainer.fit(stop)
 
 
 def _starting_point(options, base):
@@ -286,7 +302,8 @@ def _checked(path, checkpoint, options):
     fixed = [name for name in MODEL_OPTIONS if now[name] != before.get(name, now[name])]
     if fixed:
         print(f"the model is the checkpoint's: {_as_flags({n: before[n] for n in fixed})}")
-    apart = {"checkpoint", "resume", "overwrite", "output_folder", "data_folder", *MODEL_OPTIONS}
+    apart = {"checkpoint", "resume", "overwrite", "output_folder", "data_folder", "tensorboard"}
+    apart.update(MODEL_OPTIONS)
     other = {n: now[n] for n in now if n not in apart and now[n] != before.get(n)}
     if other:
         print(f"other options than its run had: {_as_flags(other)}")
@@ -341,6 +358,7 @@ class Trainer:
         self.record_path = options.output_folder / f"run_{base}.json"
         self.newest_path = checkpoints.checkpoint_path(options.output_folder, base)
         self.best_path = checkpoints.checkpoint_path(options.output_folder, base, best=True)
+        self.events_folder, self.events = options.output_folder / "tensorboard" / base, None
         self.stage, self.best = None, checkpoint["best_bleu4"] if checkpoint else -1.0
         self.log = checkpoint["log"] if checkpoint else []
         self.records = checkpoint.get("records", []) if checkpoint else []
@@ -404,6 +422,30 @@ class Trainer:
             curves = utils.curves_path(self.log_path)
             for path in (self.newest_path, self.best_path, self.log_path, self.record_path, curves):
                 path.unlink(missing_ok=True)
+            tensorboard_log.remove(self.events_folder)
+
+    def open_events(self):
+        """Begins to write for TensorBoard, if asked to, or goes on from where the run stands."""
+        options = self.options
+        if not (options.tensorboard and distributed.is_main) or self.events is not None:
+            return
+        folder = options.output_folder.resolve()
+        if options.checkpoint and Path(options.checkpoint).resolve().parent != folder:
+            tensorboard_log.remove(self.events_folder)  # of a run that this one does not continue
+        # Later points are of steps that will be done again, and, between an epoch's last step and
+        # its validation, so are the scores.
+        start = self._captions_seen(self.step) + (self.step < self.sampler.total)
+        self.pictures = CaptionDataset(options.data_folder, self.base, "VAL")  # never features
+        plain = _plain(options)
+        hyperparameters = {name: plain[name] for name in HYPERPARAMETERS}
+        self.events = tensorboard_log.EventLog(
+            self.events_folder, start, hyperparameters, self.records[-1]
+        )
+
+    def close(self):
+        """Writes what is left to be written for TensorBoard."""
+        if self.events is not None:
+            self.events.close()
 
     def resume(self, checkpoint):
         """Goes on in the middle of the stage that a checkpoint was saved in.
@@ -572,6 +614,8 @@ class Trainer:
             self.epoch += 1
             self.step, self.partial, self.seconds = 0, _Means(), 0.0
             self.log.append(record)
+            if self.events is not None:  # before the checkpoint, which says that it has been done
+                self.events.epoch(self._captions_seen(0), record, self._examples(captions))
             self._save(improved)
             if distributed.is_main:
                 self._report(record, captions, improved)
@@ -630,6 +674,12 @@ class Trainer:
         captions = self.loaders["TRAIN"].dataset.lengths.numel() * self.step / self.sampler.total
         return captions / (time.perf_counter() - started)
 
+    def _captions_seen(self, steps):
+        """Captions that the run has trained on, in the epochs of its log and in `steps` steps
+        more: a measure that holds over both stages and their batch sizes."""
+        captions = self.loaders["TRAIN"].dataset.lengths.numel()
+        return len(self.log) * captions + captions * steps // self.sampler.total
+
     def _step(self, batch, stop, save):
         """One update, if loss and gradients are finite; whether any process wants to stop, and to
         save.
@@ -648,6 +698,9 @@ class Trainer:
         largest = nn.utils.get_total_norm([p.grad for p in self.parameters], math.inf)
         news = torch.stack([loss.detach(), largest, *loss.new_tensor([stop, save])])
         value, largest, stop, save = distributed.add_up(news).tolist()
+        if self.events is not None:  # at the step's first caption, so before the epoch's end
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            self.events.step(self._captions_seen(self.step - 1) + 1, value, rates)
         if math.isfinite(value) and math.isfinite(largest):
             nn.utils.clip_grad_value_(self.parameters, self.options.grad_clip)
             self.optimizer.step()
@@ -705,11 +758,13 @@ class Trainer:
 
     @torch.inference_mode()
     def _validate(self, stop):
-        """Scores of the validation split, and its captions, decoded greedily as text.
+        """Scores of the validation split, and its captions, decoded greedily: the words of each,
+        and of the examples the alphas.
 
         At a signal it is given up, to be done again after resuming; several processes finish it.
         """
         loader, total, captions = self.loaders["VAL"], _Means(), []
+        own, shown = distributed.share(len(loader.dataset)), self._shown()
         self.decoder.eval()
         for source, *rest in utils.progress(loader, desc="validation", unit="batch", leave=False):
             if stop.signal and distributed.world_size == 1:
@@ -720,13 +775,27 @@ class Trainer:
                 loss, top5, words = self._forward(features, *rest)
                 decoded = decoding.greedy(self.decoder, features, self.word_map)
             total.add(words, loss=loss.item(), top5=top5)
-            captions += [" ".join(self.words[w] for w in caption.words) for caption in decoded]
+            for caption in decoded:
+                alphas = caption.alphas if own[len(captions)] in shown else None
+                captions.append(([self.words[w] for w in caption.words], alphas))
         captions = distributed.collect(captions)
         total = total.add_up(self.device)
         references = [reference["captions"] for reference in loader.dataset.references]
-        bleu = metrics.bleu(references, captions).scores
+        bleu = metrics.bleu(references, [" ".join(words) for words, _ in captions]).scores
         scores = {"val_loss": total["loss"], "val_top5": total["top5"]}
         return scores | {f"bleu{n}": score for n, score in enumerate(bleu, start=1)}, captions
+
+    def _shown(self):
+        """The three validation images that are examples."""
+        count = len(self.loaders["VAL"].dataset)
+        return range(0, count, math.ceil(count / 3))
+
+    def _examples(self, captions):
+        """(reference, image, words, alphas) of the examples."""
+        for i in self._shown():
+            pixels, *_ = self.pictures[i]
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            yield self.pictures.references[i], image, *captions[i]
 
     # ------------------------------------------------------------------------------ records
 
@@ -742,8 +811,8 @@ class Trainer:
             flush=True,
         )
         references = self.loaders["VAL"].dataset.references
-        for i in range(0, len(captions), math.ceil(len(captions) / 3)):
-            print(f"  {references[i]['filename']}: {captions[i]}")
+        for i in self._shown():
+            print(f"  {references[i]['filename']}: {' '.join(captions[i][0])}")
             print(f"    human: {references[i]['captions'][0]}", flush=True)
         self._write_log()
         utils.draw_curves(self.log_path)
@@ -788,6 +857,8 @@ class Trainer:
             "log": self.log,
             "records": self.records,
         }
+        if self.events is not None:
+            self.events.flush()
         if improved:  # first, as the other one says that it has been written
             checkpoints.save_checkpoint(self.best_path, checkpoint)
         checkpoints.save_checkpoint(self.newest_path, checkpoint)

@@ -821,7 +821,18 @@ def _plot(axes, records, title, curves, scale=1):
 
 
 def draw_attention(image, words, alphas, path):
-    """Draws where the decoder looked for each word, as one PNG 1320 pixels wide or less.
+    """Writes `attention_figure` as a PNG.
+
+    Raises:
+        UserError: the PNG cannot be written.
+    """
+    figure = attention_figure(image, words, alphas)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def attention_figure(image, words, alphas):
+    """Draws where the decoder looked for each word, as a figure 1320 pixels wide or less.
 
     The photograph under its caption, then a panel a word: what the decoder looked at is as
     photographed, the rest dim and gray, with a line where the attention is half its maximum.
@@ -833,10 +844,6 @@ def draw_attention(image, words, alphas, path):
         words: T strings.
         alphas: (T, L) array or tensor of non-negative numbers, no row all zero; L = size², a
             row-major grid that stretches over the whole image.
-        path: the PNG to write.
-
-    Raises:
-        UserError: the PNG cannot be written.
     """
     alphas = torch.as_tensor(alphas).detach().float().cpu().numpy()
     size = math.isqrt(alphas.shape[1])
@@ -853,8 +860,7 @@ def draw_attention(image, words, alphas, path):
             axes.contour(attention, levels=[0.5], colors=["#ffb81c"], linewidths=4 * grid.strip)
         left, top, width, _ = box
         _write(figure, (left, top - 0.22 * grid.strip), word, 40 * grid.strip, width + 0.1)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    return figure
 
 
 _DPI, _MARGIN = 110, 0.25  # of a figure of attention: dots per inch, inches

@@ -1,0 +1,312 @@
+"""What `--tensorboard` writes is what the log says, once, and changes nothing else."""
+
+import errno
+import io
+import json
+import shutil
+import signal
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import OFFLINE, ROOT, failure, run_here, run_script
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io import gfile
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from test_distributed import run_two
+
+import checkpoints
+import decoding
+import tensorboard_log
+
+CAPTIONS, STEPS = 80, 3  # of an epoch of the tiny data: 8 images in batches of 3 at most
+RUN = ["--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 8, "--encoded_image_size", 3]
+RUN += ["--encoder", OFFLINE, "--device", "cpu", "--batch_size", 30, "--finetune_batch_size", 30]
+RUN += ["--stage", "both", "--epochs", 1, "--decoder_lr", 0.02]
+DECODER = ["--stage", "decoder", "--tensorboard"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_captions():
+    """Those of an untrained decoder seldom end, and a panel for each of 50 words takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "greedy", partial(decoding.greedy, max_length=6))
+        yield
+
+
+def train_here(tiny_data, output, *arguments):
+    process = run_here(
+        "train.py", "--data_folder", tiny_data[0], "--output_folder", output, *RUN, *arguments
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data, tmp_path_factory):
+    """The output folder of a run of both stages, and what it printed."""
+    output = tmp_path_factory.mktemp("events")
+    return output, train_here(tiny_data, output, "--tensorboard").stdout
+
+
+@pytest.fixture(scope="module")
+def decoder_run(run, tiny_data, tmp_path_factory):
+    """The output folder of a run of the first stage, two epochs: quick, from cached features."""
+    output = tmp_path_factory.mktemp("decoder")
+    train_here(tiny_data, output, *DECODER, "--epochs", 2)
+    return output
+
+
+def event_files(output):
+    return list((output / "tensorboard").glob("*/events*"))
+
+
+def read(output, base):
+    """The events of a run's folder, as TensorBoard reads them."""
+    kept = dict.fromkeys(("scalars", "images", "tensors"), 0)  # all
+    events = EventAccumulator(str(output / "tensorboard" / base), kept)
+    return events.Reload()
+
+
+def read_log(output, base):
+    return [json.loads(line) for line in (output / f"log_{base}.jsonl").read_text().splitlines()]
+
+
+def series(events):
+    """{tag: [(step, value)]} of the scalars; of how fast it was the steps alone."""
+    return {
+        tag: [(e.step, tag.startswith("speed") or e.value) for e in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_scalars_are_the_logs(run, tiny_data):
+    output, base = run[0], tiny_data[1]
+    events, log = read(output, base), read_log(output, base)
+    assert [line["stage"] for line in log] == ["decoder", "finetune"]
+    for key, tag in tensorboard_log.TAGS.items():
+        found = events.Scalars(tag)
+        assert [e.step for e in found] == [CAPTIONS, 2 * CAPTIONS], tag
+        assert [e.value for e in found] == pytest.approx([line[key] for line in log]), tag
+
+
+def test_every_step_has_its_loss_and_rates(run, tiny_data):
+    output, base = run[0], tiny_data[1]
+    found, log = series(read(output, base)), read_log(output, base)
+    steps = [CAPTIONS * n + CAPTIONS * k // STEPS + 1 for n in range(2) for k in range(STEPS)]
+    assert [step for step, _ in found["loss/step"]] == steps
+    for n, line in enumerate(log):  # whose loss is a mean over words, not over steps
+        losses = [loss for step, loss in found["loss/step"] if 0 < step - CAPTIONS * n <= CAPTIONS]
+        assert min(losses) <= line["loss"] <= max(losses)
+    rates = found["learning_rate/decoder"]
+    expected = [line["lr"] for line in log for _ in range(STEPS)]
+    assert [rate for _, rate in rates] == pytest.approx(expected)
+    assert [step for step, _ in found["learning_rate/encoder"]] == steps[STEPS:]
+
+
+def test_examples_are_drawn_in_every_epoch(run, tiny_data):
+    (output, printed), base = run, tiny_data[1]
+    events = read(output, base)
+    references = json.loads((tiny_data[0] / f"VAL_REFERENCES_{base}.json").read_text())
+    lines = iter(printed.splitlines())
+    said = [line.split(": ", 1)[1] for line in lines if line.startswith("  ") and next(lines)]
+    assert len(said) == 3 * 2
+    assert len(events.Tags()["images"]) == 3
+    for number, i in enumerate((0, 3, 6)):
+        name = f"{number + 1} {references[i]['filename']}"
+        images = events.Images(f"attention/{name}")
+        texts = events.Tensors(f"captions/{name}/text_summary")
+        for epoch, (image, text) in enumerate(zip(images, texts, strict=True), start=1):
+            assert image.step == text.step == CAPTIONS * epoch
+            picture = Image.open(io.BytesIO(image.encoded_image_string))
+            picture.load()
+            assert picture.format == "PNG"
+            assert picture.width <= 1320 and 200 < picture.height <= 1320
+            assert len(picture.getcolors(2**24)) > 1000  # a photograph
+            [contents] = text.tensor_proto.string_val
+            assert f"model: {said[3 * (epoch - 1) + number]}\n" in contents.decode()
+            assert f"human: {references[i]['captions'][0]}\n" in contents.decode()
+
+
+def test_hyperparameters_and_the_record_are_shown(run, tiny_data):
+    output, base = run[0], tiny_data[1]
+    events = read(output, base)
+
+    def plugin(tag):
+        return HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
+
+    found = plugin("_hparams_/session_start_info").session_start_info.hparams
+    assert found["decoder_dim"].number_value == 8 and found["seed"].number_value == 0
+    assert found["encoder"].string_value == OFFLINE and found["deep_output"].string_value == "False"
+    assert not {"data_folder", "device", "workers", "resume"} & set(found)
+    metrics = plugin("_hparams_/experiment").experiment.metric_infos
+    tags = {metric.name.tag for metric in metrics}
+    assert tags == {"BLEU/BLEU-4", "loss/validation"} <= set(events.Tags()["scalars"])
+    [record] = events.Tensors("run/text_summary")
+    [expected] = json.loads((output / f"run_{base}.json").read_text())["runs"]
+    for name in ("command", "code", "data"):
+        assert f"    {name}: {expected[name]}\n" in record.tensor_proto.string_val[0].decode()
+
+
+def test_the_run_is_the_same_without(run, tiny_data, tmp_path):
+    train_here(tiny_data, tmp_path)
+    assert not (tmp_path / "tensorboard").exists()
+    base = tiny_data[1]
+    one, two = (
+        checkpoints.load_checkpoint(checkpoints.checkpoint_path(output, base))
+        for output in (run[0], tmp_path)
+    )
+    for part in ("encoder", "decoder"):
+        for name, tensor in one[part].items():
+            assert torch.equal(tensor, two[part][name]), name
+    assert torch.equal(one["random"][0][0], two["random"][0][0])
+    timed = ("seconds", "captions_per_second")
+    for a, b in zip(read_log(run[0], base), read_log(tmp_path, base), strict=True):
+        assert {k: v for k, v in a.items() if k not in timed} == {
+            k: v for k, v in b.items() if k not in timed
+        }
+
+
+# ----------------------------------------------------------------------------- more runs than one
+
+# Kills training at the first checkpoint after some steps and validations.
+KILLED = """
+import functools, os, signal, sys
+import checkpoints, decoding, torch, train, utils
+decoding.greedy = functools.partial(decoding.greedy, max_length=6)
+steps, validations = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+def count(owner, name):
+    call, calls = getattr(owner, name), []
+    def counted(*arguments, **options):
+        calls.append(None)
+        return call(*arguments, **options)
+    setattr(owner, name, counted)
+    return calls
+stepped, validated = count(torch.optim.Adam, "step"), count(train.metrics, "bleu")
+def save(*arguments, save=checkpoints.save_checkpoint):
+    if len(stepped) >= steps and len(validated) >= validations:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(*arguments)
+checkpoints.save_checkpoint = save
+utils.run(train.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "validations", "every"),
+    [(STEPS + 2, 1, 2), (STEPS, 1, 1), pytest.param(2 * STEPS, 2, 100, marks=pytest.mark.slow)],
+    ids=["inside an epoch", "after a validation", "at an epoch's end"],
+)
+def test_after_a_kill_nothing_stands_twice(
+    decoder_run, tiny_data, tmp_path, steps, validations, every
+):
+    """The checkpoint is of some steps before, of the moment before the validation, or of the epoch
+    before."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    more = [*DECODER, "--epochs", 2, "--save_every", every]
+    output = tmp_path / "run"
+    process = run_script(
+        *(tmp_path / "killed.py", steps, validations, "--data_folder", tiny_data[0]),
+        *("--output_folder", output, *RUN, *more),
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    killed = series(read(output, tiny_data[1]))
+    # they are on the disk before the checkpoint that says so, or would
+    assert len(killed["loss/step"]) == steps
+    assert len(killed["loss/validation"]) == validations
+    assert "resuming from" in train_here(tiny_data, output, *more, "--resume").stdout
+    resumed, whole = read(output, tiny_data[1]), read(decoder_run, tiny_data[1])
+    assert series(resumed) == series(whole)
+    for tag in whole.Tags()["images"]:
+        assert [e.step for e in resumed.Images(tag)] == [e.step for e in whole.Images(tag)]
+    assert len(resumed.Tensors("run/text_summary")) == 2
+
+
+def test_overwriting_removes_an_older_runs_events(run, tiny_data, tmp_path):
+    output, base = tmp_path / "run", tiny_data[1]
+    shutil.copytree(run[0], output)
+    train_here(tiny_data, output, *DECODER, "--overwrite")
+    assert len(event_files(output)) == 1
+    assert [e.step for e in read(output, base).Scalars("loss/validation")] == [CAPTIONS]
+    train_here(tiny_data, output, "--stage", "decoder", "--overwrite")
+    assert not event_files(output)
+
+
+def test_a_later_stage_continues_the_axis_and_another_runs_checkpoint_begins_anew(
+    run, decoder_run, tiny_data, tmp_path
+):
+    own, other, base = tmp_path / "own", tmp_path / "other", tiny_data[1]
+    shutil.copytree(decoder_run, own)
+    shutil.copytree(run[0] / "tensorboard", other / "tensorboard")
+    decoder = checkpoints.checkpoint_path(own, base)
+    train_here(tiny_data, other, *DECODER, "--checkpoint", decoder, "--epochs", 3)
+    assert [e.step for e in read(other, base).Scalars("loss/validation")] == [3 * CAPTIONS]
+    train_here(tiny_data, own, "--stage", "finetune", "--tensorboard")
+    found = [e.step for e in read(own, base).Scalars("loss/validation")]
+    assert found == [CAPTIONS, 2 * CAPTIONS, 3 * CAPTIONS]
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_writes(run, tiny_data, tmp_path):
+    process = run_two(
+        *("train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path, *RUN),
+        "--tensorboard",
+    )
+    assert process.returncode == 0, process.stderr
+    assert len(event_files(tmp_path)) == 1
+    found, expected = read(tmp_path, tiny_data[1]), read(run[0], tiny_data[1])
+    assert found.Tags()["images"] == expected.Tags()["images"]
+    for tag in expected.Tags()["scalars"]:
+        steps = [[e.step for e in events.Scalars(tag)] for events in (found, expected)]
+        assert steps[0] == steps[1]
+
+
+# --------------------------------------------------------------------------------------- failures
+
+
+def test_without_the_package_a_line_says_what_to_install(tiny_data, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    process = run_here("train.py", "--output_folder", tmp_path / "run", "--tensorboard")
+    assert failure(process).endswith("pip install tensorboard")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("which", ["folder", "file"])
+def test_what_cannot_be_written_is_named_before_training(tiny_data, tmp_path, monkeypatch, which):
+    if which == "folder":
+        (tmp_path / "tensorboard").write_text("")
+    else:
+        monkeypatch.setattr(gfile.LocalFileSystem, "write", no_room)
+    process = run_here(
+        *("train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path),
+        *(*RUN, *DECODER),
+    )
+    assert f"cannot write {tmp_path / 'tensorboard'}" in failure(process)
+    assert not list(tmp_path.glob("*.pth.tar"))
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("room", [0, 21])  # events: at once, and among the pictures
+def test_on_a_full_disk_training_goes_on_without(tiny_data, tmp_path, monkeypatch, room):
+    append, written = gfile.LocalFileSystem.append, []
+
+    def fail(self, *arguments):
+        written.append(None)
+        if len(written) > room:
+            no_room()
+        append(self, *arguments)
+
+    monkeypatch.setattr(gfile.LocalFileSystem, "append", fail)
+    process = train_here(tiny_data, tmp_path, *DECODER)
+    [line] = [line for line in process.stderr.splitlines() if "cannot write" in line]
+    assert str(tmp_path / "tensorboard") in line and "No space left on device" in line
+    assert "Traceback" not in process.stderr
+    assert checkpoints.checkpoint_path(tmp_path, tiny_data[1]).exists()
