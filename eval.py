@@ -16,6 +16,7 @@ import demo
 import distributed
 import metrics
 import provenance
+import robustness
 import utils
 from datasets import CaptionDataset, find_data, read_word_map
 from utils import UserError
@@ -33,6 +34,14 @@ def parse_arguments():
     add("--batch_size", type=positive, default=50, help="images")
     add("--results_folder", help="for the captions; None: the checkpoint's folder")
     add("--attention_report", action="store_true", help="measure where the model looked, too")
+    add(
+        "--robustness",
+        type=positive,
+        nargs="?",
+        const=200,
+        metavar="IMAGES",
+        help="caption images of the split under perturbations, too: so many, 200 by default",
+    )
     add("--results", help="captions made elsewhere, as COCO results JSON, to score instead")
     add("--references", help="for --results: Karpathy's JSON, of which --split, or COCO's captions")
     utils.add_workers_option(parser)
@@ -46,6 +55,8 @@ def main():
     if (options.results is None) != (options.references is None):
         raise UserError("--results and --references go together")
     if options.results is not None:
+        if options.robustness:
+            raise UserError("--robustness perturbs images for a model: it goes without --results")
         score_results(options)
         return
     options.device = utils.choose_device(options.device)
@@ -63,8 +74,14 @@ def evaluate(options):
     folder = utils.make_folder(options.results_folder or path.parent)
 
     captions = caption_split(model, data, options)
-    if not distributed.is_main:
-        return
+    if distributed.is_main:
+        write_and_print(path, model, data, captions, folder, options)
+    if options.robustness:
+        robustness.report(model, data, options.robustness, options, folder)
+
+
+def write_and_print(path, model, data, captions, folder, options):
+    """The captions as files, and all that is said of them."""
     for beam_size, found in captions.items():
         results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
         write_results(results, found, data)
