@@ -269,8 +269,8 @@ _DPI, _COLUMNS = 110, 3
 _MARGIN, _SIDE, _APART, _GAP = 0.2, 1.32, 0.05, 0.3  # inches: an image, what was changed beside it
 _PAIR, _TITLE, _LINE = 2 * _SIDE + _APART, 0.3, 0.165  # a pair's width, heights of text
 _HEAD = (
-    "Beside each image what was changed, so many times as strong, around gray. Below it the "
-    "caption, in gray where it stayed the same."
+    "Beside each image: what changed, amplified as stated, around gray. Below: the caption, gray "
+    "where it stayed the same."
 )
 
 
