@@ -67,7 +67,8 @@ def _is_state_dict(value):
     return _is_dict(value) and value and all(isinstance(item, Tensor) for item in value.values())
 
 
-def _is_log(value):
+def is_log(value):
+    """Whether a value is a training log: a list of records, one an epoch."""
     """A line an epoch, with what the curves are drawn from."""
     numbers = ("epoch", "lr", "loss", "val_loss", "bleu1", "bleu2", "bleu3", "bleu4")
     return isinstance(value, list) and all(
@@ -130,7 +131,7 @@ RUN_KEYS = MODEL_KEYS | {  # and what training needs to go on
     "partial": _is_means,
     "seconds": _is_number,
     "order": _is_texts,
-    "log": _is_log,
+    "log": is_log,
     "word_map": _is_dict,
 }
 OPTIONAL = {"records": _is_records}

@@ -18,6 +18,7 @@ import distributed
 import metrics
 import provenance
 import report
+import robustness
 import utils
 from datasets import CaptionDataset, find_data, read_word_map
 from utils import UserError
@@ -36,6 +37,14 @@ def parse_arguments():
     add("--results_folder", help="for the captions; None: the checkpoint's folder")
     add("--attention_report", action="store_true", help="measure where the model looked, too")
     add("--report", metavar="FOLDER", help="for a page with scores, curves and all captions")
+    add(
+        "--robustness",
+        type=positive,
+        nargs="?",
+        const=200,
+        metavar="IMAGES",
+        help="caption images of the split under perturbations, too: so many, 200 by default",
+    )
     add("--results", help="captions made elsewhere, as COCO results JSON, to score instead")
     add("--references", help="for --results: Karpathy's JSON, of which --split, or COCO's captions")
     utils.add_workers_option(parser)
@@ -51,6 +60,8 @@ def main():
     if options.results is not None:
         if options.report is not None:
             raise UserError("--report shows what a model found: it goes without --results")
+        if options.robustness:
+            raise UserError("--robustness perturbs images for a model: it goes without --results")
         score_results(options)
         return
     options.device = utils.choose_device(options.device)
@@ -71,8 +82,14 @@ def evaluate(options):
         utils.make_folder(options.report)
 
     captions, beams = caption_split(model, data, options)
-    if not distributed.is_main:
-        return
+    if distributed.is_main:
+        write_and_print(path, model, data, captions, beams, folder, options)
+    if options.robustness:
+        robustness.report(model, data, options.robustness, options, folder)
+
+
+def write_and_print(path, model, data, captions, beams, folder, options):
+    """The captions as files, and all that is said of them."""
     for beam_size, found in captions.items():
         results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
         write_results(results, found, data)
@@ -105,7 +122,7 @@ def training_log(path, checkpoint):
     log, beside = checkpoint.get("log", []), path.with_name(f"log_{checkpoint['base']}.jsonl")
     if log and beside.is_file():
         longer = utils.read_log(beside)
-        return longer if longer[: len(log)] == log else log
+        return longer if checkpoints.is_log(longer) and longer[: len(log)] == log else log
     return log
 
 

@@ -92,23 +92,11 @@ def coco_scores(references, captions):
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.spice import spice
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    if shutil.which("java") is None:
-        return CocoScores(
-            {}, {}, ["no METEOR, ROUGE-L, CIDEr-D, SPICE: their tokenizer needs Java"]
-        )
-    # line breaks of any kind would shift what the tokenizer gives
-    one_line = {i: [{"caption": " ".join(text.split())}] for i, text in enumerate(captions)}
-    several = {
-        i: [{"caption": " ".join(text.split())} for text in texts]
-        for i, texts in enumerate(references)
-    }
     with redirect_stdout(io.StringIO()):  # they tell what they are doing
-        tokenizer = PTBTokenizer()
         try:
-            truth, found = tokenizer.tokenize(several), tokenizer.tokenize(one_line)
-        except OSError as error:  # it writes into the package's own folder
+            truth, found = _tokenize(references, captions)
+        except OSError as error:
             return CocoScores({}, {}, [f"no METEOR, ROUGE-L, CIDEr-D, SPICE: {error}"])
         scorers = [(Bleu(4), [f"BLEU-{n}" for n in range(1, 5)])]
         scorers += [(Meteor(), "METEOR"), (Rouge(), "ROUGE-L"), (Cider(), "CIDEr-D")]
@@ -127,6 +115,51 @@ def coco_scores(references, captions):
             corpus |= {name: float(score) for name, score in zip(names, total, strict=True)}
             each |= {name: list(map(float, s)) for name, s in zip(names, of_each, strict=True)}
     return CocoScores(corpus, each, left_out)
+
+
+def cider_d(references, captions):
+    """The CIDEr-D of `coco_scores` alone, of several systems' captions of the same images.
+
+    Args:
+        references: as in `bleu`.
+        captions: name -> captions as in `bleu`.
+
+    Returns:
+        name -> score; empty where it cannot be computed.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    every = [text for texts in captions.values() for text in texts]
+    try:
+        truth, found = _tokenize(references, every)  # at once, as each call starts Java anew
+    except OSError:
+        return {}
+    found, count = list(found.values()), len(references)
+    scores = {}
+    for i, name in enumerate(captions):
+        own = dict(enumerate(found[i * count : (i + 1) * count]))
+        scores[name] = float(Cider().compute_score(truth, own)[0])
+    return scores
+
+
+def _tokenize(references, captions):
+    """References and captions by the PTB tokenizer: image's number -> list of texts, of each.
+
+    Raises:
+        OSError: there is no Java, or no writing in the package's own folder, as it needs to.
+    """
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    if shutil.which("java") is None:
+        raise OSError("their tokenizer needs Java")
+    # line breaks of any kind would shift what the tokenizer gives
+    one_line = {i: [{"caption": " ".join(text.split())}] for i, text in enumerate(captions)}
+    several = {
+        i: [{"caption": " ".join(text.split())} for text in texts]
+        for i, texts in enumerate(references)
+    }
+    tokenizer = PTBTokenizer()
+    return tokenizer.tokenize(several), tokenizer.tokenize(one_line)
 
 
 def describe(captions):

@@ -850,16 +850,16 @@ def attention_figure(image, words, alphas):
     grid = _choose_grid(" ".join(words), len(words), image.width / image.height)
     photograph, *panels = boxes = grid.boxes()
     figure = Figure(figsize=(grid.width, grid.height), dpi=_DPI)
-    _write(figure, (_MARGIN, _MARGIN), "\n".join(grid.lines), 17, grid.inner, va="top")
-    _show(figure, photograph, _resize(image, photograph))
+    write_text(figure, (_MARGIN, _MARGIN), "\n".join(grid.lines), 17, grid.inner, va="top")
+    show_pixels(figure, photograph, _resize(image, photograph))
     small = _brighten(_resize(image, boxes[-1]))
     for word, alpha, box in zip(words, alphas, panels, strict=True):
         attention = _smooth(alpha.reshape(size, size), small.shape[:2])
-        axes = _show(figure, box, _spotlight(small, attention))
+        axes = show_pixels(figure, box, _spotlight(small, attention))
         if attention.min() < 0.5:
             axes.contour(attention, levels=[0.5], colors=["#ffb81c"], linewidths=4 * grid.strip)
         left, top, width, _ = box
-        _write(figure, (left, top - 0.22 * grid.strip), word, 40 * grid.strip, width + 0.1)
+        write_text(figure, (left, top - 0.22 * grid.strip), word, 40 * grid.strip, width + 0.1)
     return figure
 
 
@@ -929,7 +929,7 @@ def _choose_grid(caption, count, aspect):
     return grid if grid.height <= 10 else best(max(4, 120 / grid.height))
 
 
-def _write(figure, place, text, size, room, **options):
+def write_text(figure, place, text, size, room, **options):
     """Writes text at (x, y) inches from the top left, smaller where it is wider than `room`."""
     x, y = place[0] / figure.get_figwidth(), 1 - place[1] / figure.get_figheight()
     text = figure.text(x, y, text, fontsize=size, linespacing=1.25, parse_math=False, **options)
@@ -938,7 +938,7 @@ def _write(figure, place, text, size, room, **options):
         text.set_fontsize(size * room / width)
 
 
-def _show(figure, box, pixels):
+def show_pixels(figure, box, pixels):
     """Axes at a box of inches from the top left that hold `pixels` (h, w, 3), in 0..1."""
     (left, top, width, height), (across, down) = box, figure.get_size_inches()
     place = (left / across, 1 - (top + height) / down, width / across, height / down)

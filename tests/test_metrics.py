@@ -159,11 +159,22 @@ def test_coco_scores_are_those_of_the_official_evaluation(tmp_path):
         assert found.each[ours] == [official.imgToEval[i][theirs] for i in range(3)], ours
 
 
+@needs_java
+def test_cider_d_of_several_systems_is_that_of_each():
+    systems = {"empty": ["", "a dog", ""], "same": CAPTIONS, "turned": CAPTIONS[::-1]}
+    found = metrics.cider_d(REFERENCES, systems)
+    assert found["same"] == metrics.coco_scores(REFERENCES, CAPTIONS).corpus["CIDEr-D"]
+    for name, captions in systems.items():
+        assert found[name] == metrics.cider_d(REFERENCES, {"alone": captions})["alone"], name
+    assert found["same"] > found["turned"]
+
+
 def test_without_java_a_line_says_what_is_left_out(monkeypatch):
     monkeypatch.setenv("PATH", "")
     found = metrics.coco_scores(REFERENCES, CAPTIONS)
     assert found.corpus == found.each == {}
     assert len(found.left_out) == 1 and "Java" in found.left_out[0]
+    assert metrics.cider_d(REFERENCES, {"same": CAPTIONS}) == {}
 
 
 @settings(max_examples=50)
