@@ -128,6 +128,7 @@ def test_two_processes_report_what_one_does_and_write_it_once(runs, tiny_data):
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_to_the_same_captions(runs, tiny_data, tmp_path):
     (folder, _), _ = runs
     checkpoint = checkpoints.checkpoint_path(folder, tiny_data[1])

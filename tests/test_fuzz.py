@@ -74,9 +74,11 @@ def image_files(_, folder):
     image, files = Image.fromarray(pixels), []
     for name in ("PNG", "GIF", "TIFF", "WEBP", "JPEG", "BMP", "PPM", "TGA", "ICO"):
         buffer = io.BytesIO()
-        several = {"save_all": True, "append_images": [image]} if name in ("GIF", "TIFF") else {}
+        options = {"save_all": True, "append_images": [image]} if name in ("GIF", "TIFF") else {}
+        if name == "ICO":  # whose usual sizes begin at 16 pixels
+            options["sizes"] = [image.size]
         picture = image if name in ("PNG", "TIFF", "WEBP", "ICO") else image.convert("RGB")
-        picture.save(buffer, name, **several)
+        picture.save(buffer, name, **options)
         files.append((folder / f"picture.{name.lower()}", buffer.getvalue()))
     return files, lambda path: utils.read_image(path, 16)
 

@@ -307,7 +307,8 @@ def test_text_in_the_data_is_shown_and_not_run(tiny_data, tmp_path, page, monkey
     assert page.locator("#curves").count() == 0  # there is no log to draw
 
 
-def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page):
+def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Java: the test takes a second instead of ten
     known = list(utils.read_json(utils.input_path(*tiny_data, "WORDMAP")))[:2]
     first, second = known
     train = utils.read_json(utils.input_path(*tiny_data, "REFERENCES", "TRAIN"))

@@ -196,7 +196,11 @@ utils.run(train.main)
 
 @pytest.mark.parametrize(
     ("steps", "validations", "every"),
-    [(STEPS + 2, 1, 2), (STEPS, 1, 1), pytest.param(2 * STEPS, 2, 100, marks=pytest.mark.slow)],
+    [
+        (STEPS + 2, 1, 2),
+        pytest.param(STEPS, 1, 1, marks=pytest.mark.slow),
+        pytest.param(2 * STEPS, 2, 100, marks=pytest.mark.slow),
+    ],
     ids=["inside an epoch", "after a validation", "at an epoch's end"],
 )
 def test_after_a_kill_nothing_stands_twice(
