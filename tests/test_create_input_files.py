@@ -327,7 +327,8 @@ def test_huge_images_are_refused(tmp_path, monkeypatch):
         read_image(tmp_path / "huge.png", SIZE)
 
 
-SLOW = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("RGB", "I", "I;16", "F", "P", "CMYK")]
+SLOW = ("RGB", "I", "I;16", "F", "P", "CMYK")
+SLOW = [pytest.param(mode, marks=pytest.mark.slow) for mode in SLOW]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", *SLOW])
