@@ -111,9 +111,8 @@ def write_and_print(path, model, data, captions, beams, folder, options):
     print("\n".join(about))
     print_tables(scores.references, tables, scores.left_out)
     if options.report is not None:
-        widest, scores = captions[max(captions)], scores._replace(tables=tables)
-        log = training_log(path, model.checkpoint)
-        page = report.write(options.report, model, data, widest, beams, about, scores, log)
+        scores, log = scores._replace(tables=tables), training_log(path, model.checkpoint)
+        page = report.write(options.report, model, data, captions, beams, about, scores, log)
         print(f"report: {page}")
 
 

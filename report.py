@@ -28,10 +28,11 @@ def write(folder, model, data, captions, beams, about, scores, log):
         folder: made if it is missing.
         model: `checkpoints.Model`.
         data: `datasets.CaptionDataset` of the split, from images.
-        captions: for each image (words, alphas): list of T words, and (T, L) tensor.
-        beams: for each image all captions of its beam, (text, log p), the best first.
+        captions: beam_size -> for each image (words, alphas): list of T words, and (T, L) tensor.
+            The page shows those of the widest beam.
+        beams: for each image all captions of the widest beam, (text, log p), the best first.
         about: lines on where the captions come from.
-        scores: `Scores` of eval.py, the captions' own last in `each`.
+        scores: `Scores` of eval.py, with all tables that the page is to have.
         log: records of the training, one an epoch; may be empty.
 
     Returns:
@@ -40,11 +41,11 @@ def write(folder, model, data, captions, beams, about, scores, log):
     Raises:
         UserError: it cannot be written.
     """
-    folder = utils.make_folder(folder)
+    folder, beam_size = utils.make_folder(folder), max(captions)
+    name, captions = f"beam {beam_size}", captions[beam_size]
     references = [reference["captions"] for reference in data.references]
     texts = [" ".join(words) for words, _ in captions]
-    [*_, coco] = scores.each.values()
-    each = coco | {"smoothed BLEU-4": metrics.smoothed_bleu(references, texts)}
+    each = scores.each[name] | {"smoothed BLEU-4": metrics.smoothed_bleu(references, texts)}
     rank = "CIDEr-D" if "CIDEr-D" in each else "smoothed BLEU-4"
     columns = [name for name in ("CIDEr-D", "METEOR", "ROUGE-L", "SPICE") if name in each]
     columns.append("smoothed BLEU-4")
@@ -55,7 +56,7 @@ def write(folder, model, data, captions, beams, about, scores, log):
     order = sorted(range(len(data)), key=lambda i: each[rank][i], reverse=True)
     page = _template().render(
         viewer=VIEWER.read_text(encoding="utf-8"),
-        title=f"{data.base}: {len(data)} captions",
+        title=f"{data.base}: {len(data)} captions, {name}",
         about=about,
         scores=scores,
         curves=_picture(utils.curves(log)) if log else None,

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import failure, run_here
+from conftest import failure, needs_java, run_here
 from PIL import Image
 
 import eval as evaluation
@@ -23,7 +23,7 @@ def written(checkpoint, tiny_data, tmp_path_factory):
     """A report of the model that knows its data by heart: its page and what was printed."""
     folder = tmp_path_factory.mktemp("report")
     process = run_here(
-        "eval.py", "--checkpoint", checkpoint, "--data_folder", tiny_data[0], "--beam_size", 1, 3,
+        "eval.py", "--checkpoint", checkpoint, "--data_folder", tiny_data[0], "--beam_size", 3, 1,
         "--results_folder", folder / "results", "--report", folder / "page", "--device", "cpu",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -73,6 +73,16 @@ def test_the_page_has_the_figures_that_are_printed(opened):
     assert {row[0] for row in shown[1:]} >= {"beam 1", "beam 3"}
     about = " ".join(page.locator(".about").all_inner_texts())
     assert "stage " in about and "train.py" in about and "length penalty 0" in about
+
+
+@needs_java
+def test_its_captions_are_the_widest_beams(opened):
+    page, printed = opened
+    assert page.locator("h1").inner_text().endswith("8 captions, beam 3")
+    _, coco, *_ = [line for line in printed.splitlines() if line.startswith("| beam 3")]
+    cider = float(coco.split("|")[-2])
+    scores = [example["scores"]["CIDEr-D"] for example in contents(page)["examples"]]
+    assert np.mean(scores) == pytest.approx(cider, abs=0.06)  # both are rounded
 
 
 def test_its_pictures_are_there(opened):
@@ -287,7 +297,7 @@ def write_by_hand(tiny_data, folder, texts, references=None, log=()):
         word_map = json.loads(utils.input_path(*tiny_data, "WORDMAP").read_text())
 
     beams = [[(text, -1.0)] for text in texts]
-    return report.write(folder, Model, data, captions, beams, ["by hand"], scores, log)
+    return report.write(folder, Model, data, {1: captions}, beams, ["by hand"], scores, log)
 
 
 def test_text_in_the_data_is_shown_and_not_run(tiny_data, tmp_path, page, monkeypatch):
