@@ -238,7 +238,7 @@ def score(captions, references):
         captions: name -> a caption for each image, text.
         references: for each image the list of its human captions.
     """
-    count, rows, each = sum(map(len, references)), [], {}
+    count, rows = sum(map(len, references)), []
     for name, texts in captions.items():
         bleu, description = metrics.bleu(references, texts), metrics.describe(texts)
         row = {"": name}
@@ -254,15 +254,15 @@ def score(captions, references):
             rows,
         )
     ]
-    rows = []
-    for name, texts in captions.items():
-        found = metrics.coco_scores(references, texts)
-        rows.append({"": name} | {kind: f"{100 * s:.1f}" for kind, s in found.corpus.items()})
-        each[name] = found.each
-    if found.corpus:
+    coco = metrics.coco_scores(references, captions)
+    if any(coco.corpus.values()):
+        rows = [
+            {"": name} | {kind: f"{100 * score:.1f}" for kind, score in found.items()}
+            for name, found in coco.corpus.items()
+        ]
         tables.append(("COCO's caption evaluation, pycocoevalcap with its PTB tokenizer", rows))
     against = f"{len(references)} images, {count} human captions, all of them references"
-    return Scores(f"{against}; in per cent", tables, found.left_out, each)
+    return Scores(f"{against}; in per cent", tables, coco.left_out, coco.each)
 
 
 def print_tables(head, tables, notes):

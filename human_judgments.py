@@ -131,10 +131,10 @@ def correlate(judgments, captions, variant, path):
     if not pairs:
         raise UserError(f"{path} holds no judgment that counts")
     _, texts, references = zip(*pairs.values(), strict=True)
-    found = metrics.coco_scores(list(references), list(texts))
+    found = metrics.coco_scores(references, {"judged": texts})
     taus = {
         metric: kendalltau([each[i] for i in places], people, variant=variant).statistic
-        for metric, each in found.each.items()
+        for metric, each in found.each["judged"].items()
     }
     return taus, len(people), found.left_out
 

@@ -72,20 +72,44 @@ def smoothed_bleu(references, captions):
 
 
 class CocoScores(NamedTuple):
-    """Scores of the COCO caption evaluation, by name: "BLEU-1" to "BLEU-4", "METEOR", "ROUGE-L",
-    "CIDEr-D", "SPICE", or those of them that can be computed here."""
+    """Scores of the COCO caption evaluation of named lists of captions: "BLEU-1" to "BLEU-4",
+    "METEOR", "ROUGE-L", "CIDEr-D", "SPICE", or those of them that can be computed here."""
 
-    corpus: dict[str, float]
-    each: dict[str, list[float]]  # of each image, in their order
+    corpus: dict[str, dict[str, float]]  # list's name -> score -> value
+    each: dict[str, dict[str, list[float]]]  # and of each image, in their order
     left_out: list[str]  # a line for what cannot be computed, with the reason
 
 
-def coco_scores(references, captions):
+def coco_scores(references, captions, only=None):
     """The scores of the official implementation, pycocoevalcap, after its PTB tokenizer.
 
     Args:
-        references, captions: as in `bleu`.
+        references: as in `bleu`.
+        captions: name -> captions as in `bleu`. Several lists cost the starts of Java of one.
+        only: the one score that is wanted; None: all.
     """
+    corpus, each = ({name: {} for name in captions} for _ in range(2))
+    with redirect_stdout(io.StringIO()):  # they tell what they are doing
+        try:
+            truth, found = _tokenize(references, captions)
+        except OSError as error:
+            return CocoScores(corpus, each, [f"no METEOR, ROUGE-L, CIDEr-D, SPICE: {error}"])
+        scorers, left_out = _coco_scorers(only)
+        for scorer, names in scorers:
+            for name, own in found.items():
+                totals, of_each = scorer.compute_score(truth, own)
+                if names == ["SPICE"]:
+                    of_each = [scores["All"]["f"] for scores in of_each]
+                if len(names) == 1:
+                    totals, of_each = [totals], [of_each]
+                corpus[name] |= dict(zip(names, map(float, totals), strict=True))
+                lists = (list(map(float, scores)) for scores in of_each)
+                each[name] |= dict(zip(names, lists, strict=True))
+    return CocoScores(corpus, each, left_out)
+
+
+def _coco_scorers(only):
+    """pycocoevalcap's scorers with the names of their scores, and lines for those left out."""
     # here, as training does without it
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -93,57 +117,21 @@ def coco_scores(references, captions):
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.spice import spice
 
-    with redirect_stdout(io.StringIO()):  # they tell what they are doing
-        try:
-            truth, found = _tokenize(references, captions)
-        except OSError as error:
-            return CocoScores({}, {}, [f"no METEOR, ROUGE-L, CIDEr-D, SPICE: {error}"])
-        scorers = [(Bleu(4), [f"BLEU-{n}" for n in range(1, 5)])]
-        scorers += [(Meteor(), "METEOR"), (Rouge(), "ROUGE-L"), (Cider(), "CIDEr-D")]
-        left_out = []
-        if list(Path(spice.__file__).parent.glob("lib/stanford-corenlp-*-models.jar")):
-            scorers.append((spice.Spice(), "SPICE"))
-        else:
-            left_out.append("no SPICE: its Java models are not in the package pycocoevalcap")
-        corpus, each = {}, {}
-        for scorer, names in scorers:
-            total, of_each = scorer.compute_score(truth, found)
-            if names == "SPICE":
-                of_each = [scores["All"]["f"] for scores in of_each]
-            if isinstance(names, str):
-                names, total, of_each = [names], [total], [of_each]
-            corpus |= {name: float(score) for name, score in zip(names, total, strict=True)}
-            each |= {name: list(map(float, s)) for name, s in zip(names, of_each, strict=True)}
-    return CocoScores(corpus, each, left_out)
-
-
-def cider_d(references, captions):
-    """The CIDEr-D of `coco_scores` alone, of several systems' captions of the same images.
-
-    Args:
-        references: as in `bleu`.
-        captions: name -> captions as in `bleu`.
-
-    Returns:
-        name -> score; empty where it cannot be computed.
-    """
-    from pycocoevalcap.cider.cider import Cider
-
-    every = [text for texts in captions.values() for text in texts]
-    try:
-        truth, found = _tokenize(references, every)  # at once, as each call starts Java anew
-    except OSError:
-        return {}
-    found, count = list(found.values()), len(references)
-    scores = {}
-    for i, name in enumerate(captions):
-        own = dict(enumerate(found[i * count : (i + 1) * count]))
-        scores[name] = float(Cider().compute_score(truth, own)[0])
-    return scores
+    kinds = [(lambda: Bleu(4), [f"BLEU-{n}" for n in range(1, 5)])]
+    kinds += [(Meteor, ["METEOR"]), (Rouge, ["ROUGE-L"]), (Cider, ["CIDEr-D"])]
+    left_out = []
+    if list(Path(spice.__file__).parent.glob("lib/stanford-corenlp-*-models.jar")):
+        kinds.append((spice.Spice, ["SPICE"]))
+    else:
+        left_out.append("no SPICE: its Java models are not in the package pycocoevalcap")
+    if only is not None:
+        kinds = [(make, names) for make, names in kinds if only in names]
+    return [(make(), names) for make, names in kinds], left_out
 
 
 def _tokenize(references, captions):
-    """References and captions by the PTB tokenizer: image's number -> list of texts, of each.
+    """References and named lists of captions by the PTB tokenizer: image's number -> list of
+    texts, of the references and of each list.
 
     Raises:
         OSError: there is no Java, or no writing in the package's own folder, as it needs to.
@@ -152,14 +140,19 @@ def _tokenize(references, captions):
 
     if shutil.which("java") is None:
         raise OSError("their tokenizer needs Java")
-    # line breaks of any kind would shift what the tokenizer gives
-    one_line = {i: [{"caption": " ".join(text.split())}] for i, text in enumerate(captions)}
-    several = {
-        i: [{"caption": " ".join(text.split())} for text in texts]
-        for i, texts in enumerate(references)
-    }
-    tokenizer = PTBTokenizer()
-    return tokenizer.tokenize(several), tokenizer.tokenize(one_line)
+
+    def tokenize(lists):  # line breaks of any kind would shift what it gives
+        one_line = {
+            key: [{"caption": " ".join(text.split())} for text in texts]
+            for key, texts in lists.items()
+        }
+        return PTBTokenizer().tokenize(one_line)
+
+    every = {(name, i): [t] for name, texts in captions.items() for i, t in enumerate(texts)}
+    found = {name: {} for name in captions}
+    for (name, i), texts in tokenize(every).items():
+        found[name][i] = texts
+    return tokenize(dict(enumerate(references))), found
 
 
 def describe(captions):

@@ -205,7 +205,8 @@ def table(outcome, references):
     captions = outcome.captions
     bleu = {name: metrics.bleu(references, texts).scores for name, texts in captions.items()}
     scores = {f"BLEU-{n}": {name: bleu[name][n - 1] for name in captions} for n in (1, 4)}
-    scores["CIDEr-D"] = metrics.cider_d(references, captions)
+    coco = metrics.coco_scores(references, captions, only="CIDEr-D").corpus
+    scores["CIDEr-D"] = {name: found["CIDEr-D"] for name, found in coco.items() if found}
     rows = []
     for name, texts in captions.items():
         row = {"": name}

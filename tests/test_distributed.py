@@ -148,6 +148,7 @@ def test_two_processes_evaluate_to_the_same_captions(runs, tiny_data, tmp_path):
     assert len(results[0]) >= 2 + 4 + 4  # files, and tables of two lines and a row a beam
 
 
+@pytest.mark.slow
 def test_a_batch_smaller_than_the_group_is_refused(tiny_data, tmp_path):
     process = run_two(
         *("train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path),

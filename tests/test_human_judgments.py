@@ -51,7 +51,7 @@ def by_hand(folder, name, variant):
         texts.append(captions[id_])
         references.append([text for text in own if text != captions[id_]])
         judgments.append([float(v) for v in (values if variant == "c" else values[:1])])
-    each = metrics.coco_scores(references, texts).each
+    each = metrics.coco_scores(references, {"": texts}).each[""]
     return {
         metric: kendalltau(
             [score for score, j in zip(each[metric], judgments, strict=True) for _ in j],

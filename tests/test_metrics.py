@@ -151,30 +151,23 @@ def test_coco_scores_are_those_of_the_official_evaluation(tmp_path):
         patch.setattr(pycocoevalcap.eval, "Spice", lambda: spice)
         official.evaluate()
 
-    found = metrics.coco_scores(REFERENCES, CAPTIONS)
+    lists = {"empty": ["", "a dog", ""], "ours": CAPTIONS, "turned": CAPTIONS[::-1]}
+    found = metrics.coco_scores(REFERENCES, lists)
     names = {f"BLEU-{n}": f"Bleu_{n}" for n in range(1, 5)}
     names |= {"METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr-D": "CIDEr"}
-    assert found.corpus == {ours: official.eval[theirs] for ours, theirs in names.items()}
+    assert found.corpus["ours"] == {ours: official.eval[theirs] for ours, theirs in names.items()}
     for ours, theirs in names.items():
-        assert found.each[ours] == [official.imgToEval[i][theirs] for i in range(3)], ours
-
-
-@needs_java
-def test_cider_d_of_several_systems_is_that_of_each():
-    systems = {"empty": ["", "a dog", ""], "same": CAPTIONS, "turned": CAPTIONS[::-1]}
-    found = metrics.cider_d(REFERENCES, systems)
-    assert found["same"] == metrics.coco_scores(REFERENCES, CAPTIONS).corpus["CIDEr-D"]
-    for name, captions in systems.items():
-        assert found[name] == metrics.cider_d(REFERENCES, {"alone": captions})["alone"], name
-    assert found["same"] > found["turned"]
+        assert found.each["ours"][ours] == [official.imgToEval[i][theirs] for i in range(3)], ours
+    assert found.corpus["turned"]["CIDEr-D"] < found.corpus["ours"]["CIDEr-D"]
+    only = metrics.coco_scores(REFERENCES, {"turned": CAPTIONS[::-1]}, only="CIDEr-D").corpus
+    assert only == {"turned": {"CIDEr-D": found.corpus["turned"]["CIDEr-D"]}}
 
 
 def test_without_java_a_line_says_what_is_left_out(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    found = metrics.coco_scores(REFERENCES, CAPTIONS)
-    assert found.corpus == found.each == {}
+    found = metrics.coco_scores(REFERENCES, {"ours": CAPTIONS})
+    assert found.corpus == found.each == {"ours": {}}
     assert len(found.left_out) == 1 and "Java" in found.left_out[0]
-    assert metrics.cider_d(REFERENCES, {"same": CAPTIONS}) == {}
 
 
 @settings(max_examples=50)

@@ -297,7 +297,8 @@ def test_evaluation_without_a_checkpoint_says_where_it_looked(tiny_data):
     assert "train.py" in failure(run_here("eval.py", "--data_folder", tiny_data[0]))
 
 
-def test_the_newest_best_checkpoint_is_the_default(checkpoint, copied_data):
+def test_the_newest_best_checkpoint_is_the_default(checkpoint, copied_data, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
     folder, base = copied_data
     (folder / "run").mkdir()
     shutil.copy(checkpoint, folder / "run" / checkpoint.name)
