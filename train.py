@@ -236,13 +236,14 @@ def _run(options, base):
     trainer = Trainer(options, base, checkpoint)
     reached = checkpoint["stage"] if checkpoint else "decoder"
     stages = checkpoints.STAGES if options.stage == "both" else [options.stage]
+    stages = stages[stages.index(reached) if reached in stages else 0 :]
     with closing(trainer):
-        for stage in stages[stages.index(reached) if reached in stages else 0 :]:
+        for stage in stages:
             trainer.start(stage)
+            if stage == stages[0] and (checkpoint is None or _is_elsewhere(options)):
+                trainer.clear()
             if checkpoint and stage == reached:
                 trainer.resume(checkpoint)
-            elif not checkpoint and stage == stages[0]:
-                trainer.clear()
             trainer.open_events()
             with _Stop() as stop, torch.autograd.set_detect_anomaly(options.detect_anomaly):
                 trainer.fit(stop)
@@ -280,14 +281,21 @@ def _starting_point(options, base):
             )
         checkpoint = _checked(best, checkpoints.load_checkpoint(best, keys), options)
         log = [record for record in latest["log"] if record["stage"] == "decoder"]
-        return checkpoint | {"log": log}  # with the epochs after the best, too
-    own = path is not None and Path(path).resolve().parent == folder.resolve()
-    if (newest.exists() or best.exists()) and not own and not options.overwrite:
+        # with the epochs after the best, too, and without those of a fine-tuning given up
+        return checkpoint | {"log": log, "stage": "decoder"}
+    anew = path is None or _is_elsewhere(options)
+    if (newest.exists() or best.exists()) and anew and not options.overwrite:
         raise UserError(
             f"{folder} holds an earlier run on {base}: continue it with --resume, "
             "choose another --output_folder, or give it up with --overwrite"
         )
     return path and _checked(path, checkpoints.load_checkpoint(path, keys), options)
+
+
+def _is_elsewhere(options):
+    """Whether --checkpoint is another folder's, whose run goes on in the output folder."""
+    path, folder = options.checkpoint, options.output_folder
+    return path is not None and Path(path).resolve().parent != folder.resolve()
 
 
 def _checked(path, checkpoint, options):
@@ -429,9 +437,6 @@ class Trainer:
         options = self.options
         if not (options.tensorboard and distributed.is_main) or self.events is not None:
             return
-        folder = options.output_folder.resolve()
-        if options.checkpoint and Path(options.checkpoint).resolve().parent != folder:
-            tensorboard_log.remove(self.events_folder)  # of a run that this one does not continue
         # Later points are of steps that will be done again, and, between an epoch's last step and
         # its validation, so are the scores.
         start = self._captions_seen(self.step) + (self.step < self.sampler.total)

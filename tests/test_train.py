@@ -434,3 +434,22 @@ def test_the_fingerprint_changes_with_the_data(tiny_data, tmp_path):
     captions = utils.input_path(tmp_path, base, "CAPTIONS", "TRAIN")
     captions.write_text(captions.read_text() + " ")
     assert len({same, changed, provenance.fingerprint(tmp_path, base)}) == 3
+
+
+def test_overwriting_gives_up_what_the_run_does_not_continue(tiny_data, tmp_path):
+    """Neither an older run's best is left beside a run from elsewhere, nor a fine-tuning goes on."""
+    _, base = tiny_data
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        rates(tiny_data, folder, "--epochs", 1)
+    newest, best = (checkpoints.checkpoint_path(second, base, best=best) for best in (False, True))
+    torch.save(checkpoints.load_checkpoint(best) | {"best_bleu4": 2.0}, best)  # the older run's
+    start = checkpoints.checkpoint_path(first, base)
+    rates(tiny_data, second, "--epochs", 2, "--checkpoint", start, "--overwrite")
+    assert checkpoints.load_checkpoint(best)["best_bleu4"] < 2
+
+    tuned = checkpoints.load_checkpoint(best) | {"stage": "finetune", "epoch": 7}
+    for path in (newest, best):
+        torch.save(tuned, path)
+    rates(tiny_data, second, "--epochs", 1, "--stage", "finetune", "--overwrite")
+    assert checkpoints.load_checkpoint(newest)["epoch"] == 1
