@@ -92,6 +92,7 @@ def runs(tiny_data, tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_parameters_as_one(runs, tiny_data):
     one, two = (
         torch.load(checkpoints.checkpoint_path(output, tiny_data[1]), weights_only=True)
@@ -112,6 +113,7 @@ def distance(a, b):
     return sum(float((a[name] - b[name]).double().square().sum()) for name in a) ** 0.5
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_does_and_write_it_once(runs, tiny_data):
     (one, said), (two, said_by_two) = runs
     logs = [

@@ -437,7 +437,7 @@ def test_the_fingerprint_changes_with_the_data(tiny_data, tmp_path):
 
 
 def test_overwriting_gives_up_what_the_run_does_not_continue(tiny_data, tmp_path):
-    """Neither an older run's best is left beside a run from elsewhere, nor a fine-tuning goes on."""
+    """No older best is left beside a run from elsewhere, and no fine-tuning goes on."""
     _, base = tiny_data
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
