@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import socket
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
+    check_address(options.host, options.port)
     paths = options.model or [checkpoints.newest_best_checkpoint("data")]
     models = {
         name: checkpoints.load_model(path, options.device, options.amp, options.word_map)
@@ -58,10 +60,18 @@ def main():
             footer_links=[],
         )
     except OSError as error:
-        where = f"--host {options.host} --port {options.port or 'from 7860 on'}"
-        raise UserError(f"cannot serve at {where}: is it taken? {error}") from error
+        raise UserError(f"no free port: name one with --port ({error})") from error
     print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
+
+
+def check_address(host, port):
+    """Raises UserError where no page can be served; Gradio would try a hundred ports first."""
+    try:
+        socket.create_server((host, port or 0)).close()
+    except OSError as error:
+        where = f"--host {host}" + (f" --port {port}" if port else "")
+        raise UserError(f"cannot serve at {where}: {error.strerror or error}") from error
 
 
 def names(paths):

@@ -140,6 +140,7 @@ def test_what_is_no_image_is_said_to_be_none(demo, tmp_path):
     [
         (["--model", "missing.pth.tar"], ["missing.pth.tar"]),
         (["--port", "70000"], ["--port", "70000"]),
+        (["--host", "192.0.2.1"], ["--host 192.0.2.1"]),  # of no machine, RFC 5737
         (["--model", __file__], ["test_app.py", "no checkpoint"]),
     ],
 )
