@@ -133,7 +133,7 @@ STYLE = """
 .models { display: grid; gap: 28px; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); }
 .models h3, label span { overflow-wrap: anywhere; }
 """
-PROMPT = "<p>Drop a photograph on the left: its captions come here.</p>"
+PROMPT = "<p>Drop a photograph into the field: its captions come here.</p>"
 
 
 def render(path, models, beam_size, temperature, options):

@@ -273,6 +273,31 @@ def test_captions_of_any_length_are_legible(page, tmp_path, count, width):
     assert page.locator(".captions li").count() == 2
 
 
+@pytest.mark.parametrize("size", [(2000, 40), (30, 2500)])
+def test_long_pictures_leave_room_for_the_words(page, tmp_path, size):
+    captions = [(["a", "dog"], np.ones((2, 9)), -1.0)]
+    open_views(page, tmp_path, report.attention_view(Image.new("RGB", size), captions, 640))
+    assert page.locator("attention-view").bounding_box()["height"] < 700
+    for canvas in page.locator("canvas").all():
+        box = canvas.bounding_box()
+        assert box["width"] <= 300 and box["height"] <= 480
+        drawn = canvas.evaluate("canvas => canvas.width / canvas.height")
+        assert box["width"] / box["height"] == pytest.approx(drawn, rel=0.1)
+
+
+def test_on_a_narrow_screen_nothing_is_cut_off(opened):
+    page, _ = opened
+    page.set_viewport_size({"width": 420, "height": 900})
+    page.locator("#captions tr.row").first.click()
+    details = page.locator("#captions tr.open")
+    details.locator(".word").first.wait_for()
+    for part in (page.locator("#captions"), details, details.locator("attention-view")):
+        box = part.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 420
+    heads = page.locator("#captions th:visible").all_inner_texts()
+    assert len(heads) == 4 and heads[3].endswith(" ▼")  # of the figures the one that sorts
+
+
 def test_one_of_several_captions_is_chosen_by_a_click(page, tmp_path):
     rng = np.random.default_rng(0)
     captions = [(["a", "dog"], rng.random((2, 9)), -1.5), (["cats"], rng.random((1, 9)), -2.25)]

@@ -12,9 +12,9 @@
   const STYLE = `
     :host { display: block; font: 15px/1.45 system-ui, sans-serif; color: inherit; }
     .view { display: flex; flex-wrap: wrap; gap: 18px; outline-offset: 6px; }
-    .photo { flex: 0 1 300px; min-width: 180px; }
-    .photo canvas { display: block; width: 100%; border-radius: 4px; }
-    .side { flex: 1 1 360px; min-width: 0; }
+    .photo { flex: 0 1 300px; min-width: min(180px, 100%); }
+    .photo canvas { display: block; max-width: 100%; max-height: 480px; border-radius: 4px; }
+    .side { flex: 1 1 min(360px, 100%); min-width: 0; }
     .caption { display: flex; flex-wrap: wrap; gap: 2px; margin: 0 0 6px -5px; font-size: 18px; }
     .word { font: inherit; color: inherit; background: none; border: 0; border-radius: 4px;
             padding: 1px 5px; cursor: pointer; }
@@ -26,7 +26,7 @@
     figure { margin: 0; cursor: pointer; }
     figcaption { font-size: 13px; padding: 0 3px; border-radius: 4px; white-space: nowrap;
                  overflow: hidden; text-overflow: ellipsis; }
-    figure canvas { display: block; width: 100%; border-radius: 3px; }
+    figure canvas { display: block; max-width: 100%; max-height: 120px; border-radius: 3px; }
     .word.shown, .shown figcaption { background: rgb(${AMBER}); color: #1a1a1a; }
     .captions { margin: 14px 0 0; padding: 0 0 0 22px; font-size: 14px; }
     .captions button { font: inherit; color: inherit; background: none; border: 0; cursor: pointer;
