@@ -105,7 +105,7 @@ def build_page(models, options):
                     list(models), value=list(models), label="models", visible=len(models) > 1
                 )
                 again = gr.Button("caption")
-            with gr.Column(scale=4, min_width=420):
+            with gr.Column(scale=4, min_width=300):
                 found = gr.HTML(PROMPT, min_height=260)
 
         def show(path, beam_size, temperature, chosen):
@@ -113,7 +113,11 @@ def build_page(models, options):
                 return PROMPT
             try:
                 return render(
-                    path, {name: models[name] for name in chosen}, beam_size, temperature, options
+                    path,
+                    {name: models[name] for name in chosen},
+                    round(beam_size),  # the field takes fractions, too
+                    temperature,
+                    options,
                 )
             except UserError as error:
                 message = str(error).replace(f"{Path(path).parent}{os.sep}", "")  # Gradio's folder
@@ -130,7 +134,8 @@ def build_page(models, options):
 
 
 STYLE = """
-.models { display: grid; gap: 28px; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); }
+.models { display: grid; gap: 28px;
+          grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); }
 .models h3, label span { overflow-wrap: anywhere; }
 """
 PROMPT = "<p>Drop a photograph into the field: its captions come here.</p>"

@@ -68,8 +68,7 @@ def _is_state_dict(value):
 
 
 def is_log(value):
-    """Whether a value is a training log: a list of records, one an epoch."""
-    """A line an epoch, with what the curves are drawn from."""
+    """Whether a value is a training log: a record an epoch, with what the curves show."""
     numbers = ("epoch", "lr", "loss", "val_loss", "bleu1", "bleu2", "bleu3", "bleu4")
     return isinstance(value, list) and all(
         _is_texts(line)

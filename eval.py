@@ -5,6 +5,7 @@ With --results and --references it scores captions that any other system made.
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,10 +59,9 @@ def main():
     if (options.results is None) != (options.references is None):
         raise UserError("--results and --references go together")
     if options.results is not None:
-        if options.report is not None:
-            raise UserError("--report shows what a model found: it goes without --results")
-        if options.robustness:
-            raise UserError("--robustness perturbs images for a model: it goes without --results")
+        for name in ("report", "robustness", "attention_report"):
+            if getattr(options, name):
+                raise UserError(f"--{name} is about a model: it goes without --results")
         score_results(options)
         return
     options.device = utils.choose_device(options.device)
@@ -78,17 +78,20 @@ def evaluate(options):
     data = open_split(path, model, options)
     folder = utils.make_folder(options.results_folder or path.parent)
 
-    if options.report is not None:
-        utils.make_folder(options.report)
+    log = []
+    if options.report is not None:  # what may keep it from being written is found out here
+        with utils.os_errors_as_user_errors(options.report):
+            tempfile.TemporaryFile(dir=utils.make_folder(options.report)).close()
+        log = training_log(path, model.checkpoint)
 
     captions, beams = caption_split(model, data, options)
     if distributed.is_main:
-        write_and_print(path, model, data, captions, beams, folder, options)
+        write_and_print(path, model, data, captions, beams, folder, log, options)
     if options.robustness:
         robustness.report(model, data, options.robustness, options, folder)
 
 
-def write_and_print(path, model, data, captions, beams, folder, options):
+def write_and_print(path, model, data, captions, beams, folder, log, options):
     """The captions as files, and all that is said of them."""
     for beam_size, found in captions.items():
         results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
@@ -111,7 +114,7 @@ def write_and_print(path, model, data, captions, beams, folder, options):
     print("\n".join(about))
     print_tables(scores.references, tables, scores.left_out)
     if options.report is not None:
-        scores, log = scores._replace(tables=tables), training_log(path, model.checkpoint)
+        scores = scores._replace(tables=tables)
         page = report.write(options.report, model, data, captions, beams, about, scores, log)
         print(f"report: {page}")
 
@@ -197,6 +200,9 @@ def read_references(path, split):
                 references[reference["id"]] = reference["captions"]
     if not references:
         raise UserError(f"{path} has no captions of the {split} split")
+    for id_, texts in references.items():
+        if not any(map(utils.tokenize, texts)):
+            raise UserError(f"{path} has no words for image {id_}: leave it out")
     return references
 
 
@@ -216,10 +222,15 @@ def _image_captions(entries, path):
         if (
             not isinstance(entry, dict)
             or not isinstance(entry.get("image_id"), int | str)
-            or not isinstance(entry.get("caption"), str)
+            or not _is_text(entry.get("caption"))
         ):
             raise UserError(f'{path} is no list of {{"image_id", "caption"}}')
         yield entry["image_id"], entry["caption"]
+
+
+def _is_text(value):
+    """Whether a value of JSON is text that can be written: it may hold halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 class Scores(NamedTuple):

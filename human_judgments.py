@@ -10,6 +10,7 @@ whose caption is among the image's own are left out, τ-c. Crowd: such a caption
 the image's own instead, τ-b.
 """
 
+import math
 from pathlib import Path
 
 from scipy.stats import kendalltau
@@ -104,9 +105,11 @@ def _lines(path, columns):
 
 def _number(text, path, line):
     try:
-        return float(text)
+        if math.isfinite(number := float(text)):
+            return number
     except ValueError:
-        raise UserError(f"{path}, line {line}: {text!r} is no number") from None
+        pass
+    raise UserError(f"{path}, line {line}: {text!r} is no number")
 
 
 def correlate(judgments, captions, variant, path):
@@ -126,6 +129,8 @@ def correlate(judgments, captions, variant, path):
             raise UserError(f"{path} names {error}, which is not in the captions") from error
         if variant == "b" or text not in own:
             references = [caption for caption in own if caption != text]
+            if not references:  # there is nothing to compare it with
+                continue
             places.append(pairs.setdefault((image, id_), (len(pairs), text, references))[0])
             people.append(judgment)
     if not pairs:

@@ -93,7 +93,9 @@ def coco_scores(references, captions, only=None):
         try:
             truth, found = _tokenize(references, captions)
         except OSError as error:
-            return CocoScores(corpus, each, [f"no METEOR, ROUGE-L, CIDEr-D, SPICE: {error}"])
+            return CocoScores(
+                corpus, each, [f"no COCO scores (BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE): {error}"]
+            )
         scorers, left_out = _coco_scorers(only)
         for scorer, names in scorers:
             for name, own in found.items():

@@ -427,6 +427,8 @@ class Trainer:
     def clear(self):
         """Gives up what an earlier run left in the output folder."""
         if distributed.is_main:
+            if self.options.tensorboard:  # nothing is given up where its events cannot be written
+                utils.make_folder(self.events_folder)
             curves = utils.curves_path(self.log_path)
             for path in (self.newest_path, self.best_path, self.log_path, self.record_path, curves):
                 path.unlink(missing_ok=True)

@@ -753,8 +753,8 @@ def curves_path(log_path):
 
 def read_log(path):
     """The records of a training log, one an epoch. Raises UserError if a line is damaged."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
     try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
     except ValueError as error:
         raise UserError(f"{path} has a damaged line, take it out: {error}") from error

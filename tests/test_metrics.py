@@ -163,6 +163,14 @@ def test_coco_scores_are_those_of_the_official_evaluation(tmp_path):
     assert only == {"turned": {"CIDEr-D": found.corpus["turned"]["CIDEr-D"]}}
 
 
+def test_smoothed_bleu_worked_by_hand():
+    """One is added to matches and counts of n-grams from 2 on; the penalty is for brevity."""
+    found = metrics.smoothed_bleu([["A dog runs fast."], ["a cat"]], ["a dog runs home", "a cat"])
+    first = (3 / 4 * (2 + 1) / (3 + 1) * (1 + 1) / (2 + 1) * (0 + 1) / (1 + 1)) ** 0.25
+    assert found[0] == pytest.approx(first)
+    assert 0 < found[1] <= 1
+
+
 def test_without_java_a_line_says_what_is_left_out(monkeypatch):
     monkeypatch.setenv("PATH", "")
     found = metrics.coco_scores(REFERENCES, {"ours": CAPTIONS})

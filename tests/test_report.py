@@ -368,6 +368,16 @@ def test_a_report_that_cannot_be_written(checkpoint, tiny_data, tmp_path):
     assert "file" in failure(run_here(*run, "--report", tmp_path / "file"))
 
 
+def test_a_damaged_log_is_named_before_captioning(checkpoint, tiny_data, tmp_path):
+    copy = tmp_path / checkpoint.name
+    copy.write_bytes(checkpoint.read_bytes())
+    log = tmp_path / f"log_{tiny_data[1]}.jsonl"
+    log.write_bytes(b"\xff\xfe no text")
+    run = ["eval.py", "--checkpoint", copy, "--data_folder", tiny_data[0]]
+    assert log.name in failure(run_here(*run, "--report", tmp_path / "page"))
+    assert not list(tmp_path.glob("results*"))
+
+
 def test_a_report_needs_a_model():
     process = run_here("eval.py", "--results", "x", "--references", "y", "--report", "z")
     assert "--report" in failure(process)

@@ -269,6 +269,16 @@ def test_evaluation_refuses_a_beam_larger_than_the_vocabulary(checkpoint, tiny_d
         ([{"image_id": 1, "caption": "a dog"}], None, ["--references"]),
         ([{"image_id": 1, "caption": 2}], {"annotations": []}, ["references.json", "no captions"]),
         ({"a": 1}, {"annotations": [{"image_id": 1, "caption": "x"}]}, ["results.json is no list"]),
+        (
+            [{"image_id": 1, "caption": "half \ud800 a character"}],
+            {"annotations": [{"image_id": 1, "caption": "x"}]},
+            ["results.json is no list"],
+        ),
+        (
+            [{"image_id": 1, "caption": "a dog"}],
+            {"annotations": [{"image_id": 1, "caption": "..."}]},
+            ["references.json", "no words for image 1"],
+        ),
         ([], {"annotations": [{"image_id": 1, "caption": "x"}]}, ["no caption for 1 of 1"]),
         (
             [{"image_id": 2, "caption": "x"}],

@@ -290,8 +290,22 @@ def test_what_cannot_be_written_is_named_before_training(tiny_data, tmp_path, mo
         *("train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path),
         *(*RUN, *DECODER),
     )
-    assert f"cannot write {tmp_path / 'tensorboard'}" in failure(process)
+    line = failure(process)
+    assert "cannot" in line and str(tmp_path / "tensorboard") in line
     assert not list(tmp_path.glob("*.pth.tar"))
+
+
+def test_an_older_run_is_kept_where_events_cannot_be_written(run, tiny_data, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(run[0], output, ignore=shutil.ignore_patterns("tensorboard"))
+    (output / "tensorboard").write_text("")
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    process = run_here(
+        *("train.py", "--data_folder", tiny_data[0], "--output_folder", output, *RUN, *DECODER),
+        "--overwrite",
+    )
+    assert "tensorboard" in failure(process)
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
 
 
 def no_room(*_):

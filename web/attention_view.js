@@ -7,7 +7,7 @@
 // greatest of each word.
 (() => {
   const AMBER = [255, 184, 28];
-  const PANEL = 220; // pixels along the longer side; shown at half of that
+  const PANEL = 220; // pixels along the longer side; shown at half of that, or less
 
   const STYLE = `
     :host { display: block; font: 15px/1.45 system-ui, sans-serif; color: inherit; }
