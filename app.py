@@ -148,7 +148,7 @@ def render(path, models, beam_size, temperature, options):
     for name, model in models.items():
         captions = [
             (model.to_words(caption), caption.alphas, caption.log_prob)
-            for caption in caption_image(path, model, beam_size, temperature, options)
+            for caption in caption_image(image, model, beam_size, temperature, options)
         ]
         view = json.dumps(report.attention_view(image, captions, PHOTOGRAPH))
         heading = f"<h3>{html.escape(name)}</h3>" if len(models) > 1 else ""
@@ -158,10 +158,10 @@ def render(path, models, beam_size, temperature, options):
 
 
 @torch.inference_mode()
-def caption_image(path, model, beam_size, temperature, options):
+def caption_image(image, model, beam_size, temperature, options):
     """The captions of a beam, or, at a temperature above 0, as many drawn by chance; the likeliest
     first."""
-    pixels = torch.from_numpy(utils.read_image(path, model.checkpoint["image_size"]))
+    pixels = torch.from_numpy(utils.squeeze(image, model.checkpoint["image_size"]))
     with model.autocast():
         features = model.encoder.features(pixels.unsqueeze(0).to(model.device))
         if temperature == 0:

@@ -287,9 +287,14 @@ def _to_rgb(image):
 
 
 def read_image(path, size):
-    """The picture squeezed to a square: np.uint8 (3, size, size), RGB. Raises UserError."""
+    """An image file's picture, `squeeze`d. Raises UserError."""
+    return squeeze(open_image(path), size)
+
+
+def squeeze(image, size):
+    """An RGB PIL.Image made a square: np.uint8 (3, size, size)."""
     # Pillow widens the filter's support when it shrinks: no aliasing.
-    image = open_image(path).resize((size, size), Image.Resampling.BILINEAR)
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
