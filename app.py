@@ -6,13 +6,12 @@ import os
 import socket
 from pathlib import Path
 
-import torch
-
 import checkpoints
-import decoding
 import report
-import utils
-from utils import UserError
+from captioner import Captioner, to_picture
+from groundwork.errors import UserError, run
+from groundwork.options import Parser, add_decoding_options, add_device_options, number
+from utils import SPECIAL_WORDS
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it would tell its makers of each start
 try:
@@ -26,15 +25,15 @@ PHOTOGRAPH = 640  # pixels along the longer side, as shown
 
 
 def parse_arguments():
-    parser = utils.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", nargs="+", help="checkpoints; None: the newest BEST checkpoint under data/")
     add("--word_map", help="WORDMAP file, for checkpoints that hold no word map")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    port = utils.number(int, above=0, below=2**16)
+    port = number(int, above=0, below=2**16)
     add("--port", type=port, help="None: the first that is free from 7860 on")
-    utils.add_decoding_options(parser)
-    utils.add_device_options(parser)
+    add_decoding_options(parser)
+    add_device_options(parser)
     return parser.parse_args()
 
 
@@ -43,10 +42,10 @@ def main():
     check_address(options.host, options.port)
     paths = options.model or [checkpoints.newest_best_checkpoint("data")]
     models = {
-        name: checkpoints.load_model(path, options.device, options.amp, options.word_map)
+        name: Captioner.load(path, options.device, options.amp, options.word_map)
         for name, path in zip(names(paths), paths, strict=True)
     }
-    page = build_page(models, options)
+    page = build_page(models, options.max_len, options.length_penalty)
     try:
         _, address, _ = page.launch(
             server_name=options.host,
@@ -80,14 +79,14 @@ def names(paths):
     return [os.path.relpath(path, folder).removesuffix(".pth.tar") for path in paths]
 
 
-def build_page(models, options):
+def build_page(models, max_length, length_penalty):
     """The page, as gr.Blocks.
 
     Args:
-        models: name -> `checkpoints.Model`.
-        options: with `max_len` and `length_penalty`.
+        models: name -> `Captioner`.
+        max_length, length_penalty: as in `Captioner.caption`.
     """
-    words = min(len(model.word_map) - len(utils.SPECIAL_WORDS) for model in models.values())
+    words = min(len(model.word_map) - len(SPECIAL_WORDS) for model in models.values())
     hour = 3600  # seconds, after which uploaded photographs are deleted
     with gr.Blocks(
         title="Show, Attend and Tell", fill_width=True, delete_cache=(hour, hour)
@@ -99,7 +98,7 @@ def build_page(models, options):
                 beam_size = gr.Slider(1, min(20, words), min(5, words), step=1, label="beam size")
                 temperature = gr.Slider(
                     0, 2, 0, step=0.1, label="temperature",
-                    info="0: beam search; above: as many captions drawn by chance",
+                    info="0: beam search; above: as many captions drawn at random",
                 )  # fmt: skip
                 chosen = gr.CheckboxGroup(
                     list(models), value=list(models), label="models", visible=len(models) > 1
@@ -117,7 +116,8 @@ def build_page(models, options):
                     {name: models[name] for name in chosen},
                     round(beam_size),  # the field takes fractions, too
                     temperature,
-                    options,
+                    max_length,
+                    length_penalty,
                 )
             except UserError as error:
                 message = str(error).replace(f"{Path(path).parent}{os.sep}", "")  # Gradio's folder
@@ -141,15 +141,14 @@ STYLE = """
 PROMPT = "<p>Drop a photograph into the field: its captions come here.</p>"
 
 
-def render(path, models, beam_size, temperature, options):
+def render(path, models, beam_size, temperature, max_length, length_penalty):
     """HTML: an <attention-view> for each model, side by side under the models' names where there
-    are several."""
-    image, parts = utils.open_image(path), []
+    are several; in it the captions of a beam, or, at a temperature above 0, as many drawn."""
+    image, parts = to_picture(path), []
     for name, model in models.items():
-        captions = [
-            (model.to_words(caption), caption.alphas, caption.log_prob)
-            for caption in caption_image(image, model, beam_size, temperature, options)
-        ]
+        [captions] = model.caption(
+            image, beam_size, beam_size, temperature, max_length, length_penalty
+        )
         view = json.dumps(report.attention_view(image, captions, PHOTOGRAPH))
         heading = f"<h3>{html.escape(name)}</h3>" if len(models) > 1 else ""
         view = f'<attention-view data="{html.escape(view)}"></attention-view>'
@@ -157,22 +156,5 @@ def render(path, models, beam_size, temperature, options):
     return f'<div class="models">{"".join(parts)}</div>'
 
 
-@torch.inference_mode()
-def caption_image(image, model, beam_size, temperature, options):
-    """The captions of a beam, or, at a temperature above 0, as many drawn by chance; the likeliest
-    first."""
-    pixels = torch.from_numpy(utils.squeeze(image, model.checkpoint["image_size"]))
-    with model.autocast():
-        features = model.encoder.features(pixels.unsqueeze(0).to(model.device))
-        if temperature == 0:
-            [captions] = model.search(features, beam_size, options, decoding.finished_beams)
-            return captions
-        features = features.expand(beam_size, *features.shape[1:])
-        drawn = decoding.sample(
-            model.decoder, features, model.word_map, options.max_len, temperature
-        )
-    return sorted(drawn, key=lambda caption: -caption.log_prob)
-
-
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

@@ -4,18 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-import checkpoints
-import utils
-from utils import UserError
+from groundwork.errors import UserError, printable, run
+from groundwork.files import atomic_write, make_folder
+from groundwork.options import Parser, add_decoding_options, add_device_options, number
 
 
 def parse_arguments():
-    parser = utils.Parser(description=__doc__)
-    positive = utils.number(int, above=0)
+    parser = Parser(description=__doc__)
+    positive = number(int, above=0)
     add = parser.add_argument
     add("--img", required=True, nargs="+", help="image files, or folders of them")
     add("--model", help="a checkpoint; None: the newest BEST checkpoint under data/")
@@ -25,31 +21,34 @@ def parse_arguments():
     add("--output_folder", default="captions", help="for the pictures, one an image")
     add("--json", action="store_true", help="print a JSON list instead of lines")
     add("--show", action="store_true", help="open the pictures")
-    utils.add_decoding_options(parser)
-    utils.add_device_options(parser)
+    add_decoding_options(parser)
+    add_device_options(parser)
     return parser.parse_args()
 
 
 def main():
     options = parse_arguments()
+
+    # what follows takes seconds to import
+    import checkpoints
+    from captioner import Captioner
+
     paths = find_images(options.img)
     path = options.model or checkpoints.newest_best_checkpoint("data")
-    model = checkpoints.load_model(path, options.device, options.amp, options.word_map)
-    utils.check_beam_size(options.beam_size, model.word_map)
-    pictures = name_pictures(paths, utils.make_folder(options.output_folder))
+    model = Captioner.load(path, options.device, options.amp, options.word_map)
+    pictures = name_pictures(paths, make_folder(options.output_folder))
 
-    records, unreadable = [], []
-    for start in range(0, len(paths), options.batch_size):
-        batch, images = [], []
-        for path in paths[start : start + options.batch_size]:
-            try:
-                images.append(utils.read_image(path, model.checkpoint["image_size"]))
-                batch.append(path)
-            except UserError as error:  # the others get their captions before it is reported
-                unreadable.append(path)
-                print(error, file=sys.stderr)
-        for path, caption in zip(batch, caption_images(model, images, options), strict=True):
-            records.append(report(path, caption, pictures[path], model, options))
+    read, unreadable, records = [], [], []
+    captions = model.caption(
+        open_images(paths, read, unreadable),
+        options.beam_size,
+        max_length=options.max_len,
+        length_penalty=options.length_penalty,
+        batch_size=options.batch_size,
+    )
+    for i, caption in enumerate(captions):
+        path = read[i]
+        records.append(report(path, caption, pictures[path], options))
     if options.json:
         print(json.dumps(records, indent=2))
     if unreadable:
@@ -61,12 +60,13 @@ def main():
 
 def find_images(arguments):
     """The files named, and those in the folders named that have an image's ending, sorted."""
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in utils.FORMATS}
+    from groundwork.images import endings
+
     paths = []
     for argument in map(Path, arguments):
         if argument.is_dir():
             found = sorted(
-                p for p in argument.iterdir() if p.suffix.lower() in endings and p.name[0] != "."
+                p for p in argument.iterdir() if p.suffix.lower() in endings() and p.name[0] != "."
             )
             if not found:
                 raise UserError(f"--img {argument}: no image in this folder")
@@ -74,6 +74,22 @@ def find_images(arguments):
         else:
             paths.append(argument)
     return list(dict.fromkeys(paths))
+
+
+def open_images(paths, read, unreadable):
+    """Yields the images' pictures, and adds each path to one of the lists. What cannot be read is
+    named on stderr, and the others get their captions."""
+    from groundwork.images import open_image
+
+    for path in paths:
+        try:
+            picture = open_image(path)
+        except UserError as error:
+            unreadable.append(path)
+            print(error, file=sys.stderr)
+        else:
+            read.append(path)
+            yield picture
 
 
 def name_pictures(paths, folder):
@@ -86,33 +102,23 @@ def name_pictures(paths, folder):
     return pictures
 
 
-@torch.inference_mode()
-def caption_images(model, images, options):
-    """A `decoding.Caption` for each image, np.uint8 (3, S, S)."""
-    if not images:
-        return []
-    with model.autocast():
-        features = model.encoder.features(torch.from_numpy(np.stack(images)).to(model.device))
-    return model.search(features, options.beam_size, options)
-
-
-def report(path, caption, picture, model, options):
+def report(path, caption, picture, options):
     """Draws and prints an image's caption; returns what --json prints of it."""
-    words = model.to_words(caption)
-    utils.draw_attention(utils.open_image(path), words, caption.alphas, picture)
-    text = " ".join(words)
+    drawn = caption.draw(path)
+    with atomic_write(picture) as temporary:
+        drawn.save(temporary, format="PNG")
     if not options.json:
-        line = f"{path}: {text} (log p {caption.log_prob:.2f}, attention in {picture})"
-        print(utils.printable(line))
+        line = f"{path}: {caption.text} (log p {caption.log_prob:.2f}, attention in {picture})"
+        print(printable(line))
     if options.show:
-        Image.open(picture).show()
+        drawn.show()
     return {
         "image": str(path),
-        "caption": text,
+        "caption": caption.text,
         "log_prob": round(caption.log_prob, 4),
         "picture": str(picture),
     }
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

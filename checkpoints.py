@@ -1,4 +1,4 @@
-"""A model's file: saving, reading what may be damaged or hostile, and the model made of it.
+"""A model's file: saving, reading what may be damaged or hostile, and the models made of it.
 
 A checkpoint is a dict of tensors, numbers, texts, lists and dicts. Reading one runs no code in it,
 and what it holds is checked before anything uses it.
@@ -6,30 +6,18 @@ and what it holds is checked before anything uses it.
 
 import io
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import decoding
-import provenance
-import published
-import torch_files
-from models import DecoderWithAttention, Encoder, encoder_shapes
-from utils import (
-    MAX_GRID,
-    MAX_IMAGE_SIZE,
-    UserError,
-    atomic_write,
-    check_word_map,
-    choose_device,
-    has_fast_bfloat16,
-    read_json,
-)
+import contract
+from encoders import Encoder, encoder_shapes
+from groundwork import provenance, published, torch_files
+from groundwork.errors import UserError
+from groundwork.files import atomic_write
+from groundwork.options import MAX_GRID, MAX_IMAGE_SIZE
+from models import DecoderWithAttention
 
 # ------------------------------------------------------------------------------------- contents
 
@@ -107,13 +95,16 @@ def _is_means(value):
 
 
 # What captioning needs, and where it comes from: key -> whether its value can be that. A word map
-# comes with it, or else from --word_map.
+# comes with it, or else from --word_map. The decoder's configuration is None in older files, whose
+# tensors' shapes tell it.
 MODEL_KEYS = {
     "encoder_name": lambda value: isinstance(value, str),
     "encoded_image_size": lambda value: _is_size(value) and value <= MAX_GRID,
     "image_size": _is_size,
     "encoder": _is_state_dict,
     "decoder": _is_state_dict,
+    "decoder_name": lambda value: isinstance(value, str),
+    "decoder_config": lambda value: value is None or _is_texts(value),
     "base": _is_file_name,
     "options": lambda value: _is_texts(value) and isinstance(value.get("data_folder"), str),
     "stage": lambda value: value in STAGES,
@@ -134,6 +125,7 @@ RUN_KEYS = MODEL_KEYS | {  # and what training needs to go on
     "word_map": _is_dict,
 }
 OPTIONAL = {"records": _is_records}
+OLDER = {"decoder_name": "lstm", "decoder_config": None}  # where there was but one decoder
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}  # of weights
 
 
@@ -203,6 +195,8 @@ def load_checkpoint(path, keys=MODEL_KEYS):
     except Exception as error:  # of many classes, for files that are no checkpoints
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is damaged or no checkpoint of train.py: {reason}") from error
+    if isinstance(checkpoint, dict):
+        checkpoint |= {key: value for key, value in OLDER.items() if key not in checkpoint}
     if fault := _fault(checkpoint, keys):
         raise UserError(f"{path} {fault}")
     return checkpoint
@@ -242,11 +236,15 @@ def newest_best_checkpoint(folder):
     return newest
 
 
-# ---------------------------------------------------------------------------------------- model
+# --------------------------------------------------------------------------------------- models
 
 
-def build_models(checkpoint, dropout=0.5, embed_dropout=0.0):
+def build_models(checkpoint, **changes):
     """The encoder and decoder of a checkpoint, in evaluation mode, on the CPU.
+
+    Args:
+        changes: values of the decoder's configuration that take the place of the checkpoint's,
+            where its decoder has them: `dropout`, `embed_dropout`.
 
     Raises:
         UserError: its weights do not fit each other.
@@ -260,114 +258,42 @@ def build_models(checkpoint, dropout=0.5, embed_dropout=0.0):
     encoder = Encoder(name, size, weights=None)
     try:
         encoder.load_state_dict(checkpoint["encoder"])
-        decoder = DecoderWithAttention.from_state_dict(
-            checkpoint["decoder"], dropout, size, embed_dropout
-        )
+        decoder = _build_decoder(checkpoint, changes)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the checkpoint's weights do not fit its models: {reason}") from error
-    if decoder.attention.encoder_att.in_features != encoder.dim:
+    if decoder.config.encoder_dim != encoder.dim:
         raise UserError(f"the checkpoint's decoder is not for the features of {name!r}")
     return encoder.eval(), decoder.eval()
 
 
-@dataclass
-class Model:
-    """A trained model, ready to caption."""
-
-    encoder: Encoder
-    decoder: DecoderWithAttention
-    word_map: dict[str, int]
-    checkpoint: dict
-    device: torch.device
-    amp: bool  # compute in bfloat16
-
-    def autocast(self):
-        """The context in which the model computes."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
-
-    def encode_ahead(self, batches):
-        """`Encoder.features` of batches of images: on CUDA each computed while the one before it
-        is in use; on a CPU, whose cores are busy either way, when it is asked for.
-
-        Args:
-            batches: uint8 (n, 3, S, S) each.
-
-        Yields:
-            (n, g, g, D) in the compute precision, on the model's device.
-        """
-
-        @torch.inference_mode()
-        def encode(images):
-            with self.autocast():
-                return self.encoder.features(images.to(self.device, non_blocking=True))
-
-        if self.device.type != "cuda":
-            yield from map(encode, batches)
-            return
-        stream = torch.cuda.Stream(self.device)
-
-        def encode_aside(images):
-            with torch.cuda.stream(stream):
-                features = encode(images)
-            stream.synchronize()
-            return features
-
-        with ThreadPoolExecutor(1) as pool:
-            ahead = deque()
-            for images in batches:
-                ahead.append(pool.submit(encode_aside, images))
-                if len(ahead) == 2:
-                    yield ahead.popleft().result()
-            yield from (future.result() for future in ahead)
-
-    def search(self, features, beam_size, options, method=decoding.beam_search):
-        """What a beam search of `decoding` finds for features of `Encoder`.
-
-        Args:
-            options: of the command line, with `max_len` and `length_penalty`.
-        """
-        with self.autocast():
-            return method(
-                self.decoder,
-                features,
-                self.word_map,
-                beam_size,
-                options.max_len,
-                options.length_penalty,
-            )
-
-    def to_words(self, caption):
-        """The words of a `decoding.Caption`, as a list of text."""
-        words = list(self.word_map)
-        return [words[i] for i in caption.words]
-
-
-def load_model(path, device=None, amp="auto", word_map=None):
-    """The `Model` of a checkpoint file.
+def new_decoder(name, values):
+    """A decoder with random weights.
 
     Args:
-        device, amp: as on the command line.
-        word_map: path of a WORDMAP file, for a checkpoint that holds no word map.
+        name: of `contract.DECODERS`.
+        values: by name; those that its configuration has no field for are passed over.
 
     Raises:
-        UserError: a file is missing or damaged, or the word map is of another vocabulary.
+        UserError: there is no such decoder, or a value cannot be.
     """
-    device = choose_device(device)
-    checkpoint = load_checkpoint(path)
-    encoder, decoder = build_models(checkpoint)
-    words, source = checkpoint.get("word_map"), path
-    if words is None:
-        if word_map is None:
-            raise UserError(f"{path} holds no word map: name its WORDMAP file with --word_map")
-        words, source = read_json(word_map), word_map
-    check_word_map(words, source)
-    if len(words) != decoder.fc.out_features:
-        raise UserError(
-            f"{source} is of another vocabulary ({len(words)} words) than the decoder of {path} "
-            f"({decoder.fc.out_features})"
+    try:
+        own = {key: values[key] for key in contract.config_fields(name) if key in values}
+        return contract.build_decoder(name, contract.make_config(name, own))
+    except ValueError as error:
+        raise UserError(f"--decoder {name}: {error}") from error
+
+
+def _build_decoder(checkpoint, changes):
+    name, values, size = (
+        checkpoint[key] for key in ("decoder_name", "decoder_config", "encoded_image_size")
+    )
+    if values is None:
+        return DecoderWithAttention.from_state_dict(
+            checkpoint["decoder"], encoded_image_size=size, **changes
         )
-    words = dict(sorted(words.items(), key=itemgetter(1)))
-    encoder.to(device, memory_format=torch.channels_last).fold_batch_norm()
-    amp = amp == "auto" and has_fast_bfloat16(device)
-    return Model(encoder, decoder.to(device), words, checkpoint, device, amp)
+    changes = {key: value for key, value in changes.items() if key in contract.config_fields(name)}
+    config = contract.make_config(name, values | changes)
+    if config.encoded_image_size != size:
+        raise ValueError(f"its grid is {config.encoded_image_size}, not {size}")
+    return contract.build_decoder(name, config, checkpoint["decoder"])

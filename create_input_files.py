@@ -1,18 +1,18 @@
 """Turns a folder of images and their captions into the files that training reads."""
 
-import demo
-import utils
+from groundwork.errors import UserError, run
+from groundwork.options import MAX_IMAGE_SIZE, Parser, number
 
 
 def parse_arguments():
-    parser = utils.Parser(description=__doc__)
-    positive, count = utils.number(int, above=0), utils.number(int, least=0)
+    parser = Parser(description=__doc__)
+    positive, count = number(int, above=0), number(int, least=0)
     add = parser.add_argument
     add("--dataset", required=True, choices=["coco", "flickr8k", "flickr30k", "demo"])
     add("--karpathy_json", help="captions and splits in Karpathy's format; the demo makes its own")
     add("--image_folder", help="where the JSON's images are; the demo makes its own")
-    size = utils.number(int, above=0, below=utils.MAX_IMAGE_SIZE + 1)
-    few = utils.number(int, above=0, below=1001)
+    size = number(int, above=0, below=MAX_IMAGE_SIZE + 1)
+    few = number(int, above=0, below=1001)
     add("--captions_per_image", type=few, default=5, help="sampled for each image")
     add("--min_word_freq", type=count, default=5, help="words seen more often have an index")
     add("--max_len", type=few, default=50, help="captions with more words are left out")
@@ -21,7 +21,7 @@ def parse_arguments():
     add("--workers", type=positive, help="threads that read images; None: one for each core")
     add(
         "--seed",
-        type=utils.number(int, least=0, below=2**63),
+        type=number(int, least=0, below=2**63),
         default=0,
         help="of the sampling of captions",
     )
@@ -31,13 +31,18 @@ def parse_arguments():
 
 def main():
     options = vars(parse_arguments())
+
+    # what follows takes a second to import
+    import demo
+    import utils
+
     sources = (options["karpathy_json"], options["image_folder"])
     if options["dataset"] == "demo" and sources == (None, None):
         for name in ("dataset", "karpathy_json", "image_folder"):
             del options[name]
         demo.prepare(**options)
     elif None in sources:
-        raise utils.UserError(
+        raise UserError(
             f"--dataset {options['dataset']} needs --karpathy_json and --image_folder together"
         )
     else:
@@ -45,4 +50,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

@@ -24,14 +24,14 @@ class Caption(NamedTuple):
 
     words: list[int]  # indices, without <start> and <end>
     log_prob: float  # Σ log p of the words and of <end>
-    alphas: Tensor  # (len(words), L) float32
+    alphas: Tensor | None  # (len(words), L) float32; None of a decoder without attention
 
 
 def greedy(decoder, encoder_out, word_map, max_length=MAX_LENGTH):
     """The likeliest word at every step.
 
     Args:
-        decoder: a `models.DecoderWithAttention`.
+        decoder: a `contract.Decoder`.
         encoder_out: (I, g, g, D) from `Encoder` or `Encoder.features`.
         word_map: word -> index.
         max_length: words, at most.
@@ -43,7 +43,7 @@ def greedy(decoder, encoder_out, word_map, max_length=MAX_LENGTH):
 
 
 def sample(decoder, encoder_out, word_map, max_length=MAX_LENGTH, temperature=1.0, generator=None):
-    """Words by chance, p^(1 / temperature) renormalised; the rest as in `greedy`.
+    """Words drawn at random, p^(1 / temperature) renormalised; the rest as in `greedy`.
 
     Args:
         temperature: above 0; small values come near to `greedy`.
@@ -77,7 +77,8 @@ def _roll_out(decoder, encoder_out, word_map, max_length, choose):
         done = done | (words == end)
         if done.all():
             break
-    return _captions(torch.stack(history, 1), torch.stack(alphas, 1), total, end)
+    alphas = None if alphas[0] is None else torch.stack(alphas, 1)
+    return _captions(torch.stack(history, 1), alphas, total, end)
 
 
 def beam_search(
@@ -199,20 +200,19 @@ class _History:
         self.words, self.parents, self.alphas = [], [], []
 
     def append(self, images, words, parents, alphas):
-        """words and parents (n, k) of n images; alphas (n·k, L) that led to the parents' words."""
-        alphas = alphas.view(*words.shape, -1)
-        for steps, values in (
-            (self.words, words),
-            (self.parents, parents),
-            (self.alphas, alphas),
-        ):
+        """words and parents (n, k) of n images; alphas (n·k, L) that led to the parents' words, or
+        None."""
+        new = [(self.words, words), (self.parents, parents)]
+        if alphas is not None:
+            new.append((self.alphas, alphas.view(*words.shape, -1)))
+        for steps, values in new:
             steps.append(
                 values.new_zeros(*self.shape, *values.shape[2:]).index_copy(0, images, values)
             )
 
     def trace(self, best, end):
-        """Words (I·keep, T) and alphas (I·keep, T, L) of the best captions, `end` from their end
-        on."""
+        """Words (I·keep, T) and alphas (I·keep, T, L) or None of the best captions, `end` from
+        their end on."""
         beam, last = best.beam.flatten(), best.step.flatten()
         images = torch.arange(self.shape[0], device=beam.device)
         images = images.repeat_interleave(best.beam.shape[1])
@@ -220,9 +220,11 @@ class _History:
         for step in reversed(range(len(self.words))):
             parent = self.parents[step][images, beam]
             words.append(self.words[step][images, beam].where(step < last, end))
-            alphas.append(self.alphas[step][images, parent])
+            if self.alphas:
+                alphas.append(self.alphas[step][images, parent])
             beam = parent.where(step <= last, beam)
-        return torch.stack(words[::-1], dim=1), torch.stack(alphas[::-1], dim=1)
+        words = torch.stack(words[::-1], dim=1)
+        return words, torch.stack(alphas[::-1], dim=1) if alphas else None
 
 
 class _Allow:
@@ -252,10 +254,12 @@ class _Allow:
 
 
 def _captions(words, alphas, log_probs, end):
-    """`Caption`s of words (I, T), which hold `end` from their end on, and alphas (I, T, L)."""
-    words, alphas, log_probs = words.cpu(), alphas.cpu(), log_probs.cpu()
+    """`Caption`s of words (I, T), which hold `end` from their end on, and alphas (I, T, L) or
+    None."""
+    words, log_probs = words.cpu(), log_probs.cpu()
+    alphas = [None] * len(words) if alphas is None else alphas.cpu()
     lengths = (words != end).sum(dim=1)
     return [
-        Caption(w[:n].tolist(), float(p), a[:n].clone())
+        Caption(w[:n].tolist(), float(p), None if a is None else a[:n].clone())
         for w, n, p, a in zip(words, lengths.tolist(), log_probs, alphas, strict=True)
     ]

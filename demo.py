@@ -1,7 +1,5 @@
 """The demo data set: coloured shapes on quiet backgrounds, with five true captions each.
 
-    python demo.py --folder data/demo
-
 Nothing is downloaded: every picture is drawn here, and its captions and boxes are read off the
 same `Scene` that was drawn, so they are true by construction. The JSON has Karpathy's layout, so
 the demo is read by the same code as Flickr8k and COCO, with two keys more for each image: `boxes`
@@ -21,7 +19,9 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-import utils
+from groundwork.files import atomic_write
+from groundwork.progress import progress
+from utils import create_input_files, tokenize
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond")
 COLOURS = {
@@ -155,7 +155,7 @@ def captions(scene: Scene, rng: Generator) -> list[str]:
             if not blanks(wording) <= known.keys():
                 continue
             text = wording.format(**known)
-            if SHORTEST <= len(utils.tokenize(text)) <= LONGEST and text not in chosen:
+            if SHORTEST <= len(tokenize(text)) <= LONGEST and text not in chosen:
                 chosen.append(text)
             if len(chosen) == CAPTIONS:
                 return chosen
@@ -366,14 +366,14 @@ def make_demo(
     counts = SPLITS if images is None else images
     jobs = [(split, i) for split, n in counts.items() for i in range(n)]
     entries = []
-    for imgid, (split, i) in enumerate(utils.progress(jobs, desc="drawing the demo", unit="image")):
+    for imgid, (split, i) in enumerate(progress(jobs, desc="drawing the demo", unit="image")):
         rng = np.random.default_rng([seed, list(SPLITS).index(split), i])
         scene = compose(rng)
         entries.append(entry(scene, captions(scene, rng), f"{split}_{i:05d}.jpg", split, imgid))
         picture = draw(scene, image_size, rng)
         picture.save(folder / "images" / entries[-1]["filename"], quality=95, subsampling=0)
 
-    with utils.atomic_write(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text(json.dumps({"dataset": "demo", "images": entries}))
     return target
 
@@ -387,7 +387,7 @@ def prepare(output_folder: str | Path, **options) -> str:
     karpathy_json = folder / "dataset_demo.json"
     if not karpathy_json.exists():
         make_demo(folder)
-    summary = utils.create_input_files(
+    summary = create_input_files(
         "demo", karpathy_json, folder / "images", output_folder=output_folder, **options
     )
     return summary["base"]
@@ -397,7 +397,7 @@ def entry(scene: Scene, texts: list[str], filename: str, split: str, imgid: int)
     """The image's entry in the JSON."""
     sentences = [
         {
-            "tokens": utils.tokenize(text),
+            "tokens": tokenize(text),
             "raw": text.capitalize() + " .",
             "imgid": imgid,
             "sentid": imgid * CAPTIONS + k,
@@ -419,25 +419,3 @@ def entry(scene: Scene, texts: list[str], filename: str, split: str, imgid: int)
             ],
         },
     }
-
-
-def main() -> None:
-    parser = utils.Parser(
-        description="Make the demo data set: captioned pictures of coloured shapes."
-    )
-    parser.add_argument("--folder", type=Path, default=Path("data/demo"), help="where to write")
-    for split, count in SPLITS.items():
-        parser.add_argument(
-            f"--{split}", type=utils.number(int, least=0), default=count, help=f"{split} images"
-        )
-    parser.add_argument(
-        "--image_size", type=utils.number(int, above=0), default=256, help="side in pixels"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another data set")
-    args = parser.parse_args()
-    images = {split: getattr(args, split) for split in SPLITS}
-    print(make_demo(args.folder, images, args.image_size, args.seed))
-
-
-if __name__ == "__main__":
-    utils.run(main)

@@ -13,11 +13,9 @@ the image's own instead, τ-b.
 import math
 from pathlib import Path
 
-from scipy.stats import kendalltau
-
-import metrics
-import utils
-from utils import UserError
+from groundwork.errors import UserError, run
+from groundwork.options import Parser
+from groundwork.tables import print_table
 
 # In per cent, by Hessel et al. (2021), tables 1 and 2
 PUBLISHED = {
@@ -33,7 +31,7 @@ PUBLISHED = {
 
 
 def parse_arguments():
-    parser = utils.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--folder", required=True, help="with the three files of Flickr8k_text.zip, or two of them")
     return parser.parse_args()
@@ -61,7 +59,7 @@ def main():
             if metric in PUBLISHED[name]
         ]
         if rows:
-            utils.print_table(rows)
+            print_table(rows)
         print("\n".join(left_out))
 
 
@@ -121,6 +119,11 @@ def correlate(judgments, captions, variant, path):
         variant: of τ: "c", where captions among the image's own are left out, or "b".
         path: of the judgments, for errors.
     """
+    # here, as they take seconds that --help does without
+    from scipy.stats import kendalltau
+
+    import metrics
+
     pairs, places, people = {}, [], []
     for image, id_, judgment in judgments:
         try:
@@ -145,4 +148,4 @@ def correlate(judgments, captions, variant, path):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

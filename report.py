@@ -11,28 +11,30 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-import datasets
 import metrics
-import utils
+import pictures
+from datasets import read_references
+from groundwork.files import atomic_write, make_folder
+from utils import input_path, tokenize
 
 WEB = Path(__file__).parent / "web"
 VIEWER = WEB / "attention_view.js"  # the element <attention-view>
 THUMBNAIL = 256  # pixels along a side, at most
-EXAMPLES = 3  # best, worst and by chance
+EXAMPLES = 3  # best, worst and random ones
 
 
-def write(folder, model, data, captions, beams, about, scores, log):
+def write(folder, word_map, data, captions, beams, about, scores, log):
     """Writes `index.html`, which holds all that it shows, pictures too.
 
     Args:
         folder: made if it is missing.
-        model: `checkpoints.Model`.
+        word_map: word -> index, of the model.
         data: `datasets.CaptionDataset` of the split, from images.
-        captions: beam_size -> for each image (words, alphas): list of T words, and (T, L) tensor.
-            The page shows those of the widest beam.
-        beams: for each image all captions of the widest beam, (text, log p), the best first.
+        captions: beam_size -> for each image its best `captioner.Caption`. The page shows those of
+            the widest beam.
+        beams: for each image all captions of the widest beam, the best first.
         about: lines on where the captions come from.
-        scores: `Scores` of eval.py, with all tables that the page is to have.
+        scores: `evaluation.Scores`, with all tables that the page is to have.
         log: records of the training, one an epoch; may be empty.
 
     Returns:
@@ -41,16 +43,16 @@ def write(folder, model, data, captions, beams, about, scores, log):
     Raises:
         UserError: it cannot be written.
     """
-    folder, beam_size = utils.make_folder(folder), max(captions)
+    folder, beam_size = make_folder(folder), max(captions)
     name, captions = f"beam {beam_size}", captions[beam_size]
     references = [reference["captions"] for reference in data.references]
-    texts = [" ".join(words) for words, _ in captions]
+    texts = [caption.text for caption in captions]
     each = scores.each[name] | {"smoothed BLEU-4": metrics.smoothed_bleu(references, texts)}
     rank = "CIDEr-D" if "CIDEr-D" in each else "smoothed BLEU-4"
     columns = [name for name in ("CIDEr-D", "METEOR", "ROUGE-L", "SPICE") if name in each]
     columns.append("smoothed BLEU-4")
     examples = [
-        example(data, i, *captions[i], beams[i], {name: each[name][i] for name in columns})
+        example(data, i, beams[i], {name: each[name][i] for name in columns})
         for i in range(len(data))
     ]
     order = sorted(range(len(data)), key=lambda i: each[rank][i], reverse=True)
@@ -59,19 +61,19 @@ def write(folder, model, data, captions, beams, about, scores, log):
         title=f"{data.base}: {len(data)} captions, {name}",
         about=about,
         scores=scores,
-        curves=_picture(utils.curves(log)) if log else None,
-        language=language(texts, references, training_captions(data), model.word_map),
+        curves=_picture(pictures.curves(log)) if log else None,
+        language=language(texts, references, training_captions(data), word_map),
         lengths=_picture(draw_lengths(texts, references)),
         rank=rank,
         groups={
             "Best": order[:EXAMPLES],
             "Worst": order[: -EXAMPLES - 1 : -1],
-            "By chance": random.Random(0).sample(order, min(EXAMPLES, len(order))),
+            "Random": random.Random(0).sample(order, min(EXAMPLES, len(order))),
         },
         contents={"columns": columns, "rank": rank, "examples": examples},
     )
     path = folder / "index.html"
-    with utils.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
@@ -86,17 +88,17 @@ def _template():
     ).get_template("report.html")
 
 
-def example(data, i, words, alphas, beams, scores):
-    """What the page shows of image i, for JSON."""
+def example(data, i, beam, scores):
+    """What the page shows of image i, whose best caption is the beam's first, for JSON."""
     image, *_ = data[i]
     image = Image.fromarray(np.ascontiguousarray(image.numpy().transpose(1, 2, 0)))
     reference = data.references[i]
     return {
         "file": reference["filename"],
-        "view": attention_view(image, [(words, alphas, beams[0][1])], THUMBNAIL),
-        "caption": " ".join(words),
+        "view": attention_view(image, beam[:1], THUMBNAIL),
+        "caption": beam[0].text,
         "human": reference["captions"],
-        "beams": [[text, round(log_prob, 2)] for text, log_prob in beams],
+        "beams": [[caption.text, round(caption.log_prob, 2)] for caption in beam],
         "scores": {name: round(100 * score, 1) for name, score in scores.items()},
     }
 
@@ -106,8 +108,8 @@ def attention_view(image, captions, size):
 
     Args:
         image: RGB PIL.Image.
-        captions: (words, alphas, log p) each: T strings, and a (T, L) array or tensor of
-            non-negative numbers, no row all zero; L = places².
+        captions: with `words`, T strings, `log_prob`, and `alphas`, a (T, L) array or tensor of
+            non-negative numbers, no row all zero, L = places²; or None.
         size: pixels along the image's longer side, at most.
     """
     image, picture = image.copy(), io.BytesIO()
@@ -116,8 +118,12 @@ def attention_view(image, captions, size):
     return {
         "image": _data_url("image/jpeg", picture.getvalue()),
         "captions": [
-            {"words": list(words), "alphas": _encode(alphas), "log_prob": round(log_prob, 2)}
-            for words, alphas, log_prob in captions
+            {
+                "words": list(caption.words),
+                "alphas": None if caption.alphas is None else _encode(caption.alphas),
+                "log_prob": round(caption.log_prob, 2),
+            }
+            for caption in captions
         ],
     }
 
@@ -145,10 +151,10 @@ def _picture(figure):
 
 def training_captions(data):
     """All human captions of the training split; None where its files are missing."""
-    path = utils.input_path(data.path.parent, data.base, "REFERENCES", "TRAIN")
+    path = input_path(data.path.parent, data.base, "REFERENCES", "TRAIN")
     if not path.exists():
         return None
-    return [text for r in datasets.read_references(path) for text in r["captions"]]
+    return [text for r in read_references(path) for text in r["captions"]]
 
 
 def language(captions, references, training, word_map):
@@ -181,7 +187,7 @@ def draw_lengths(captions, references):
         ("human captions", human, {"color": "0.8"}),
         ("the model's", captions, {"color": "#1f77b4", "width": 0.4}),
     ):
-        lengths = np.bincount([len(utils.tokenize(text)) for text in texts])
+        lengths = np.bincount([len(tokenize(text)) for text in texts])
         axes.bar(range(len(lengths)), 100 * lengths / lengths.sum(), label=name, **options)
     axes.set_xlabel("words in a caption")
     axes.set_ylabel("% of captions")

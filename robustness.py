@@ -18,10 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
-import distributed
 import metrics
-import utils
+from groundwork import distributed
+from groundwork.devices import loader_options
+from groundwork.files import atomic_write
+from groundwork.progress import progress
+from groundwork.tables import print_table
 from models import caption_loss
+from pictures import show_pixels, write_text
+from utils import tokenize
 
 # Images whose gradient is taken together: the encoder keeps all their feature maps for it.
 TOGETHER = 8
@@ -35,14 +40,14 @@ class Source(NamedTuple):
     images: Tensor  # 0 to 1
     ascent: Tensor  # sign ∇J: -1, 0 or 1
     noise: Tensor  # Gaussian, of standard deviation 1
-    coins: Tensor  # -1 or 1 by chance
+    coins: Tensor  # -1 or 1 at random
 
 
 def prepare(model, images, captions, lengths, indices):
     """The `Source` of a batch.
 
     Args:
-        model: a `checkpoints.Model`.
+        model: a `captioner.Captioner`.
         images, captions, lengths: from `datasets.CaptionDataset`, stacked.
         indices: of the images in their split. Noise follows from them, whatever the batch.
     """
@@ -142,38 +147,41 @@ class Outcome(NamedTuple):
     losses: dict[str, float]  # mean of -log p over the words of the human captions
 
 
-def report(model, data, count, options, folder):
+def report(model, data, count, split, beam_size, search, path):
     """Prints the table and draws the picture; several processes share the work.
 
     Args:
-        model: a `checkpoints.Model`.
+        model: a `captioner.Captioner`.
         data: the split, a `datasets.CaptionDataset`.
         count: of its images, from the first.
-        options: eval.py's.
-        folder: for the picture.
+        split: its name, for people.
+        beam_size: width of the beam.
+        search: a `SearchConfig`.
+        path: of the picture, a PNG.
     """
     count = min(count, len(data))
-    outcome = caption(model, data, count, options)
+    outcome = caption(model, data, count, beam_size, search)
     if not distributed.is_main:
         return
     references = [reference["captions"] for reference in data.references[:count]]
-    _print_protocol(model, data, references, options)
-    utils.print_table(table(outcome, references))
+    _print_protocol(model, data, references, split, beam_size)
+    print_table(table(outcome, references))
     index = choose(outcome.captions, references)
     source = prepare(model, *(tensor[None] for tensor in data[index]), [index])
     captions = {name: texts[index] for name, texts in outcome.captions.items()}
-    path = folder / f"robustness_{options.split}_{data.base}.png"
     draw(source, captions, references[index][0], path)
     print(f"picture: {path}, of {data.references[index]['filename']}")
 
 
-def caption(model, data, count, options):
-    """The `Outcome` of the first `count` images, captioned with the first of the beam widths."""
+def caption(model, data, count, beam_size, search):
+    """The `Outcome` of the first `count` images; the arguments are those of `report`."""
     share = distributed.share(count)
-    loader = DataLoader(data, options.batch_size, sampler=share, **utils.loader_options(options))
+    reading = loader_options(model.device, search.workers)
+    loader = DataLoader(data, search.batch_size, sampler=share, **reading)
+    bounds = search.max_length, search.length_penalty
     captions = {name: [] for name in PERTURBATIONS}
     words, missed = 0, dict.fromkeys(PERTURBATIONS, 0.0)
-    bar = utils.progress(total=len(share) * len(PERTURBATIONS), desc="perturbed", unit="image")
+    bar = progress(total=len(share) * len(PERTURBATIONS), desc="perturbed", unit="image")
     for images, texts, lengths in loader:
         indices = share[len(captions["none"]) :][: len(images)]
         source = prepare(model, images, texts, lengths, indices)
@@ -183,8 +191,9 @@ def caption(model, data, count, options):
         for name, features in zip(PERTURBATIONS, model.encode_ahead(perturbed), strict=True):
             with torch.inference_mode(), model.autocast():
                 missed[name] += batch_words * _loss(model, features, texts, lengths).item()
-                found = model.search(features, options.beam_size[0], options)
-                captions[name] += [" ".join(model.to_words(caption)) for caption in found]
+                captions[name] += [
+                    best.text for [best] in model.search(features, beam_size, 1, *bounds)
+                ]
             bar.update(len(images))
     bar.close()
     totals = torch.tensor([words, *missed.values()], dtype=torch.float64, device=model.device)
@@ -219,13 +228,13 @@ def table(outcome, references):
     return rows
 
 
-def _print_protocol(model, data, references, options):
-    texts = [utils.tokenize(text) for texts in references for text in texts]
+def _print_protocol(model, data, references, split, beam_size):
+    texts = [tokenize(text) for texts in references for text in texts]
     sided = sum("left" in words or "right" in words for words in texts)
     print(
         f"""
-robustness: the first {len(references)} of {len(data)} images of the {options.split} split, \
-{data.image_size}×{data.image_size} pixels, beam {options.beam_size[0]}, \
+robustness: the first {len(references)} of {len(data)} images of the {split} split, \
+{data.image_size}×{data.image_size} pixels, beam {beam_size}, \
 {"bfloat16" if model.amp else "float32"}
 nltk's BLEU and COCO's CIDEr-D in per cent against all human captions, Δ from the images as they \
 are
@@ -287,7 +296,7 @@ def draw(source, captions, human, path):
     bottoms = np.cumsum([2 * _MARGIN, *(_TITLE + _SIDE + _LINE * (n + 1.5) for n in rows)])
     width = 2 * _MARGIN + _COLUMNS * (_PAIR + _GAP) - _GAP
     figure = Figure(figsize=(width, bottoms[-1]), dpi=_DPI)
-    utils.write_text(figure, (_MARGIN, 0.7 * _MARGIN), _HEAD, 9, width - 2 * _MARGIN, va="top")
+    write_text(figure, (_MARGIN, 0.7 * _MARGIN), _HEAD, 9, width - 2 * _MARGIN, va="top")
     for i, (name, text) in enumerate(zip(SHOWN, texts, strict=True)):
         left, top = _MARGIN + i % _COLUMNS * (_PAIR + _GAP), bottoms[i // _COLUMNS]
         _draw_pair(figure, left, top, source, name)
@@ -296,7 +305,7 @@ def draw(source, captions, human, path):
         _write_below(figure, left, top, text, color="0.5" if same else "black")
         if name == "none":
             _write_below(figure, left, top + len(text) * _LINE, people, style="italic")
-    with utils.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
@@ -309,12 +318,12 @@ def _draw_pair(figure, left, top, source, name):
     sides = (left, image), (left + _SIDE + _APART, 0.5 + factor * change)
     for x, pixels in sides:
         pixels = pixels.clamp(0, 1).permute(1, 2, 0).numpy()
-        utils.show_pixels(figure, (x, below, _SIDE, _SIDE), pixels)
-    utils.write_text(figure, (left, top + 0.6 * _TITLE), name, 9, _PAIR - 0.4, weight="bold")
+        show_pixels(figure, (x, below, _SIDE, _SIDE), pixels)
+    write_text(figure, (left, top + 0.6 * _TITLE), name, 9, _PAIR - 0.4, weight="bold")
     if name != "none":
         place = (left + _PAIR, top + 0.6 * _TITLE)
-        utils.write_text(figure, place, f"× {factor}", 9, 0.4, ha="right", color="0.35")
+        write_text(figure, place, f"× {factor}", 9, 0.4, ha="right", color="0.35")
 
 
 def _write_below(figure, left, top, lines, **options):
-    utils.write_text(figure, (left, top), "\n".join(lines), 8.5, _PAIR, va="top", **options)
+    write_text(figure, (left, top), "\n".join(lines), 8.5, _PAIR, va="top", **options)

@@ -17,8 +17,8 @@ from playwright.sync_api import Error, sync_playwright
 
 import checkpoints
 import demo
-import provenance
 import utils
+from groundwork import errors, provenance
 
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same on any machine
 settings.load_profile("suite")
@@ -41,6 +41,8 @@ def tiny_checkpoint(**changes):
         "encoded_image_size": 3,
         "image_size": 64,
         "encoder": {"weight": torch.arange(6.0).view(2, 3)},
+        "decoder_name": "lstm",
+        "decoder_config": None,
         "decoder": {"weight": torch.ones(2, dtype=torch.bfloat16)},
         "base": "tiny",
         "options": {"data_folder": "data", "views": None},
@@ -77,7 +79,7 @@ def run_here(script, *arguments):
     ):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
-            utils.run(module.main)
+            errors.run(module.main)
         except SystemExit as exit_:  # of a text Python prints it and exits with status 1
             code = exit_.code if isinstance(exit_.code, int) else 1
             err.write(exit_.code if isinstance(exit_.code, str) else "")
@@ -95,6 +97,12 @@ def run_script(*arguments, cwd=None, env=None):
         text=True,
         check=False,
     )
+
+
+def close(actual, expected, tolerance=1e-5):
+    """Asserts that a tensor is near another, in the other's dtype."""
+    expected = torch.as_tensor(expected)
+    torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=tolerance, atol=tolerance)
 
 
 def failure(process):

@@ -7,19 +7,22 @@ import torch
 from PIL import Image
 
 import benchmark
-from benchmark import Row, Scene, Speeds, Work
+from benchmark import Row
+from benchmark_data import Scene, Settings
+from groundwork import timing
+from groundwork.timing import Speeds, Work
 
-OPTIONS = argparse.Namespace(
-    geometry="lite2", device=torch.device("cpu"), amp=False, rounds=1, slow_rounds=1
-)
+SETTINGS = Settings("lite2", torch.device("cpu"), amp=False, rounds=1, slow_rounds=1)
 
 
 def test_both_sides_compute_the_same_step():
-    benchmark.check_equal(Scene(OPTIONS, images=2, vocabulary=50))
+    scene = Scene(SETTINGS, images=2, vocabulary=50)
+    benchmark.check_equal(scene)
+    benchmark.check_kernels(scene)
 
 
 def test_a_side_that_differs_is_noticed():
-    scene = Scene(OPTIONS, images=2, vocabulary=50)
+    scene = Scene(SETTINGS, images=2, vocabulary=50)
     ours = scene.ours
     scene.ours = lambda *arguments: 1.001 * ours(*arguments)
     with pytest.raises(AssertionError):
@@ -27,7 +30,7 @@ def test_a_side_that_differs_is_noticed():
 
 
 def test_both_sides_find_the_same_captions():
-    textbook, ours = benchmark.search_sides(Scene(OPTIONS, images=3, vocabulary=50), OPTIONS, 3)
+    textbook, ours = benchmark.search_sides(Scene(SETTINGS, images=3, vocabulary=50), SETTINGS, 3)
     captions = [caption.words for caption in ours()]
     assert captions == textbook()
     assert all(len(words) == benchmark.WORDS for words in captions)
@@ -37,9 +40,9 @@ def test_alternate_gives_the_medians_of_calls_in_turn():
     called = []
     clock = iter([0, 0, 9, 10, 11, 19, 20, 25, 30, 36])  # the first two are not measured
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "time", argparse.Namespace(perf_counter=lambda: next(clock)))
-        found = benchmark.alternate(
-            OPTIONS.device, 2, lambda: called.append("a"), lambda: called.append("b")
+        patch.setattr(timing, "time", argparse.Namespace(perf_counter=lambda: next(clock)))
+        found = timing.alternate(
+            SETTINGS.device, 2, lambda: called.append("a"), lambda: called.append("b")
         )
     assert called == ["a", "b"] * 3
     assert found == [(1 + 5) / 2, (8 + 6) / 2]
@@ -54,12 +57,12 @@ def test_work_is_products_flops_and_the_others_bytes():
         total.relu_()  # likewise
         total.index_select(0, rows).view(-1)  # 3 of its rows, thrice
 
-    assert benchmark.count_work(work) == (2 * 4 * 6 * 8, 4 * (2 * 32 + 2 * 32 + 3 * 24))
+    assert timing.count_work(work) == (2 * 4 * 6 * 8, 4 * (2 * 32 + 2 * 32 + 3 * 24))
 
 
 def test_the_report_holds_ratios_goals_and_shares(tmp_path):
     rows = [Row("a step", 8, 6.0, 0.5, Work(5e9, 1e9)), Row("files", None, 3.0, 2.0)]
-    text = benchmark.describe(OPTIONS, Speeds({False: 1e11}, 1e10), rows, (3 * 2**20, 2**20))
+    text = benchmark.describe(SETTINGS, Speeds({False: 1e11}, 1e10), rows, (3 * 2**20, 2**20))
     assert "| a step | 12.0× | 8× | 10% | 30% |" in text
     assert "| files | 1.5× |  | | |" in text
     assert "3 / 1 MiB | 3.0× | 3× | | |" in text
@@ -70,7 +73,7 @@ def test_the_report_holds_ratios_goals_and_shares(tmp_path):
 
 
 def test_the_files_of_a_scene_can_be_trained_on(tmp_path):
-    scene = Scene(OPTIONS, images=2, vocabulary=50)
+    scene = Scene(SETTINGS, images=2, vocabulary=50)
     benchmark.write_input_files(scene, tmp_path)
     data = benchmark.CaptionDataset(tmp_path, benchmark.BASE, "TRAIN")
     image, captions, _ = data[1]

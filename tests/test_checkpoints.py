@@ -1,6 +1,6 @@
 """What is written into a model's file and what is believed of one that is read."""
 
-import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -14,9 +14,12 @@ import torch
 from conftest import ROOT, WORDS, failure, tiny_checkpoint
 
 import checkpoints
+import decoding
+from captioner import Captioner
 from checkpoints import RUN_KEYS, load_checkpoint, save_checkpoint
-from models import DecoderWithAttention, Encoder, EncoderError
-from utils import UserError
+from encoders import Encoder, EncoderError
+from groundwork.errors import UserError
+from models import DecoderWithAttention, LSTMConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +27,13 @@ def checkpoint():
     """Of a small encoder and decoder with random weights."""
     torch.manual_seed(0)
     encoder = Encoder("squeezenet1_1", 3, weights=None)
-    decoder = DecoderWithAttention(len(WORDS), encoder.dim, 8, 6, 10, encoded_image_size=3)
+    decoder = DecoderWithAttention(
+        LSTMConfig(len(WORDS), encoder.dim, 8, 6, 10, encoded_image_size=3)
+    )
     return tiny_checkpoint(
         encoder_name="squeezenet1_1",
         encoder=encoder.state_dict(),
+        decoder_config=dataclasses.asdict(decoder.config),
         decoder=decoder.state_dict(),
         word_map=WORDS,
     )
@@ -163,7 +169,9 @@ def test_weights_are_compared_before_models_take_memory(checkpoint):
         checkpoints.build_models(checkpoint | {"decoder": checkpoint["decoder"] | wide})
     with pytest.raises(UserError, match="do not fit"):
         checkpoints.build_models(checkpoint | {"encoder_name": "resnet152"})
-    other = DecoderWithAttention(len(WORDS), 7, 8, 6, 10, encoded_image_size=3).state_dict()
+    other = DecoderWithAttention(
+        LSTMConfig(len(WORDS), 7, 8, 6, 10, encoded_image_size=3)
+    ).state_dict()
     with pytest.raises(UserError, match="not for the features of 'squeezenet1_1'"):
         checkpoints.build_models(checkpoint | {"decoder": other})
 
@@ -173,19 +181,19 @@ def test_load_model(tmp_path, checkpoint):
     shuffled = dict(reversed(WORDS.items()))
     save_checkpoint(path, checkpoint | {"word_map": shuffled})
     save_checkpoint(bare, {k: v for k, v in checkpoint.items() if k != "word_map"})
-    model = checkpoints.load_model(path, "cpu", amp="off")
+    model = Captioner.load(path, "cpu", amp="off")
     assert model.device.type == "cpu" and not model.amp
     assert list(model.word_map.items()) == list(WORDS.items())  # in the order of the indices
-    caption = argparse.Namespace(words=[1, 2])
-    assert model.to_words(caption) == ["a", "dog"]
+    caption = decoding.Caption([1, 2], -1.0, None)
+    assert model._in_words(caption).words == ["a", "dog"]
     with pytest.raises(UserError, match="bare.pth.tar .*--word_map"):
-        checkpoints.load_model(bare, "cpu")
+        Captioner.load(bare, "cpu")
     named = tmp_path / "WORDMAP.json"
     named.write_text(json.dumps(WORDS))
-    assert checkpoints.load_model(bare, "cpu", word_map=named).word_map == WORDS
+    assert Captioner.load(bare, "cpu", word_map=named).word_map == WORDS
     named.write_text(json.dumps(WORDS | {"cat": 6}))
     with pytest.raises(UserError, match=r"WORDMAP.json is of another vocabulary \(7 words\)"):
-        checkpoints.load_model(bare, "cpu", word_map=named)
+        Captioner.load(bare, "cpu", word_map=named)
 
 
 def test_newest_best_checkpoint(tmp_path):
@@ -275,9 +283,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pth.tar"
     save_checkpoint(path, tiny_checkpoint())
     script = f"""
-import resource, torch, checkpoints, utils
+import resource, torch, checkpoints
+from groundwork import errors
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-utils.run(lambda: checkpoints.save_checkpoint({str(path)!r}, {{"w": torch.zeros(10**6)}}))
+errors.run(lambda: checkpoints.save_checkpoint({str(path)!r}, {{"w": torch.zeros(10**6)}}))
 """
     process = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False

@@ -1,20 +1,15 @@
 """create_input_files against what its sources say, file by file."""
 
 import json
-import math
-import os
 import random
-import struct
 import subprocess
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,7 +17,9 @@ from PIL import Image
 import create_input_files as create_input_files_script
 import demo
 import utils
-from utils import UserError, create_input_files, read_image
+from groundwork.errors import UserError
+from groundwork.files import read_json, sole_writer
+from utils import create_input_files
 
 SCRIPT = Path(__file__).parents[1] / "create_input_files.py"
 SIZE = 16
@@ -320,208 +317,6 @@ def test_a_split_of_bad_images_only_is_an_error(source):
     assert source.listing() == []
 
 
-def test_huge_images_are_refused(tmp_path, monkeypatch):
-    Image.new("RGB", (40, 30)).save(tmp_path / "huge.png")
-    monkeypatch.setattr(utils, "MAX_PIXELS", 1000)
-    with pytest.raises(UserError, match=r"huge.png: 40×30 pixels are more than 1,000"):
-        read_image(tmp_path / "huge.png", SIZE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["RGBA", "RGB", "I", "I;16", "F", "P", "CMYK"])
-def test_the_largest_images_take_less_than_a_gigabyte(tmp_path, mode):
-    """Of every kind, turned upright, read in a process of its own."""
-    path = tmp_path / "large.tif"
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned
-    side = math.isqrt(utils.MAX_PIXELS)
-    image = Image.new(mode, (side, side), 1)
-    image.save(path, exif=exif, compression="tiff_deflate")
-    script = f"""
-import resource, utils
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert utils.read_image({str(path)!r}, 16).shape == (3, 16, 16)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    assert 1024 * int(process.stdout) < 2**30
-    Image.new("1", (side + 1, side + 1)).save(path, compression="tiff_deflate")
-    with pytest.raises(UserError, match=r"large.tif: .* pixels are more than 67,108,864"):
-        read_image(path, SIZE)
-
-
-def test_absurd_dimensions_are_refused_before_they_are_decoded(tmp_path):
-    path = tmp_path / "absurd.png"
-    Image.new("1", (1, 1)).save(path)
-    data = bytearray(path.read_bytes())
-    header = data[12:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + data[24:29]
-    data[12:33] = header + struct.pack(">I", zlib.crc32(header))
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"absurd.png"):
-        read_image(path, SIZE)
-
-
-def test_a_single_pixel_and_the_first_of_many_frames(tmp_path):
-    Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "one.png")
-    assert_looks(tmp_path / "one.png", np.full((SIZE, SIZE, 3), (9, 8, 7)))
-    frames = [Image.new("RGB", (5, 5), color) for color in ((250, 0, 0), (0, 250, 0))]
-    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
-    assert_looks(tmp_path / "moving.webp", np.full((SIZE, SIZE, 3), (250, 0, 0)))
-
-
-def test_the_ending_of_a_name_does_not_matter(tmp_path):
-    Image.new("RGB", (5, 5), (1, 2, 3)).save(tmp_path / "really.png")
-    (tmp_path / "really.png").rename(tmp_path / "really.jpg")
-    assert_looks(tmp_path / "really.jpg", np.full((SIZE, SIZE, 3), (1, 2, 3)))
-
-
-def test_what_is_no_file_is_no_image(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer
-    for path in (tmp_path, tmp_path / "pipe.png"):
-        with pytest.raises(UserError, match=f"{path.name}: it is no file"):
-            read_image(path, SIZE)
-    with pytest.raises(UserError, match=r"there is no image .*missing.png"):
-        read_image(tmp_path / "missing.png", SIZE)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_image_that_may_not_be_read(tmp_path):
-    path = tmp_path / "secret.png"
-    Image.new("RGB", (5, 5)).save(path)
-    path.chmod(0)
-    with pytest.raises(UserError, match=r"secret.png.*ermission"):
-        read_image(path, SIZE)
-
-
-# ---------------------------------------------------------------------------------- kinds of images
-
-RGB = np.random.default_rng(3).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-GRAY = RGB[..., 0]
-ALPHA = RGB[..., 1]
-
-
-def on_white(color, alpha):
-    """What `color` (H, W, C) seen through `alpha` (H, W) looks like on white."""
-    share = alpha[..., None] / 255
-    return color * share + 255 * (1 - share)
-
-
-def assert_looks(path, expected, tolerance=0):
-    image = read_image(path, SIZE)
-    assert image.dtype == np.uint8 and image.shape == (3, SIZE, SIZE)
-    assert image.flags["C_CONTIGUOUS"]
-    np.testing.assert_allclose(image.transpose(1, 2, 0), expected, rtol=0, atol=tolerance)
-
-
-def test_grayscale(tmp_path):
-    Image.fromarray(GRAY).save(tmp_path / "l.png")
-    assert_looks(tmp_path / "l.png", np.stack([GRAY] * 3, -1))
-
-
-def test_black_and_white(tmp_path):
-    Image.fromarray(GRAY > 127).save(tmp_path / "1.png")
-    assert_looks(tmp_path / "1.png", np.stack([(GRAY > 127) * 255] * 3, -1))
-
-
-def test_gray_with_alpha(tmp_path):
-    Image.fromarray(np.stack([GRAY, ALPHA], -1), "LA").save(tmp_path / "la.png")
-    assert_looks(tmp_path / "la.png", on_white(np.stack([GRAY] * 3, -1), ALPHA), tolerance=1)
-
-
-def test_color_with_alpha(tmp_path):
-    Image.fromarray(np.dstack([RGB, ALPHA]), "RGBA").save(tmp_path / "rgba.png")
-    assert_looks(tmp_path / "rgba.png", on_white(RGB, ALPHA), tolerance=1)
-
-
-def test_palette_with_and_without_transparency(tmp_path):
-    palette = np.random.default_rng(4).integers(0, 256, (256, 3), dtype=np.uint8)
-    image = Image.fromarray(GRAY, "P")
-    image.putpalette(palette.tobytes())
-    image.save(tmp_path / "p.png")
-    expected = palette[GRAY]
-    assert_looks(tmp_path / "p.png", expected)
-    hidden = int(GRAY[0, 0])
-    image.save(tmp_path / "hidden.png", transparency=hidden)
-    expected = np.where((hidden == GRAY)[..., None], 255, expected)
-    assert_looks(tmp_path / "hidden.png", expected)
-
-
-def test_transparent_color_of_rgb(tmp_path):
-    image = RGB.copy()
-    image[2:5] = (10, 20, 30)
-    Image.fromarray(image).save(tmp_path / "key.png", transparency=(10, 20, 30))
-    image[2:5] = 255
-    assert_looks(tmp_path / "key.png", image)
-
-
-def test_cmyk(tmp_path):
-    cmyk = np.zeros((SIZE, SIZE, 4), np.uint8)
-    cmyk[:8, :, 0] = 255  # full cyan takes away all red; no ink is white
-    Image.fromarray(cmyk, "CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
-    expected = np.full((SIZE, SIZE, 3), 255)
-    expected[:8, :, 0] = 0
-    assert_looks(tmp_path / "cmyk.jpg", expected, tolerance=3)
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
-    deep = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.uint16)
-    Image.fromarray(deep).save(tmp_path / f"deep.{suffix}")
-    assert_looks(tmp_path / f"deep.{suffix}", np.stack([deep / 257] * 3, -1), tolerance=0.51)
-
-
-def test_32_bit_holding_16_bits(tmp_path):
-    deep = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.int32)
-    Image.fromarray(deep).save(tmp_path / "deep.tif")
-    assert Image.open(tmp_path / "deep.tif").mode == "I"
-    assert_looks(tmp_path / "deep.tif", np.stack([deep / 257] * 3, -1), tolerance=0.51)
-
-
-# How the stored rows and columns must be laid out to be seen upright, by the EXIF standard's
-# definition of where the stored first row and first column are.
-UPRIGHT = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: a.transpose(1, 0, 2)[::-1],
-}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(RGB[:, :10]).save(tmp_path / "turned.png", exif=exif)
-    expected = UPRIGHT[orientation](RGB[:, :10])
-    upright = utils.open_image(tmp_path / "turned.png")
-    assert upright.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(upright), expected)
-
-
-def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (SIZE, SIZE), color) for color in ("red", "lime", "blue")]
-    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
-    assert_looks(tmp_path / "film.gif", np.full((SIZE, SIZE, 3), (255, 0, 0)))
-
-
-def test_shrinking_squeezes_and_does_not_alias(tmp_path):
-    stripes = np.zeros((4 * SIZE, 8 * SIZE), np.uint8)
-    stripes[:, ::2] = 255  # finer than the result can show: without a filter, all or nothing
-    Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    assert_looks(tmp_path / "stripes.png", np.full((SIZE, SIZE, 3), 127.5), tolerance=20)
-    halves = np.repeat([0, 255], 4 * SIZE).astype(np.uint8)[None].repeat(4 * SIZE, 0)
-    Image.fromarray(halves).save(tmp_path / "halves.png")
-    image = read_image(tmp_path / "halves.png", SIZE)
-    assert (image[:, :, :7] == 0).all() and (image[:, :, 9:] == 255).all()
-
-
 # ---------------------------------------------------------------------- errors that a user can mend
 
 
@@ -563,13 +358,13 @@ def test_json_of_another_format(tmp_path, contents):
 def test_json_that_is_missing_or_broken(tmp_path):
     path = tmp_path / "captions.json"
     with pytest.raises(UserError, match="captions.json: No such file"):
-        utils.read_json(path)
+        read_json(path)
     path.write_text('{"images": [\n1,, 2]}')
     with pytest.raises(UserError, match="captions.json is not valid JSON.*line 2 column 3"):
-        utils.read_json(path)
+        read_json(path)
     path.write_bytes(b'{"images": "\xff"}')
     with pytest.raises(UserError, match="captions.json is not valid JSON"):
-        utils.read_json(path)
+        read_json(path)
 
 
 def test_missing_image_folder(source):
@@ -585,7 +380,7 @@ def test_a_second_run_into_the_folder_is_refused(source):
     before = source.listing()
     wordmap = utils.input_path(source.output, BASE, "WORDMAP")
     with (
-        utils.sole_writer(wordmap, "wait"),
+        sole_writer(wordmap, "wait"),
         pytest.raises(UserError, match=f"another run is writing .*{wordmap.name}"),
     ):
         source.create()
@@ -649,49 +444,3 @@ def test_script_makes_the_demo_once(source, monkeypatch):
         call_main(monkeypatch, "--dataset=demo", "--output_folder", source.output, *options)
     assert made == [source.output / "demo"]
     np.testing.assert_array_equal(source.read("IMAGES", "VAL")[0], [source.pixels["1.png"]])
-
-
-# ---------------------------------------------------------------------------- atomic writing
-
-
-def test_atomic_write(tmp_path):
-    path = tmp_path / "file"
-    with utils.atomic_write(path) as temporary:
-        temporary.write_text("old")
-        assert temporary.parent == tmp_path and temporary.name.endswith(".tmp")
-        assert not path.exists()
-    assert path.read_text() == "old"
-    with pytest.raises(ZeroDivisionError), utils.atomic_write(path) as temporary:
-        temporary.write_text("new")
-        raise ZeroDivisionError
-    full_disk = pytest.raises(UserError, match="cannot write .*file: No space left on device")
-    with full_disk, utils.atomic_write(path) as temporary:
-        temporary.write_text("new")
-        raise OSError(28, "No space left on device")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(UserError, match="nowhere"), utils.atomic_write(tmp_path / "nowhere/x") as t:
-        t.write_text("new")
-
-
-@pytest.mark.parametrize("kind", [UserError, utils.EncoderError])
-def test_run_ends_with_the_line_of_an_error(kind):
-    def main():
-        raise kind("a line")
-
-    with pytest.raises(SystemExit, match="^error: a line$"):  # Python prints it, status 1
-        utils.run(main)
-
-
-def test_run_ends_quietly_when_interrupted(capsys):
-    def main():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stop:
-        utils.run(main)
-    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
-
-
-def test_tokenize():
-    assert utils.tokenize(" A man's dog , a black-and-white one , RUNS .\n") == (
-        ["a", "mans", "dog", "a", "blackandwhite", "one", "runs"]
-    )

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
-import datasets
+import features
 import utils
-from datasets import CaptionDataset, LengthSampler, cache_features, find_data, make_view
-from models import Encoder
-from utils import UserError
+from datasets import CaptionDataset, LengthSampler, find_data, make_view
+from encoders import Encoder
+from features import cache_features
+from groundwork.errors import UserError
 
 
 class TinyEncoder(nn.Module):
@@ -187,7 +188,7 @@ def test_a_real_encoder_is_cached_at_its_own_grid(cache, images):
 def test_features_are_computed_once(cache, monkeypatch):
     encoder = TinyEncoder()
     path, _features = cache(encoder)
-    monkeypatch.setattr(datasets, "_fill", None)
+    monkeypatch.setattr(features, "_fill", None)
     assert cache(encoder)[0] == path
 
 
@@ -298,9 +299,9 @@ def cache_elsewhere(tmp_path, encoder):
     base = next(tmp_path.glob("TRAIN_IMAGES*")).stem.removeprefix("TRAIN_IMAGES_")
     program = f"""
 import os, signal
-import datasets, test_datasets
+import features, test_datasets
 {encoder}
-datasets.cache_features(Other(), {str(tmp_path)!r}, {base!r}, "TRAIN", batch_size=3)
+features.cache_features(Other(), {str(tmp_path)!r}, {base!r}, "TRAIN", batch_size=3)
 """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.run(
@@ -344,7 +345,7 @@ def test_two_processes_do_not_cache_into_one_file(cache, tmp_path):
 
 def test_without_room_nothing_is_cached(cache, tmp_path, monkeypatch, capsys):
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: usage)
     assert cache(TinyEncoder()) is None
     assert "the encoder runs in every epoch" in capsys.readouterr().out
     assert not list(tmp_path.glob("*FEATURES*"))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from decoding import beam_search, finished_beams, greedy, sample
-from models import DecoderWithAttention
+from models import DecoderWithAttention, LSTMConfig
 
 WORDS = ["<pad>", *"abcdef", "<unk>", "<start>", "<end>"]
 WORD_MAP = {word: i for i, word in enumerate(WORDS)}
@@ -22,7 +22,9 @@ SIZE = 3  # the alphas cover SIZE × SIZE places
 def make_decoder(seed=0, word_map=WORD_MAP, end=0.0, std=1.0, **options):
     """Weights so large that captions differ in words and length; `end` adds to <end>'s score."""
     torch.manual_seed(seed)
-    decoder = DecoderWithAttention(len(word_map), 6, 5, 6, 24, encoded_image_size=SIZE, **options)
+    decoder = DecoderWithAttention(
+        LSTMConfig(len(word_map), 6, 5, 6, 24, encoded_image_size=SIZE, **options)
+    )
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=std)
     with torch.no_grad():

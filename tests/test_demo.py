@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import demo
+import draw_demo
 import utils
 
 COUNTS = {"train": 60, "val": 5, "test": 3}
@@ -269,7 +270,7 @@ def test_an_interrupted_run_leaves_no_json(tmp_path, monkeypatch, broken):
 
 def test_command_line_prints_where_the_json_is(tmp_path, monkeypatch, capsys):
     flags = ["--train", "2", "--val", "1", "--test", "0", "--image_size", "64"]
-    monkeypatch.setattr("sys.argv", ["demo.py", "--folder", str(tmp_path), *flags])
-    demo.main()
+    monkeypatch.setattr("sys.argv", ["draw_demo.py", "--folder", str(tmp_path), *flags])
+    draw_demo.main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "dataset_demo.json")
     assert len(list((tmp_path / "images").iterdir())) == 3

@@ -9,7 +9,8 @@ import torch
 from conftest import OFFLINE, ROOT, run_script
 
 import checkpoints
-from models import DecoderWithAttention, Encoder
+from encoders import Encoder
+from models import DecoderWithAttention, LSTMConfig
 
 TRAIN = ["--encoder", OFFLINE, "--encoded_image_size", 3, "--dropout", 0, "--amp", "off"]
 TRAIN += [f"--{name}_dim=32" for name in ("attention", "embed", "decoder")]
@@ -35,10 +36,11 @@ run_two = run_torchrun(2)
 
 
 STEPS = """
-import sys, torch, distributed
-from models import DecoderWithAttention, caption_loss
+import sys, torch
+from groundwork import distributed
+from models import DecoderWithAttention, LSTMConfig, caption_loss
 torch.manual_seed(0)
-decoder = DecoderWithAttention(20, 6, 5, 7, 8, dropout=0, encoded_image_size=3)
+decoder = DecoderWithAttention(LSTMConfig(20, 6, 5, 7, 8, dropout=0, encoded_image_size=3))
 optimizer = torch.optim.SGD(decoder.parameters(), lr=0.5)
 with distributed.group(torch.device("cpu")):
     for step in range(4):
@@ -100,7 +102,7 @@ def test_two_processes_train_the_same_parameters_as_one(runs, tiny_data):
     )
     torch.manual_seed(0)
     encoder = Encoder(OFFLINE, 3)
-    decoder = DecoderWithAttention(len(one["word_map"]), encoder.dim, 32, 32, 32, 0, 3)
+    decoder = DecoderWithAttention(LSTMConfig(len(one["word_map"]), encoder.dim, 32, 32, 32, 0, 3))
     # Adam makes a full step of a gradient that is nothing but rounding, as the encoder's are here,
     # so the parameters are compared as a whole, with how far training has brought them
     for part, start, apart in (("encoder", encoder, 0.25), ("decoder", decoder, 0.05)):

@@ -17,11 +17,13 @@ from torch import nn
 import benchmark
 import checkpoints
 import decoding
-import provenance
 import utils
+from captioner import Captioner
 from datasets import CaptionDataset, read_word_map
-from models import DecoderWithAttention, Encoder, EncoderError
-from utils import UserError
+from encoders import Encoder, EncoderError
+from groundwork import files, images, provenance
+from groundwork.errors import UserError
+from models import DecoderWithAttention, LSTMConfig
 
 MEMORY = 2**30  # bytes that reading may take
 
@@ -80,7 +82,7 @@ def image_files(_, folder):
         picture = image if name in ("PNG", "TIFF", "WEBP", "ICO") else image.convert("RGB")
         picture.save(buffer, name, **options)
         files.append((folder / f"picture.{name.lower()}", buffer.getvalue()))
-    return files, lambda path: utils.read_image(path, 16)
+    return files, lambda path: images.read_image(path, 16)
 
 
 def karpathy_files(_, folder):
@@ -199,7 +201,9 @@ def small(tiny_data):
     """A checkpoint of a model and of a run that can be continued."""
     torch.manual_seed(0)
     encoder = Encoder("squeezenet1_1", 3, weights=None)
-    decoder = DecoderWithAttention(len(WORDS), encoder.dim, 4, 4, 4, encoded_image_size=3)
+    decoder = DecoderWithAttention(
+        LSTMConfig(len(WORDS), encoder.dim, 4, 4, 4, encoded_image_size=3)
+    )
     return tiny_checkpoint(
         encoder_name="squeezenet1_1", encoder=encoder.state_dict(), decoder=decoder.state_dict()
     )
@@ -231,11 +235,11 @@ def test_checkpoints_with_odd_contents_are_used_or_refused_in_one_line(count, sm
         torch.save(contents, path)
         try:
             checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS)
-            model = checkpoints.load_model(path, "cpu", amp="off")
+            model = Captioner.load(path, "cpu", amp="off")
             images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
             features = model.encoder.features(images)
             decoding.beam_search(model.decoder, features, model.word_map, 1, 3)
-            list(provenance.lines(model.checkpoint.get("records", [])))
+            list(provenance.lines(model.about.get("records", [])))
         except (UserError, EncoderError) as error:
             assert str(error) and "\n" not in str(error)
             refused += 1
@@ -258,7 +262,7 @@ def test_pictures_cut_off_anywhere(name, tmp_path):
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         try:
-            image = utils.read_image(path, 8)
+            image = images.read_image(path, 8)
         except UserError as error:
             assert "cut" in str(error)
         else:  # the end of a file may hold nothing that is needed
@@ -288,4 +292,4 @@ def test_a_checkpoint_cut_off_anywhere(tmp_path):
 def test_endless_nesting_is_no_json(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 10**6)
     with pytest.raises(UserError, match="deep.json is not valid JSON"):
-        utils.read_json(tmp_path / "deep.json")
+        files.read_json(tmp_path / "deep.json")

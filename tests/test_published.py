@@ -16,9 +16,8 @@ from conftest import WORDS, failure, run_here
 from torch import nn
 
 import checkpoints
-import published
-import torch_files
-from utils import UserError
+from groundwork import published, torch_files
+from groundwork.errors import UserError
 
 VOCABULARY = len(WORDS)
 

@@ -10,10 +10,12 @@ import pytest
 from conftest import failure, needs_java, run_here
 from PIL import Image
 
-import eval as evaluation
+import evaluation
 import report
 import utils
+from captioner import Caption
 from datasets import CaptionDataset
+from groundwork import files
 
 PAGE = '<!DOCTYPE html><body style="width: {width}px"><script>{viewer}</script>{views}</body>'
 
@@ -215,7 +217,7 @@ def test_panels_show_where_the_attention_is(page, tmp_path, size, mean):
     """The formula of caption.py's pictures, pixel by pixel, away from the line at half."""
     rng = np.random.default_rng(0)
     alphas = rng.dirichlet(np.full(36, 0.3), size=2)
-    view = report.attention_view(noise(1, size, mean), [(["a", "dog"], alphas, -1.0)], 220)
+    view = report.attention_view(noise(1, size, mean), [Caption(["a", "dog"], -1.0, alphas)], 220)
     open_views(page, tmp_path, view)
     photo = np.asarray(image_of(view), float) / 255
     photo = photo ** np.clip(np.log(0.4) / np.log(photo.mean()), 0.45, 1)
@@ -243,7 +245,9 @@ def test_panels_show_where_the_attention_is(page, tmp_path, size, mean):
 
 
 def test_even_attention_leaves_the_photograph_as_it_is(page, tmp_path):
-    view = report.attention_view(noise(2, (220, 220), 150), [(["a"], np.ones((1, 9)), 0.0)], 220)
+    view = report.attention_view(
+        noise(2, (220, 220), 150), [Caption(["a"], 0.0, np.ones((1, 9)))], 220
+    )
     open_views(page, tmp_path, view)
     url = page.locator("figure canvas").evaluate("canvas => canvas.toDataURL()")
     drawn, photo = image_of({"image": url}).convert("RGB"), image_of(view)
@@ -255,7 +259,7 @@ def test_even_attention_leaves_the_photograph_as_it_is(page, tmp_path):
 def test_captions_of_any_length_are_legible(page, tmp_path, count, width):
     words = ["internationalisation" if t % 7 == 3 else "word" * (t % 3 + 1) for t in range(count)]
     rng = np.random.default_rng(0)
-    captions = [(words, rng.dirichlet(np.ones(9), size=count), -12.3)] * 2
+    captions = [Caption(words, -12.3, rng.dirichlet(np.ones(9), size=count))] * 2
     open_views(page, tmp_path, report.attention_view(noise(3, (300, 200), 120), captions, 256),
                width=width)  # fmt: skip
     outside = "all => all.map(e => { const b = e.getBoundingClientRect();"
@@ -275,7 +279,7 @@ def test_captions_of_any_length_are_legible(page, tmp_path, count, width):
 
 @pytest.mark.parametrize("size", [(2000, 40), (30, 2500)])
 def test_long_pictures_leave_room_for_the_words(page, tmp_path, size):
-    captions = [(["a", "dog"], np.ones((2, 9)), -1.0)]
+    captions = [Caption(["a", "dog"], -1.0, np.ones((2, 9)))]
     open_views(page, tmp_path, report.attention_view(Image.new("RGB", size), captions, 640))
     assert page.locator("attention-view").bounding_box()["height"] < 700
     for canvas in page.locator("canvas").all():
@@ -300,7 +304,10 @@ def test_on_a_narrow_screen_nothing_is_cut_off(opened):
 
 def test_one_of_several_captions_is_chosen_by_a_click(page, tmp_path):
     rng = np.random.default_rng(0)
-    captions = [(["a", "dog"], rng.random((2, 9)), -1.5), (["cats"], rng.random((1, 9)), -2.25)]
+    captions = [
+        Caption(["a", "dog"], -1.5, rng.random((2, 9))),
+        Caption(["cats"], -2.25, rng.random((1, 9))),
+    ]
     open_views(page, tmp_path, report.attention_view(noise(3, (300, 200), 120), captions, 256))
     assert page.locator(".captions li").all_inner_texts() == ["a dog −1.50", "cats −2.25"]
     assert page.locator(".captions .chosen").inner_text() == "a dog −1.50"
@@ -315,14 +322,14 @@ def write_by_hand(tiny_data, folder, texts, references=None, log=()):
     for reference, captions in zip(data.references, references or [], strict=False):
         reference["captions"] = captions
     rng = np.random.default_rng(0)
-    captions = [(text.split(), rng.dirichlet(np.ones(9), len(text.split()))) for text in texts]
+    captions = [
+        Caption(text.split(), -1.0, rng.dirichlet(np.ones(9), len(text.split()))) for text in texts
+    ]
     scores = evaluation.score({"beam 1": texts}, [r["captions"] for r in data.references])
 
-    class Model:
-        word_map = json.loads(utils.input_path(*tiny_data, "WORDMAP").read_text())
-
-    beams = [[(text, -1.0)] for text in texts]
-    return report.write(folder, Model, data, {1: captions}, beams, ["by hand"], scores, log)
+    word_map = json.loads(utils.input_path(*tiny_data, "WORDMAP").read_text())
+    beams = [[caption] for caption in captions]
+    return report.write(folder, word_map, data, {1: captions}, beams, ["by hand"], scores, log)
 
 
 def test_text_in_the_data_is_shown_and_not_run(tiny_data, tmp_path, page, monkeypatch):
@@ -344,16 +351,16 @@ def test_text_in_the_data_is_shown_and_not_run(tiny_data, tmp_path, page, monkey
 
 def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypatch):
     monkeypatch.setenv("PATH", "")  # no Java: the test takes a second instead of ten
-    known = list(utils.read_json(utils.input_path(*tiny_data, "WORDMAP")))[:2]
+    known = list(files.read_json(utils.input_path(*tiny_data, "WORDMAP")))[:2]
     first, second = known
-    train = utils.read_json(utils.input_path(*tiny_data, "REFERENCES", "TRAIN"))
+    train = files.read_json(utils.input_path(*tiny_data, "REFERENCES", "TRAIN"))
     learned = train[0]["captions"][0]
     texts = [f"{first} {second}"] * 3 + [f"{second} zebra"] * 2 + [learned, first, second]
     path = write_by_hand(tiny_data, tmp_path, texts)
     page.goto(path.as_uri())
     lines = page.locator("table.words tr").all_inner_texts()
     said = {first, second, *utils.tokenize(learned)}
-    vocabulary = len(utils.read_json(utils.input_path(*tiny_data, "WORDMAP"))) - 4
+    vocabulary = len(files.read_json(utils.input_path(*tiny_data, "WORDMAP"))) - 4
     assert f"{len(said)} of {vocabulary}" in lines[0]
     assert "100.0% of all their words" in lines[1]
     assert "62.5%" in lines[2]  # five of eight

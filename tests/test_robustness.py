@@ -1,6 +1,5 @@
 """Perturbations, their table and their picture, against computations of the test's own."""
 
-import argparse
 import io
 import json
 from itertools import pairwise
@@ -19,8 +18,11 @@ from torch.nn import functional as F
 import checkpoints
 import robustness
 import utils
+from captioner import Captioner
+from config import SearchConfig
 from datasets import CaptionDataset, read_word_map
-from models import DecoderWithAttention, Encoder, caption_loss
+from encoders import Encoder
+from models import DecoderWithAttention, LSTMConfig, caption_loss
 
 
 def first(data, count):
@@ -36,7 +38,7 @@ def checkpoint(tiny_data, tmp_path_factory):
     torch.manual_seed(0)
     word_map = read_word_map(folder, base)
     encoder = Encoder(OFFLINE, 3)
-    decoder = DecoderWithAttention(len(word_map), encoder.dim, 64, 64, 64, 0, 3)
+    decoder = DecoderWithAttention(LSTMConfig(len(word_map), encoder.dim, 64, 64, 64, 0, 3))
     data = CaptionDataset(folder, base, "TEST")
     images, captions, lengths = first(data, 8)
     with torch.no_grad():
@@ -59,7 +61,7 @@ def checkpoint(tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    return checkpoints.load_model(checkpoint, "cpu", amp="off")
+    return Captioner.load(checkpoint, "cpu", amp="off")
 
 
 @pytest.fixture(scope="module")
@@ -287,12 +289,10 @@ def test_batches_of_another_size_give_the_same_captions(model, tiny_data, monkey
     names = ["none", "noise, σ = 0.1", "FGSM, ε = 0.02", "random signs, ε = 0.02"]
     few = {name: robustness.PERTURBATIONS[name] for name in names}
     monkeypatch.setattr(robustness, "PERTURBATIONS", few)
-    options = argparse.Namespace(
-        beam_size=[2], max_len=12, length_penalty=0.0, device=model.device, workers=0
-    )
     found = []
-    for options.batch_size in (2, 8):
-        found.append(robustness.caption(model, CaptionDataset(*tiny_data, "TEST"), 5, options))
+    for batch_size in (2, 8):
+        search = SearchConfig(max_length=12, batch_size=batch_size, workers=0)
+        found.append(robustness.caption(model, CaptionDataset(*tiny_data, "TEST"), 5, 2, search))
     one, two = found
     assert one.captions == two.captions
     assert len(one.captions["none"]) == 5 and one.captions["none"] != one.captions[names[1]]

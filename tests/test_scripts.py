@@ -94,7 +94,7 @@ def test_the_log_has_a_line_an_epoch_of_both_stages_and_the_curves_are_drawn(tra
 
 def test_fine_tuning_changes_the_late_stages_of_the_encoder_alone(trained):
     output, base, _ = trained
-    from models import Encoder
+    from encoders import Encoder
 
     tuned = checkpoints.load_checkpoint(checkpoints.checkpoint_path(output, base))
     assert tuned["stage"] == "finetune"

@@ -19,7 +19,7 @@ from test_distributed import run_two
 
 import checkpoints
 import decoding
-import tensorboard_log
+from groundwork import tensorboard_log
 
 CAPTIONS, STEPS = 80, 3  # of an epoch of the tiny data: 8 images in batches of 3 at most
 RUN = ["--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 8, "--encoded_image_size", 3]
@@ -174,7 +174,8 @@ def test_the_run_is_the_same_without(run, tiny_data, tmp_path):
 # Kills training at the first checkpoint after some steps and validations.
 KILLED = """
 import functools, os, signal, sys
-import checkpoints, decoding, torch, train, utils
+import checkpoints, decoding, torch, train, metrics
+from groundwork import errors
 decoding.greedy = functools.partial(decoding.greedy, max_length=6)
 steps, validations = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 def count(owner, name):
@@ -184,13 +185,13 @@ def count(owner, name):
         return call(*arguments, **options)
     setattr(owner, name, counted)
     return calls
-stepped, validated = count(torch.optim.Adam, "step"), count(train.metrics, "bleu")
+stepped, validated = count(torch.optim.Adam, "step"), count(metrics, "bleu")
 def save(*arguments, save=checkpoints.save_checkpoint):
     if len(stepped) >= steps and len(validated) >= validations:
         os.kill(os.getpid(), signal.SIGKILL)
     save(*arguments)
 checkpoints.save_checkpoint = save
-utils.run(train.main)
+errors.run(train.main)
 """
 
 

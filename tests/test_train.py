@@ -13,9 +13,12 @@ import torch
 from conftest import OFFLINE, ROOT, run_here, run_script
 
 import checkpoints
-import provenance
+import datasets
+import objectives
 import train
+import training
 import utils
+from groundwork import files
 
 SMALL = ["--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 8, "--encoded_image_size", 3]
 
@@ -106,7 +109,8 @@ def test_resuming_names_what_it_takes_and_what_it_cannot(tiny_data, tmp_path):
 # or renaming of any file, each counted.
 DISTURBED = """
 import os, sys
-import torch, train, utils
+import torch, train, metrics
+from groundwork import errors, files
 number, moment = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 events = 0
 def watch(owner, name):
@@ -120,10 +124,10 @@ def watch(owner, name):
     setattr(owner, name, watched)
 watch(torch.optim.Adam, "step")
 watch(torch, "save")
-watch(utils, "flush")
+watch(files, "flush")
 watch(os, "replace")
-watch(train.metrics, "bleu")
-utils.run(train.main)
+watch(metrics, "bleu")
+errors.run(train.main)
 """
 
 
@@ -224,13 +228,13 @@ def run_tiny(tiny_data, output, *arguments):
 
 def spoil(monkeypatch, factors):
     """Multiplies the loss of training's steps by the factors, then by 1."""
-    factors, loss = iter(factors), train.caption_loss
+    factors, loss = iter(factors), objectives.caption_loss
 
     def spoilt(*arguments):
         value = loss(*arguments)
         return value * next(factors, 1.0) if value.requires_grad else value
 
-    monkeypatch.setattr(train, "caption_loss", spoilt)
+    monkeypatch.setattr(objectives, "caption_loss", spoilt)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +244,9 @@ def spoil(monkeypatch, factors):
 )
 def test_a_step_that_is_not_finite_is_skipped(tiny_data, tmp_path, monkeypatch, factor, reason):
     if factor == 3e38:
-        clean = train.caption_loss
+        clean = objectives.caption_loss
         monkeypatch.setattr(
-            train, "caption_loss", lambda *arguments: _Overflow.apply(clean(*arguments))
+            objectives, "caption_loss", lambda *arguments: _Overflow.apply(clean(*arguments))
         )
         _Overflow.steps = {2}
     else:
@@ -285,7 +289,7 @@ def test_many_such_steps_stop_training_with_the_last_good_checkpoint(
     process, _ = run_tiny(tiny_data, tmp_path, *run)
     assert process.returncode == 1
     line = process.stderr.splitlines()[-1]
-    assert f"{train.SKIPS} steps in a row skipped" in line and f"{path} and " in line
+    assert f"{training.SKIPS} steps in a row skipped" in line and f"{path} and " in line
     assert process.stdout.count("skipped: the loss is nan") == 7
     assert path.read_bytes() == before
     checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS)
@@ -301,9 +305,9 @@ def test_an_epoch_whose_last_step_was_skipped_is_saved(tiny_data, tmp_path, monk
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # which shows where the operation was called
 def test_detect_anomaly_names_the_operation(tiny_data, tmp_path, monkeypatch):
-    loss = train.caption_loss
+    loss = objectives.caption_loss
     monkeypatch.setattr(
-        train,
+        objectives,
         "caption_loss",
         lambda *arguments: (value := loss(*arguments)) + 0 * (value - value).sqrt(),
     )
@@ -349,7 +353,7 @@ def test_deterministic_runs_end_with_equal_weights(tiny_data, tmp_path, device):
 
 def test_a_second_run_into_the_folder_is_refused(tiny_data, tmp_path):
     path = checkpoints.checkpoint_path(tmp_path, tiny_data[1])
-    with utils.sole_writer(path, "wait"):
+    with files.sole_writer(path, "wait"):
         process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 1)
     assert process.returncode == 1
     line = process.stderr.splitlines()[-1]
@@ -426,14 +430,14 @@ def test_the_fingerprint_changes_with_the_data(tiny_data, tmp_path):
     folder, base = tiny_data
     for path in folder.glob(f"*{base}*"):
         shutil.copy(path, tmp_path)
-    same = provenance.fingerprint(tmp_path, base)
-    assert same == provenance.fingerprint(folder, base)
+    same = datasets.fingerprint(tmp_path, base)
+    assert same == datasets.fingerprint(folder, base)
     with h5py.File(utils.input_path(tmp_path, base, "IMAGES", "VAL"), "r+") as file:
         file["images"][0, 0, 0, 0] ^= 1
-    changed = provenance.fingerprint(tmp_path, base)
+    changed = datasets.fingerprint(tmp_path, base)
     captions = utils.input_path(tmp_path, base, "CAPTIONS", "TRAIN")
     captions.write_text(captions.read_text() + " ")
-    assert len({same, changed, provenance.fingerprint(tmp_path, base)}) == 3
+    assert len({same, changed, datasets.fingerprint(tmp_path, base)}) == 3
 
 
 def test_overwriting_gives_up_what_the_run_does_not_continue(tiny_data, tmp_path):

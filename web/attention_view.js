@@ -4,7 +4,7 @@
 // keys step. Of several captions one is chosen by a click.
 //
 // alphas: base64 of T rows of L = size² bytes, one a word, row by row over the image, 255 at the
-// greatest of each word.
+// greatest of each word; null of a model without attention, which then has no panels.
 (() => {
   const AMBER = [255, 184, 28];
   const PANEL = 220; // pixels along the longer side; shown at half of that, or less
@@ -19,6 +19,7 @@
     .word { font: inherit; color: inherit; background: none; border: 0; border-radius: 4px;
             padding: 1px 5px; cursor: pointer; }
     .steps { display: flex; align-items: center; gap: 8px; margin-bottom: 12px; font-size: 13px; }
+    .steps[hidden] { display: none; }
     .steps button { font: inherit; color: inherit; background: none; cursor: pointer;
                     border: 1px solid currentColor; border-radius: 4px; padding: 1px 9px; }
     .steps span { opacity: 0.75; }
@@ -134,7 +135,7 @@
     choose(i) {
       const { words, alphas } = this.captions[i];
       this.words = words;
-      this.grids = decode(alphas, words.length);
+      this.grids = alphas && decode(alphas, words.length);
       this.pinned = null;
       this.build(i);
       this.panels.forEach((panel, t) =>
@@ -152,7 +153,7 @@
       };
       this.labels = this.words.map((word, t) =>
         watch(element("button", { className: "word", textContent: word, tabIndex: -1 }), t));
-      this.panels = this.words.map((word, t) =>
+      this.panels = (this.grids ? this.words : []).map((word, t) =>
         watch(element("figure", { title: word },
           element("figcaption", { textContent: word }), element("canvas")), t));
       this.where = element("span", { ariaLive: "polite" });
@@ -172,7 +173,7 @@
         element("div", { className: "photo" }, this.photo),
         element("div", { className: "side" },
           element("div", { className: "caption" }, ...this.labels),
-          element("div", { className: "steps" },
+          element("div", { className: "steps", hidden: !this.grids },
             step("◀", "word before", -1), step("▶", "next word", 1), this.where),
           element("div", { className: "strip" }, ...this.panels),
           ...(others.length > 1 ? [element("ol", { className: "captions" }, ...others)] : [])));
@@ -192,7 +193,7 @@
     }
 
     show(t) {
-      draw(this.photo, this.image, 600, t === null ? null : this.grids[t]);
+      draw(this.photo, this.image, 600, t === null || !this.grids ? null : this.grids[t]);
       for (const parts of [this.labels, this.panels]) {
         parts.forEach((part, i) => part.classList.toggle("shown", i === t));
       }

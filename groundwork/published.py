@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-import torch_files
-from torch_files import Inert
+from groundwork import torch_files
+from groundwork.torch_files import Inert
 
 DEPTH, NAME = 20, 200  # of modules in modules; letters of a tensor's name
 

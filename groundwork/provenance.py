@@ -9,25 +9,24 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision
 
-import distributed
-import utils
-from datasets import open_images
+from groundwork import distributed
+from groundwork.errors import printable
 
 # what `lines` shows
 KEYS = {"started", "seconds", "command", "code", "python", "torch", "torchvision", "cuda", "device"}
 KEYS |= {"machine", "data", "seed"}
 
 
-def describe(options, base):
+def describe(data, seed, device):
     """A record of a run that begins now: texts and numbers by name.
 
     Args:
-        options: of train.py, `data_folder`, `seed` and `device` among them.
-        base: name of the data set.
+        data: the data set's name and fingerprint, text.
+        seed: of everything that is drawn at random.
+        device: torch.device that it computes on.
     """
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -37,30 +36,13 @@ def describe(options, base):
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # by itself a class of its own
         "torchvision": torchvision.__version__,
-        "cuda": torch.version.cuda if options.device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "machine": f"{platform.node()}, {platform.platform()}",
-        "device": _device(options.device),
+        "device": _device(device),
         "processes": distributed.world_size,
-        "seed": options.seed,
-        "data": f"{base}, {fingerprint(options.data_folder, base)}",
+        "seed": seed,
+        "data": data,
     }
-
-
-def fingerprint(data_folder, base):
-    """Hash of a data set's captions, references, words, and of 64 images of each split."""
-    digest = hashlib.sha256()
-    for split in (None, "TRAIN", "VAL", "TEST"):
-        for kind in ("WORDMAP",) if split is None else ("CAPTIONS", "CAPLENS", "REFERENCES"):
-            path = utils.input_path(data_folder, base, kind, split)
-            if path.exists():
-                digest.update(path.read_bytes())
-        path = split and utils.input_path(data_folder, base, "IMAGES", split)
-        if path and path.exists():
-            images = open_images(path)
-            digest.update(str(images.shape).encode())
-            for i in np.linspace(0, len(images) - 1, min(64, len(images)), dtype=int):
-                digest.update(images[i].tobytes())
-    return digest.hexdigest()[:16]
 
 
 def lines(records):
@@ -71,11 +53,11 @@ def lines(records):
             for name in ("python", "torch", "torchvision", "cuda")
             if record[name]
         )
-        yield utils.printable(
+        yield printable(
             f"trained from {record['started']} for {record['seconds']:.0f} s by: "
             f"{record['command']}"
         )
-        yield utils.printable(
+        yield printable(
             f"  code {record['code']}; {versions}; {record['device']} of {record['machine']}; "
             f"data {record['data']}; seed {record['seed']}"
         )
@@ -83,7 +65,7 @@ def lines(records):
 
 def _code():
     """The git commit, and whether files differ from it; without git, a hash of the modules."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
 
     def git(*arguments):
         call = ["git", "-C", str(folder), *arguments]
@@ -95,7 +77,10 @@ def _code():
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + (", with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        contents = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+        contents = b"".join(
+            path.read_bytes()
+            for path in sorted([*folder.glob("*.py"), *folder.glob("groundwork/*.py")])
+        )
         return f"sha256 {hashlib.sha256(contents).hexdigest()[:16]}, not in git"
 
 

@@ -6,8 +6,8 @@ The horizontal axis counts the captions that the run has trained on.
 import sys
 import threading
 
-import utils
-from utils import UserError
+from groundwork.errors import UserError, printable
+from groundwork.files import os_errors_as_user_errors
 
 # Tag of what a line of the log holds
 TAGS = {"loss": "loss/train", "val_loss": "loss/validation"}
@@ -53,7 +53,7 @@ class EventLog:
         self.folder, self.broken = folder, False
         self.hook, threading.excepthook = threading.excepthook, self._pass_over
         try:
-            with utils.os_errors_as_user_errors(folder):
+            with os_errors_as_user_errors(folder):
                 self.writer = SummaryWriter(folder, purge_step=start)
         except UserError:
             threading.excepthook = self.hook
@@ -66,7 +66,7 @@ class EventLog:
         experiment, session, _ = hparams(shown, metrics)  # the third would say that it has ended
         for summary in (experiment, session):
             self._write(self.writer.file_writer.add_summary, summary)
-        lines = [utils.printable(f"{name}: {value}") for name, value in record.items()]
+        lines = [printable(f"{name}: {value}") for name, value in record.items()]
         code = "".join(f"    {line}\n" for line in lines)  # Markdown leaves it as it is
         self._write(self.writer.add_text, "run", code, start)
 
@@ -77,15 +77,18 @@ class EventLog:
             self._write(self.writer.add_scalar, tag, rate, captions)
 
     def epoch(self, captions, record, examples):
-        """An epoch's line of the log, and examples: (reference, PIL.Image, words, alphas) each."""
+        """An epoch's line of the log, and examples.
+
+        Args:
+            examples: (file name, a human caption, the model's, matplotlib figure) each.
+        """
         for key, tag in TAGS.items():
             self._write(self.writer.add_scalar, tag, record[key], captions)
-        for number, (reference, image, words, alphas) in enumerate(examples, start=1):
-            name = utils.printable(f"{number} {reference['filename']}")
-            figure = utils.attention_figure(image, words, alphas)
+        for number, (filename, human, caption, figure) in enumerate(examples, start=1):
+            name = printable(f"{number} {filename}")
             self._write(self.writer.add_figure, f"attention/{name}", figure, captions)
-            lines = [f"model: {' '.join(words)}", f"human: {reference['captions'][0]}"]
-            code = "".join(f"    {utils.printable(line)}\n" for line in lines)
+            lines = [f"model: {caption}", f"human: {human}"]
+            code = "".join(f"    {printable(line)}\n" for line in lines)
             self._write(self.writer.add_text, f"captions/{name}", code, captions)
 
     def flush(self):
@@ -101,7 +104,7 @@ class EventLog:
         if self.broken:
             return
         try:
-            with utils.os_errors_as_user_errors(self.folder):
+            with os_errors_as_user_errors(self.folder):
                 write(*arguments)
         except UserError as error:
             self.broken = True

@@ -1,0 +1,267 @@
+"""From pictures to captions in Python: the one way in, which the scripts use themselves.
+
+from captioner import Captioner
+model = Captioner.load("BEST_checkpoint_….pth.tar")
+for caption in model.caption(["x.jpg", image, array], beam_size=5):
+    print(caption.text, caption.log_prob)
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
+from os import PathLike
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from groundwork.isolation import own_modules
+
+with own_modules():  # a user's process may have other modules of these names
+    import checkpoints
+    import decoding
+    import pictures
+    from contract import Decoder
+    from encoders import Encoder
+    from groundwork import images as image_files
+    from groundwork.devices import choose_device, has_fast_bfloat16
+    from groundwork.errors import UserError
+    from groundwork.files import read_json
+    from utils import SPECIAL_WORDS, check_word_map
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption, and where the model looked."""
+
+    words: list[str]
+    log_prob: float  # Σ log p of the words and of <end>, natural logarithm
+    alphas: Tensor | None  # (len(words), L) float32 on the CPU; None of a decoder without attention
+
+    @property
+    def text(self):
+        return " ".join(self.words)
+
+    def draw(self, image):
+        """The picture of where the model looked for each word.
+
+        Args:
+            image: what was captioned, as `Captioner.caption` takes it.
+
+        Returns:
+            RGB PIL.Image, 1320 pixels wide or less.
+        """
+        return pictures.draw_attention(to_picture(image), self.words, self.alphas)
+
+
+@dataclass
+class Captioner:
+    """A trained model, ready to caption."""
+
+    encoder: Encoder
+    decoder: Decoder
+    word_map: dict[str, int]  # in the order of the indices
+    image_size: int  # side of the squares that the encoder is given, pixels
+    device: torch.device
+    amp: bool  # compute in bfloat16
+    about: dict  # the checkpoint without its weights: options, stage, epoch, scores, log, …
+
+    @classmethod
+    def load(cls, path, device=None, amp="auto", word_map=None):
+        """The model of a checkpoint file.
+
+        Args:
+            path: written by train.py, or of the older published form.
+            device: "cuda", "cuda:1", "cpu"; None: CUDA when present, else the CPU.
+            amp: "auto" computes in bfloat16 where the device is faster in it, "off" in float32.
+            word_map: path of a WORDMAP file, for a checkpoint that holds no word map.
+
+        Raises:
+            UserError: a file is missing or damaged, or the word map is of another vocabulary.
+        """
+        device = choose_device(device)
+        checkpoint = checkpoints.load_checkpoint(path)
+        encoder, decoder = checkpoints.build_models(checkpoint)
+        words, source = checkpoint.get("word_map"), path
+        if words is None:
+            if word_map is None:
+                raise UserError(f"{path} holds no word map: name its WORDMAP file with --word_map")
+            words, source = read_json(word_map), word_map
+        check_word_map(words, source)
+        if len(words) != decoder.config.vocab_size:
+            raise UserError(
+                f"{source} is of another vocabulary ({len(words)} words) than the decoder of "
+                f"{path} ({decoder.config.vocab_size})"
+            )
+        words = dict(sorted(words.items(), key=itemgetter(1)))
+        encoder.to(device, memory_format=torch.channels_last).fold_batch_norm()
+        amp = amp == "auto" and has_fast_bfloat16(device)
+        weights = ("encoder", "decoder", "optimizer")
+        about = {key: value for key, value in checkpoint.items() if key not in weights}
+        size = checkpoint["image_size"]
+        return cls(encoder, decoder.to(device), words, size, device, amp, about)
+
+    def caption(
+        self,
+        images,
+        beam_size=5,
+        n=None,
+        temperature=0.0,
+        max_length=decoding.MAX_LENGTH,
+        length_penalty=0.0,
+        batch_size=32,
+        seed=None,
+    ):
+        """Captions images, a batch at a time as they are asked for.
+
+        Args:
+            images: one or an iterable of paths, PIL.Images, uint8 arrays (H, W, 3) or uint8 tensors
+                (3, H, W), RGB, of any size.
+            beam_size: partial captions kept at each step.
+            n: how many captions of an image, the likeliest first: of the beam, so `beam_size` at
+                most, or as many drawn.
+            temperature: above 0, words are drawn at random with p^(1 / temperature) instead of
+                searched for.
+            max_length: words, at most.
+            length_penalty: α: captions are compared by log p / length^α.
+            batch_size: images captioned together.
+            seed: of what is drawn; None: another draw each time.
+
+        Yields:
+            a `Caption` for each image, or where `n` is given, a list of them.
+
+        Raises:
+            UserError: an image cannot be read, or a number cannot be.
+        """
+        self.check_beam_size(beam_size)
+        if n is not None and not 1 <= n <= (beam_size if temperature == 0 else n):
+            raise UserError(
+                f"a beam of {beam_size} has no {n} captions: widen it, or ask for fewer"
+            )
+        if temperature < 0:
+            raise UserError(f"a temperature of {temperature:g} is below 0")
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+
+        def found():
+            for features in self.encode_ahead(self._batches(images, batch_size)):
+                if temperature == 0:
+                    captions = self.search(features, beam_size, n or 1, max_length, length_penalty)
+                else:
+                    captions = self.sample(features, n or 1, temperature, max_length, generator)
+                yield from captions if n is not None else (one for [one] in captions)
+
+        return found()
+
+    def _batches(self, images, batch_size):
+        """uint8 (batch_size, 3, S, S) of images as `caption` takes them."""
+        one = isinstance(images, str | PathLike | Image.Image) or getattr(images, "ndim", 0) == 3
+        pictures = map(to_picture, [images] if one else images)
+        while squares := [
+            image_files.squeeze(picture, self.image_size)
+            for picture in islice(pictures, batch_size)
+        ]:
+            yield torch.from_numpy(np.stack(squares))
+
+    def check_beam_size(self, beam_size):
+        """Raises UserError for a beam wider than there are words to say."""
+        words = len(self.word_map) - len(SPECIAL_WORDS)
+        if not 1 <= beam_size <= words:
+            raise UserError(
+                f"--beam_size {beam_size} is larger than the vocabulary of {words} words"
+                if beam_size > words
+                else f"--beam_size {beam_size} is less than 1"
+            )
+
+    def autocast(self):
+        """The context in which the model computes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def encode_ahead(self, batches: Iterable[Tensor]):
+        """`Encoder.features` of batches of images: on CUDA each computed while the one before it
+        is in use; on a CPU, whose cores are busy either way, when it is asked for.
+
+        Args:
+            batches: uint8 (n, 3, S, S) each.
+
+        Yields:
+            (n, g, g, D) in the compute precision, on the model's device.
+        """
+
+        @torch.inference_mode()
+        def encode(images):
+            with self.autocast():
+                return self.encoder.features(images.to(self.device, non_blocking=True))
+
+        if self.device.type != "cuda":
+            yield from map(encode, batches)
+            return
+        stream = torch.cuda.Stream(self.device)
+
+        def encode_aside(images):
+            with torch.cuda.stream(stream):
+                features = encode(images)
+            stream.synchronize()
+            return features
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque()
+            for images in batches:
+                ahead.append(pool.submit(encode_aside, images))
+                if len(ahead) == 2:
+                    yield ahead.popleft().result()
+            yield from (future.result() for future in ahead)
+
+    def search(
+        self, features, beam_size=5, n=1, max_length=decoding.MAX_LENGTH, length_penalty=0.0
+    ):
+        """What beam search finds for features from `encode_ahead`: for each image `n` captions or
+        fewer, the best first; the other arguments as in `caption`."""
+        with self.autocast():
+            arguments = (self.decoder, features, self.word_map, beam_size, max_length)
+            if n == 1:
+                found = [[caption] for caption in decoding.beam_search(*arguments, length_penalty)]
+            else:
+                found = decoding.finished_beams(*arguments, length_penalty)
+        return [list(map(self._in_words, captions[:n])) for captions in found]
+
+    def sample(self, features, n, temperature=1.0, max_length=decoding.MAX_LENGTH, generator=None):
+        """`n` captions drawn for each image's features, the likeliest first."""
+        with self.autocast():
+            drawn = decoding.sample(
+                self.decoder,
+                features.repeat_interleave(n, dim=0),
+                self.word_map,
+                max_length,
+                temperature,
+                generator,
+            )
+        captions = map(self._in_words, drawn)
+        return [
+            sorted(islice(captions, n), key=lambda caption: -caption.log_prob)
+            for _ in range(len(features))
+        ]
+
+    def _in_words(self, caption):
+        words = list(self.word_map)
+        return Caption([words[i] for i in caption.words], caption.log_prob, caption.alphas)
+
+
+def to_picture(image):
+    """An upright RGB PIL.Image of what `Captioner.caption` takes. Raises UserError."""
+    if isinstance(image, str | PathLike):
+        return image_files.open_image(image)
+    if isinstance(image, Image.Image):
+        return image_files.to_rgb(image)
+    if isinstance(image, Tensor):
+        image = image.movedim(0, -1).cpu().numpy() if image.dim() == 3 else image.cpu().numpy()
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image)
+        raise UserError(
+            "an image is a path, a PIL.Image, a uint8 array (H, W, 3) or a uint8 tensor "
+            f"(3, H, W), not {kind}"
+        )
+    return Image.fromarray(image)

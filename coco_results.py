@@ -1,0 +1,66 @@
+"""Captions and references as files: COCO results, COCO annotations, Karpathy's JSON."""
+
+from groundwork.errors import UserError
+from groundwork.files import read_json, write_json
+from utils import SPLITS, read_karpathy, reference_of, tokenize
+
+
+def read_references(path, split):
+    """Image id -> its human captions, of a split of Karpathy's JSON or of COCO's own format."""
+    contents = read_json(path)
+    references = {}
+    if isinstance(contents, dict) and "annotations" in contents:
+        for id_, caption in _image_captions(contents["annotations"], path):
+            references.setdefault(id_, []).append(caption)
+    else:
+        for i, image in enumerate(read_karpathy(path)):
+            reference = reference_of(image, i)
+            if SPLITS[image["split"]] == split.upper() and reference["captions"]:
+                references[reference["id"]] = reference["captions"]
+    if not references:
+        raise UserError(f"{path} has no captions of the {split} split")
+    for id_, texts in references.items():
+        if not any(map(tokenize, texts)):
+            raise UserError(f"{path} has no words for image {id_}: leave it out")
+    return references
+
+
+def read_results(path):
+    """Image id -> caption, of a file of COCO results. Raises UserError."""
+    captions = {}
+    for id_, caption in _image_captions(read_json(path), path):
+        if id_ in captions:
+            raise UserError(f"{path} has several captions for image {id_}")
+        captions[id_] = caption
+    return captions
+
+
+def _image_captions(entries, path):
+    """Yields id and caption of a list of {"image_id", "caption"}."""
+    for entry in entries if isinstance(entries, list) else [None]:
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("image_id"), int | str)
+            or not _is_text(entry.get("caption"))
+        ):
+            raise UserError(f'{path} is no list of {{"image_id", "caption"}}')
+        yield entry["image_id"], entry["caption"]
+
+
+def _is_text(value):
+    """Whether a value of JSON is text that can be written: it may hold halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def write_results(path, references, texts):
+    """Writes COCO results: a list of {"image_id", "caption"}.
+
+    Args:
+        references: with the ids of the images, as the REFERENCES files hold them.
+        texts: a caption for each.
+    """
+    results = [
+        {"image_id": reference["id"], "caption": text}
+        for reference, text in zip(references, texts, strict=True)
+    ]
+    write_json(path, results)

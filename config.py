@@ -1,0 +1,48 @@
+"""What a run is made with. The command line takes its defaults from here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder and decoder. Which of the sizes and choices a decoder has, its own `Config` tells."""
+
+    encoder: str = "resnet101"  # a torchvision model or timm:NAME
+    encoded_image_size: int = 14  # side of the attention's grid
+    decoder: str = "lstm"  # of `contract.DECODERS`
+    gate: str = "scalar"  # one β_t, or one for each "channel"
+    deep_output: bool = False  # the paper's output layer, eq. 7
+    attention_dim: int = 512
+    embed_dim: int = 512
+    decoder_dim: int = 512
+    dropout: float = 0.5  # probability, before the vocabulary layer
+    embed_dropout: float = 0.0  # probability, on the words' embeddings
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the model is trained."""
+
+    epochs: int = 120  # at most, in each stage
+    batch_size: int = 80  # captions, stage 1
+    finetune_batch_size: int = 32  # captions, stage 2
+    decoder_lr: float = 4e-4  # Adam
+    encoder_lr: float = 1e-4
+    schedule: str = "plateau"  # or "cosine"
+    patience: int = 8  # epochs, of the plateau schedule
+    stop_after: int = 20  # epochs without a better BLEU-4
+    grad_clip: float = 5.0  # element-wise
+    alpha_c: float = 1.0  # weight of doubly stochastic attention
+    label_smoothing: float = 0.0  # share spread over the vocabulary
+    views: int = 1  # of an image to train on
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How a split is captioned, beside the width of the beam."""
+
+    max_length: int = 50  # words of a caption, at most
+    length_penalty: float = 0.0  # α: captions are compared by log p / length^α
+    batch_size: int = 50  # images
+    workers: int | None = None  # processes that read ahead; None: the device's usual

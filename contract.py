@@ -1,0 +1,138 @@
+"""What a decoder is: all that search, training, evaluation, pictures and checkpoints know of one.
+
+A variant is a class derived from `Decoder` with a `Config`, and a line `@register(name)` above it.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+DECODERS: dict[str, type["Decoder"]] = {}  # by the name that --decoder takes and checkpoints keep
+
+
+def register(name):
+    """A class decorator: the decoder of that name."""
+
+    def add(decoder):
+        DECODERS[name], decoder.name = decoder, name
+        return decoder
+
+    return add
+
+
+class Selectable(Protocol):
+    """The memory of some images, or the state of some rows."""
+
+    def select(self, rows: Tensor) -> "Selectable":
+        """Those of the given images or rows: indices or a mask."""
+
+
+class Decoder(nn.Module):
+    """Writes captions from `encoder_out`, word by word.
+
+    Args:
+        config: of the class's own `Config`, a dataclass of numbers and texts that all decoders'
+            have these fields in common: `vocab_size` V, `encoder_dim` D, and `encoded_image_size`,
+            the side of the grid that alphas cover. Its `__post_init__` raises ValueError for values
+            that cannot be.
+    """
+
+    Config: ClassVar[type]
+    name: ClassVar[str]  # by which it is registered
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def prepare(self, encoder_out: Tensor) -> Selectable:
+        """The memory: everything that the steps share, from (I, g, g, D) of any grid g."""
+        raise NotImplementedError
+
+    def init_state(self, memory: Selectable) -> Selectable:
+        """The state before the first word, a row per image."""
+        raise NotImplementedError
+
+    def step(self, words: Tensor, state: Any, memory: Any) -> tuple[Tensor, Tensor | None, Any]:
+        """One decoding step, which greedy, sampling and beam search share.
+
+        Args:
+            words: (I·K,) int64, the previous word of K captions of each image of the memory.
+            state: their state, I·K rows, image by image.
+            memory: from `prepare`.
+
+        Returns:
+            scores (I·K, V) before the softmax; alphas (I·K, L) float32, None from a decoder that
+            has no attention; and the next state.
+        """
+        raise NotImplementedError
+
+    def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor):
+        """Teacher forcing: scores of every word given the true words before it.
+
+        Args:
+            encoder_out: (I, g, g, D) from `Encoder` or `Encoder.features`.
+            captions: (I·K, T) int64, `<start>` to `<end>`; caption i belongs to image i // K.
+            lengths: (I·K,) int64 from 2 to T, with `<start>` and `<end>`.
+
+        Returns:
+            scores: PackedSequence of (Σ(lengths - 1), V) before the softmax.
+            targets: PackedSequence of the words to predict, alike.
+            alphas: (I·K, max(lengths) - 1, L) float32, zero past a caption's end; or None.
+        """
+        raise NotImplementedError
+
+
+def make_config(name, values):
+    """The configuration of the decoder of that name.
+
+    Args:
+        values: dict of its fields; those with defaults may be missing.
+
+    Raises:
+        ValueError: there is no such decoder, no such field, or a value cannot be.
+    """
+    fields = config_fields(name)
+    if unknown := values.keys() - fields.keys():
+        raise ValueError(f"decoder {name!r} has no {min(unknown)}")
+    for key, field in fields.items():
+        kinds = (int, float) if field.type is float else (field.type,)
+        if key in values and type(values[key]) not in kinds:
+            raise ValueError(f"its {key} is {values[key]!r}")
+        if key not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"it has no {key}")
+    return DECODERS[name].Config(**values)
+
+
+def config_fields(name):
+    """Name -> dataclasses.Field of the configuration of the decoder of that name.
+
+    Raises:
+        ValueError: there is no such decoder.
+    """
+    if name not in DECODERS:
+        raise ValueError(f"there is no decoder {name!r}: known are {', '.join(DECODERS)}")
+    return {field.name: field for field in dataclasses.fields(DECODERS[name].Config)}
+
+
+def build_decoder(name, config, state=None):
+    """The decoder of that name and configuration, with random weights or those of a state dict.
+
+    Raises:
+        ValueError: the weights are not those of this decoder.
+    """
+    if state is None:
+        return DECODERS[name](config)
+    try:
+        with torch.device("meta"):  # no memory yet: the sizes may be anything
+            shapes = DECODERS[name](config)
+        own = {key: tensor.float().contiguous() for key, tensor in state.items()}
+        shapes.load_state_dict(own, assign=True)
+        with torch.random.fork_rng(devices=[]):  # its weights are drawn in vain
+            decoder = DECODERS[name](config)
+        decoder.load_state_dict(own)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"not a decoder of this model: {reason}") from error
+    return decoder

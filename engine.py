@@ -1,0 +1,192 @@
+"""One pass over the data: an epoch of training, a validation. Plain values in, plain values out."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import decoding
+import metrics
+from contract import Decoder
+from encoders import Encoder
+from groundwork import distributed
+from groundwork.errors import UserError
+
+
+@dataclass
+class Network:
+    """Encoder and decoder as they are run together."""
+
+    encoder: Encoder
+    decoder: Decoder
+    device: torch.device
+    amp: bool  # compute in bfloat16
+    tunes_encoder: bool = False  # whether gradients reach it
+
+    def autocast(self):
+        """The context in which it computes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def encode(self, source):
+        """Features (I, g, g, D): of images, uint8 (I, 3, S, S), or as they come from the cache."""
+        source = source.to(self.device, non_blocking=True)
+        if source.dtype != torch.uint8:
+            return source
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tunes_encoder):
+            return self.encoder.features(source)
+
+    def judge(self, features, captions, lengths, objective, sizes=None):
+        """The loss of a batch, its top-5 accuracy and the number of words predicted.
+
+        Args:
+            features: (I, g, g, D) from `encode`.
+            captions, lengths: int64 (I, K, T) and (I, K), from `datasets.CaptionDataset`.
+            objective: see `objectives`.
+            sizes: as an objective takes them.
+        """
+        captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
+        scores, targets, alphas = self.decoder(features, captions, lengths.flatten())
+        loss = objective(scores, targets, alphas, sizes)
+        return loss, metrics.top5_accuracy(scores.data, targets.data), len(targets.data)
+
+
+class Means:
+    """Means of loss and top-5 accuracy over words."""
+
+    def __init__(self):
+        self.count, self.sums = 0, {"loss": 0.0, "top5": 0.0}
+
+    def add(self, count, **values):
+        self.count += count
+        for name, value in values.items():
+            self.sums[name] += count * value
+
+    def add_up(self, device):
+        """The means over what all processes have found."""
+        values = torch.tensor([self.count, *self.sums.values()], dtype=torch.float64)
+        count, *sums = distributed.add_up(values.to(device)).tolist()
+        total = Means()
+        total.load({"count": count, "sums": dict(zip(self.sums, sums, strict=True))})
+        return total
+
+    def state(self):
+        return {"count": self.count, "sums": self.sums}
+
+    def load(self, state):
+        self.count, self.sums = state["count"], dict(state["sums"])
+
+    def __getitem__(self, name):
+        return self.sums[name] / self.count if self.count else math.nan
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+class AnomalyError(UserError):
+    """A gradient is not a number, and which operation made it."""
+
+
+class Step(NamedTuple):
+    """What has come of a training step, by all processes together."""
+
+    loss: float
+    fault: str | None  # why it was skipped: weights and optimizer are as before
+    flags: list[bool]  # whether any process raised them
+
+
+def train_epoch(network, batches, objective, optimizer, grad_clip, means, flags, after_step):
+    """Updates the weights once a batch.
+
+    Args:
+        network: a `Network`.
+        batches: (source, captions, lengths) each, this process's share of them.
+        objective: see `objectives`.
+        optimizer: of the parameters to train.
+        grad_clip: largest size of a gradient's element.
+        means: `Means`, to which the steps' loss and accuracy are added.
+        flags: called before each step; a list of bool to share among the processes.
+        after_step: called with each `Step`.
+
+    Raises:
+        AnomalyError: anomaly detection is on and has found the operation.
+    """
+    network.decoder.train()
+    for batch in batches:
+        after_step(train_step(network, batch, objective, optimizer, grad_clip, means, flags()))
+
+
+def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
+    """One update, if loss and gradients are finite: a `Step`."""
+    source, captions, lengths = batch
+    sizes = torch.tensor([(lengths - 1).sum(), lengths.numel()], dtype=torch.float32)
+    sizes = distributed.add_up(sizes.to(network.device))
+    with network.autocast():
+        features = network.encode(source)
+        loss, top5, words = network.judge(features, captions, lengths, objective, sizes)
+    optimizer.zero_grad(set_to_none=True)
+    _backward(loss)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    distributed.add_up_gradients(parameters)
+    largest = nn.utils.get_total_norm([p.grad for p in parameters], math.inf)
+    # the only time in a step that the host waits for the device
+    news = torch.stack([loss.detach(), largest, *loss.new_tensor(flags)])
+    value, largest, *flags = distributed.add_up(news).tolist()
+    fault = None
+    if math.isfinite(value) and math.isfinite(largest):
+        nn.utils.clip_grad_value_(parameters, grad_clip)
+        optimizer.step()
+        means.add(words, loss=value, top5=top5)
+    else:
+        fault = "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
+    return Step(value, fault, [bool(flag) for flag in flags])
+
+
+def _backward(loss):
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "returned nan values" not in str(error):  # what anomaly detection looks for
+            raise
+        raise AnomalyError(f"{error} The warning above shows where it was called") from error
+
+
+# ----------------------------------------------------------------------------------- validation
+
+
+class Greedy(NamedTuple):
+    """A caption decoded greedily."""
+
+    words: list[str]
+    alphas: Tensor | None  # (T, L)
+
+
+@torch.inference_mode()
+def validate(network, batches, objective, word_map, with_alphas=()):
+    """Loss and accuracy with teacher forcing, and free captions, of all processes together.
+
+    Args:
+        network, objective: as in `train_epoch`.
+        batches: (source, captions, lengths) each, this process's share of them: see
+            `distributed.share`.
+        word_map: word -> index.
+        with_alphas: numbers of the images whose captions keep their alphas.
+
+    Returns:
+        `Means`, and a `Greedy` caption for each image of the split.
+    """
+    words = {index: word for word, index in word_map.items()}
+    means, captions = Means(), []
+    network.decoder.eval()
+    for source, *truth in batches:
+        with network.autocast():
+            features = network.encode(source)
+            loss, top5, count = network.judge(features, *truth, objective)
+            decoded = decoding.greedy(network.decoder, features, word_map)
+        means.add(count, loss=loss.item(), top5=top5)
+        for caption in decoded:
+            image = distributed.rank + distributed.world_size * len(captions)
+            alphas = caption.alphas if image in with_alphas else None
+            captions.append(Greedy([words[w] for w in caption.words], alphas))
+    return means.add_up(network.device), distributed.collect(captions)

@@ -1,0 +1,42 @@
+"""Where to compute, and how precisely."""
+
+import torch
+
+from groundwork import distributed
+from groundwork.errors import UserError
+
+
+def choose_device(name=None):
+    """The device of that name, or CUDA when present, else the CPU. Raises UserError.
+
+    Where several processes share a machine's GPUs, each has its own.
+    """
+    if distributed.world_size > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{distributed.local_rank}"
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def has_fast_bfloat16(device):
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # private, so it may go
+    return device.type == "cpu" and supported()
+
+
+def loader_options(device, workers=None):
+    """DataLoader's arguments for batches that go to a device.
+
+    Args:
+        workers: processes that read ahead; None: 4 for a GPU, else none.
+    """
+    cuda = device.type == "cuda"
+    workers = workers if workers is not None else 4 if cuda else 0
+    return {"num_workers": workers, "pin_memory": cuda}

@@ -1,0 +1,40 @@
+"""Errors a user can mend: one line that names the file or option and the way out."""
+
+import io
+import sys
+
+
+class UserError(Exception):
+    """An error the user can mend: one line that names the file or option and the way out."""
+
+    def __init__(self, message):
+        super().__init__(printable(message.strip()))
+
+
+def printable(text):
+    """The text with escapes for line breaks and all else that would disturb a line of a terminal:
+    names of files may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def run(main):
+    """Calls main(); an error the user can mend ends the process with one line and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what it cannot write
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except UserError as error:
+        # a DataLoader's process puts its traceback before the message
+        sys.exit(f"error: {str(error).rpartition('UserError: ')[2]}")
+    except (RuntimeError, MemoryError) as error:
+        if "does not have a deterministic implementation" in str(error):
+            sys.exit(f"error: {printable(error)[:200]}: leave out --deterministic")
+        # by its name, as importing torch for its class takes seconds
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not out_of_memory and "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: the memory is too small for the batch or the sizes asked for: lower them")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,154 @@
+"""Files written whole or not at all, locks on them, folders, and reading what may be damaged."""
+
+import glob
+import json
+import os
+import platform
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from groundwork.errors import UserError
+
+
+@contextmanager
+def sole_writer(path, way_out):
+    """Holds a lock on `path` for the block, which ends with the process at the latest.
+
+    Raises:
+        UserError: another process holds it, `way_out` being what to do then.
+    """
+    path = Path(path)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, blocking=False)
+    with os_errors_as_user_errors(path):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"another run is writing {path}: {way_out}") from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside `path`, which takes its place when the block succeeds.
+
+    When the block fails, the temporary file is removed and an older `path` stays as it was.
+    Raises UserError for any OSError: a full disk, no permission, a missing folder.
+    """
+    path = Path(path)
+    with temporaries([path], path) as [temporary]:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+
+
+@contextmanager
+def temporaries(paths, goal):
+    """Yields a temporary path beside each path; those not renamed by the end are removed."""
+    beside = [temporary_path(path) for path in paths]
+    with os_errors_as_user_errors(goal):
+        try:
+            yield beside
+        finally:
+            for temporary in beside:
+                temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path):
+    """A path beside `path` that no other process takes, of this machine or another."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
+def _remove_stale_temporaries(folder):
+    """Removes what processes of this machine that were killed while they wrote have left."""
+    for path in Path(folder).glob(f"*.{glob.escape(platform.node())}.*.tmp"):
+        pid = path.suffixes[-2][1:]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+@contextmanager
+def os_errors_as_user_errors(path):
+    """Makes any OSError of the block, which writes `path`, a UserError that names it."""
+    try:
+        yield
+    except BlockingIOError as error:  # HDF5 locks the files that it writes
+        raise UserError(f"cannot write {path}: another run is writing it") from error
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error):
+    """An OSError's reason without the path, which our messages name themselves."""
+    return os.strerror(error.errno) if error.errno else error
+
+
+def reserve(path, size):
+    """Takes the room on the disk that a file of `size` bytes needs, where the system can."""
+    with open(path, "ab") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
+def flush(path):
+    """Returns when the file's contents are on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(path):
+    """Returns when the names in the folder are on the disk, where the system can tell."""
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def make_folder(path):
+    """The folder of that path, made if it is missing, without what killed processes left in it.
+
+    Raises UserError if it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        _remove_stale_temporaries(path)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {_reason(error)}") from error
+    return Path(path)
+
+
+def read_json(path):
+    """The contents of a JSON file. Raises UserError if it cannot be read or is not valid JSON."""
+    if Path(path).exists() and not Path(path).is_file():  # reading a pipe would wait for ever
+        raise UserError(f"cannot read {path}: it is no file")
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+    except (ValueError, RecursionError) as error:  # bad syntax, encoding, or endless nesting
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def write_json(path, contents, **options):
+    """Writes a JSON file, whole or not at all; the options are those of json.dumps."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(contents, **options) + "\n", encoding="utf-8")

@@ -1,0 +1,87 @@
+"""What the scripts' command lines have in common. Imports nothing that takes time."""
+
+import argparse
+import math
+
+# Pixels and places along a side, at most, of options and of files: memory grows with the square.
+MAX_IMAGE_SIZE, MAX_GRID = 2048, 64
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows the defaults, and answers a wrong option with one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def number(kind, above=None, least=None, below=None):
+    """An argparse type: an int or float within bounds."""
+
+    def parse(text):
+        value = kind(text)
+        if kind is int and abs(value) >= (below or 2**31):
+            raise argparse.ArgumentTypeError(f"{text} is too large")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if above is not None and not value > above:
+            raise argparse.ArgumentTypeError(f"{text} is not above {above}")
+        if least is not None and not value >= least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if below is not None and not value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not below {below}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def interval(text):
+    """An argparse type: ("minutes", n) of "10m", ("steps", n) of "500"."""
+    unit, count = ("minutes", text[:-1]) if text.endswith("m") else ("steps", text)
+    try:
+        return unit, number(int, above=0)(count)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give minutes as 10m or steps as 500") from None
+
+
+def as_flags(options):
+    """A dict of options as they are typed: `--name value …`."""
+    return " ".join(
+        f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items()
+    )
+
+
+def add_device_options(parser):
+    """Where and how precisely to compute, for every script."""
+    add = parser.add_argument
+    add("--device", help="cuda, cuda:1, cpu; None: CUDA when present, else the CPU")
+    add("--amp", choices=["auto", "off"], default="auto", help="bfloat16 where it is faster")
+
+
+def add_workers_option(parser):
+    """Who reads the data, for training and evaluation."""
+    parser.add_argument(
+        "--workers",
+        type=number(int, least=0),
+        help="processes that read batches ahead; None: 4 for a GPU, else none",
+    )
+
+
+def add_decoding_options(parser):
+    """How captions are searched for, beside --beam_size."""
+    add = parser.add_argument
+    add(
+        "--max_len",
+        type=number(int, above=0, below=1001),
+        default=50,
+        help="words of a caption, at most",
+    )
+    add(
+        "--length_penalty",
+        type=number(float, least=0, below=10),
+        default=0.0,
+        help="α: captions are compared by log p / length^α",
+    )

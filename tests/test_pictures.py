@@ -1,0 +1,243 @@
+"""Training curves and pictures of attention, measured in their pixels."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from groundwork.errors import UserError
+from pictures import draw_attention, draw_curves
+
+# ----------------------------------------------------------------------------------------- curves
+
+
+def write_log(path, *stages):
+    """A log with these epochs."""
+    rng = np.random.default_rng(0)
+    keys = ["loss", "val_loss", "bleu1", "bleu2", "bleu3", "bleu4"]
+    records = [{"stage": s, "epoch": i, "lr": 4e-4} for i, s in enumerate(stages, start=1)]
+    lines = [json.dumps(r | dict(zip(keys, rng.random(6), strict=True))) for r in records]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def shaded(path):
+    """How many pixels have the gray of the fine-tuning epochs."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return (abs(pixels - 0.92 * 255) < 1.5).all(-1).sum()
+
+
+def test_curves_are_drawn_beside_the_log(tmp_path):
+    log = tmp_path / "log_demo_5.0_log_cap.jsonl"
+    write_log(log, "decoder")
+    before = log.read_bytes()
+    draw_curves(log)
+    draw_curves(str(log))  # over the old picture
+    picture = tmp_path / "curves_demo_5.0_log_cap.png"
+    assert sorted(tmp_path.iterdir()) == [picture, log]
+    assert log.read_bytes() == before
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and image.width > 2 * image.height
+
+
+def test_curves_shade_the_epochs_of_fine_tuning(tmp_path):
+    log, areas = tmp_path / "log_x.jsonl", []
+    for decoder, finetune in ((4, 0), (0, 4), (3, 1), (1, 3)):
+        write_log(log, *["decoder"] * decoder, *["finetune"] * finetune)
+        draw_curves(log)
+        areas.append(shaded(tmp_path / "curves_x.png"))
+    none, only, *areas = areas
+    assert none == only  # nothing to tell apart; the pixels are those of the grid and of letters
+    shares = np.array(areas) - none
+    np.testing.assert_allclose(shares / shares[0], [1, 3], rtol=0.1)
+
+
+def test_curves_that_cannot_be_written(tmp_path):
+    log = tmp_path / "log_x.jsonl"
+    write_log(log, "decoder")
+    (tmp_path / "curves_x.png").mkdir()
+    with pytest.raises(UserError, match="curves_x.png"):
+        draw_curves(log)
+
+
+# -------------------------------------------------------------------------------------- attention
+
+COLOUR = (90, 220, 140)  # neither gray nor dark
+
+
+def draw(path, alphas, size=(300, 200), words=None, colour=COLOUR):
+    """The picture that draw_attention makes of a plain photograph: uint8 (H, W, 3)."""
+    words = words or ["word"] * len(alphas)
+    draw_attention(Image.new("RGB", size, colour), words, alphas).save(path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def rectangles(pixels, colour=COLOUR):
+    """(left, top, width, height) of the rectangles of one colour, row by row."""
+    left_over = (abs(pixels - colour) <= 2).all(-1)
+    found = []
+    while left_over.any():
+        top, left = np.argwhere(left_over)[0]
+        row = left_over[top, left:]
+        width = len(row) if row.all() else row.argmin()
+        column = left_over[top:, left : left + width].all(1)
+        height = len(column) if column.all() else column.argmin()
+        left_over[top : top + height, left : left + width] = False
+        found.append((left, top, width, height))
+    return found
+
+
+def even(count, size=7):
+    return np.full((count, size**2), 1 / size**2)
+
+
+def panels(path, count, size=(300, 200)):
+    """Where the panels of `count` words are."""
+    found = rectangles(draw(path, even(count), size))
+    assert len(found) == 1 + count
+    return found[1:]
+
+
+def peaks(places, size=8):
+    """Attention on one place (row, column) of a grid a word."""
+    alphas = np.full((len(places), size, size), 1e-4)
+    for alpha, place in zip(alphas, places, strict=True):
+        alpha[place] = 1
+    return alphas.reshape(len(places), -1)
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [
+        *((count, (640, 480)) for count in (1, 2, 5, 12, 50)),
+        *((12, size) for size in [(256, 256), (600, 200), (200, 300)]),
+    ],
+)
+def test_the_photograph_and_a_panel_a_word_in_its_proportions(tmp_path, count, size):
+    pixels = draw(tmp_path / "a.png", even(count), size)
+    found = rectangles(pixels)
+    assert len(found) == 1 + count
+    aspect = size[0] / size[1]
+    for _, _, width, height in found:
+        assert abs(width - height * aspect) <= 1.5 * (1 + aspect)  # up to the rounding of edges
+    widths = [width for _, _, width, _ in found]
+    assert max(widths[1:]) - min(widths[1:]) <= 1
+    assert widths[0] >= max(widths) - 1 and (widths[0] > 1.5 * widths[1] or count < 8)
+    height, width, _ = pixels.shape
+    assert 1.1 < width / height < 2.5
+    pictures = sum(w * h for _, _, w, h in found) / (width * height)
+    assert pictures > (0.5 if count <= 12 else 0.4)
+
+
+def test_a_very_tall_photograph_makes_no_endless_picture(tmp_path):
+    pixels = draw(tmp_path / "a.png", even(1), (100, 400))
+    assert len(rectangles(pixels)) == 2 and max(pixels.shape) < 1500
+
+
+@pytest.mark.parametrize("size", [7, 8, 14])
+def test_the_attended_place_stands_out_where_it_is(tmp_path, size):
+    last = size - 1
+    corners = [(0, 0), (0, last), (last, 0), (last, last)]
+    boxes = panels(tmp_path / "even.png", 4)
+    pixels = draw(tmp_path / "peaks.png", peaks(corners, size))
+    for k, (left, top, width, height) in enumerate(boxes):
+        panel = pixels[top : top + height, left : left + width]
+        # near the very corners, away from the line around the attended place
+        seen = [panel[y, x] for y in (2, height - 3) for x in (2, width - 3)]
+        for j, colour in enumerate(seen):
+            if j == k:
+                np.testing.assert_allclose(colour, COLOUR, atol=12)
+            else:
+                assert np.ptp(colour) <= 4 and colour.max() < 0.6 * np.mean(COLOUR)
+
+
+def centre(panel):
+    """Mean place (across, down; 0 to 1) of what has colour in a panel."""
+    weight = np.ptp(panel, axis=-1) ** 2
+    ys, xs = (np.indices(weight.shape) + 0.5) / np.array(weight.shape)[:, None, None]
+    return np.average(xs, weights=weight), np.average(ys, weights=weight)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (150, 300)])
+def test_attention_is_not_shifted(tmp_path, shape):
+    places = [(4, 4), (2, 5), (5, 3), (4, 2)]
+    boxes = panels(tmp_path / "even.png", 4, shape)
+    pixels = draw(tmp_path / "peaks.png", peaks(places, 9), shape)
+    for (row, column), (left, top, width, height) in zip(places, boxes, strict=True):
+        x, y = centre(pixels[top : top + height, left : left + width])
+        assert (x, y) == pytest.approx(((column + 0.5) / 9, (row + 0.5) / 9), abs=0.015)
+
+
+def test_nearly_even_attention_looks_nearly_even(tmp_path):
+    noise = np.random.default_rng(1).uniform(0.9, 1.1, (3, 196))
+    boxes = panels(tmp_path / "even.png", 3)
+    pixels = draw(tmp_path / "noise.png", noise / noise.sum(1, keepdims=True))
+    for left, top, width, height in boxes:
+        panel = pixels[top : top + height, left : left + width]
+        assert (abs(panel - COLOUR) < 0.15 * 255).all()
+
+
+def test_attention_shows_on_a_dark_photograph(tmp_path):
+    boxes = panels(tmp_path / "even.png", 2)
+    pixels = draw(tmp_path / "dark.png", peaks([(0, 0), (7, 7)]), colour=(12, 10, 14))
+    for (left, top, width, height), sign in zip(boxes, (1, -1), strict=True):
+        first, last = pixels[top + 2, left + 2], pixels[top + height - 3, left + width - 3]
+        assert sign * (first.mean() - last.mean()) > 25
+
+
+def test_the_scale_of_alphas_does_not_matter_and_their_type_neither(tmp_path):
+    alphas = torch.rand(1, 49, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = draw(tmp_path / "a.png", alphas.float().numpy())
+    for same in (alphas, alphas.float().requires_grad_(), (alphas.double() / 1024).numpy()):
+        assert (draw(tmp_path / "b.png", same) == expected).all()
+    assert (draw(tmp_path / "b.png", alphas.flip(1)) != expected).any()
+
+
+def test_words_are_not_formulas(tmp_path):
+    words = ["$\\frac$", "$x_1$", "a_b^{", "\\", "%", "<unk>", "слово", "x" * 300]
+    draw(tmp_path / "a.png", even(len(words)), words=words)
+    one, other = (draw(tmp_path / "b.png", even(1), words=[word]) for word in ("$x$", "xxx"))
+    dark = [(pixels.max(-1) < 100).sum() for pixels in (one, other)]
+    assert dark[0] > dark[1]  # two dollars have more ink than two x: they are on paper
+
+
+def test_long_words_stay_off_the_next_panel_and_the_edge(tmp_path):
+    words = ["i", "donaudampfschifffahrtsgesellschaftskapitän"] * 4
+    pixels = draw(tmp_path / "a.png", even(8), words=words)
+    boxes = rectangles(pixels)[1:]
+    assert len(boxes) == 8
+    for left, top, width, _ in boxes:
+        above = pixels[top - 25 : top - 2]
+        inked = np.flatnonzero((above.max(-1) < 200).any(0))
+        inked = inked[(inked > left - 10) & (inked < left + width + 40)]
+        assert len(inked) and inked.min() >= left - 2
+    for left, top, width, _ in boxes[1::2]:
+        beyond = pixels[top - 25 : top - 2, left + width + 15 : left + width + 25]
+        assert (beyond > 250).all()
+    assert (pixels[:, -10:] > 250).all()
+
+
+def test_a_photograph_of_50_megapixels(tmp_path):
+    pixels = draw(tmp_path / "a.png", even(3), (8640, 5760))
+    assert len(rectangles(pixels)) == 4
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    for words, alphas in ((["a"], even(2)), (["a", "b"], even(1)), (["a"], np.ones((1, 50)))):
+        with pytest.raises(ValueError):
+            draw(tmp_path / "a.png", alphas, words=words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_drawing_touches_nothing_shared(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it now fails
+    photograph = Image.linear_gradient("L").convert("RGB")
+    before = photograph.tobytes()
+    draw_attention(photograph, ["a", "b"], even(2))
+    assert photograph.tobytes() == before and photograph.size == (256, 256)

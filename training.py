@@ -1,0 +1,239 @@
+"""Training from stage to stage and epoch to epoch."""
+
+import signal
+import sys
+import time
+
+import torch
+
+import checkpoints
+import engine
+import metrics
+from groundwork import distributed
+from groundwork.errors import UserError
+from groundwork.progress import progress
+from objectives import CrossEntropy
+from run_state import RunFiles, RunState
+from training_data import TrainingData
+from training_report import Reports
+
+SKIPS = 5  # steps without finite gradients, in a row, after which training stops
+
+
+class Training:
+    """Carries a run through its stages.
+
+    Args:
+        state: where the run stands.
+        files: where it writes.
+        data_folder: with the input files.
+        stop: a `groundwork.signals.Stop`; at its signal a checkpoint is saved and the process ends.
+        cache: whether to keep the frozen encoder's output on disk, if there is room.
+        save_every: ("minutes", n) or ("steps", n), between checkpoints inside an epoch.
+        workers: processes that read batches ahead, None for the device's usual.
+        events: whether to write for TensorBoard.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        files: RunFiles,
+        data_folder,
+        stop,
+        cache=True,
+        save_every=("minutes", 10),
+        workers=None,
+        events=False,
+    ):
+        self.state, self.files, self.data_folder, self.stop = state, files, data_folder, stop
+        self.cache, self.save_every, self.workers = cache, save_every, workers
+        self.reports = Reports(state, files, events)
+        self.began = time.monotonic()
+
+    def run(self, stages, checkpoint=None, source=None, anew=False):
+        """Trains through the stages.
+
+        Args:
+            stages: of `checkpoints.STAGES`, those that are still to be done, in order.
+            checkpoint: to go on from, in the stage that it was saved in.
+            source: its path, beside which its run's best may be.
+            anew: whether what an earlier run left in the folder is given up.
+        """
+        try:
+            for stage in stages:
+                self._begin(stage)
+                if stage == stages[0] and anew and distributed.is_main:
+                    self.reports.check_writable()  # else nothing is given up
+                    self.files.clear()
+                if checkpoint and stage == checkpoint["stage"]:
+                    self._restore(checkpoint, source)
+                self.reports.open(self.data, self.data_folder)
+                self._fit()
+        finally:
+            self.reports.close()
+
+    def _begin(self, stage):
+        """Opens a stage; after another one, from the best checkpoint that it left."""
+        state = self.state
+        if state.stage is not None:
+            with distributed.main_first():  # which wrote it
+                best = checkpoints.load_checkpoint(self.files.best)
+                state.network.decoder.load_state_dict(best["decoder"])
+        state.begin(stage)
+        self.data = TrainingData(
+            self.data_folder,
+            state.base,
+            state.network,
+            state.config,
+            stage == "finetune",
+            self.cache,
+            self.workers,
+        )
+
+    def _restore(self, checkpoint, source):
+        with distributed.main_first():
+            self.state.adopt_best(self.files, source)
+        self.state.restore(checkpoint, self.data.order())
+        self.reports.log()
+
+    def _fit(self):
+        """Epochs until the stage's last, or until BLEU-4 has not improved for long."""
+        state, config, network = self.state, self.state.config, self.state.network
+        precision = "bfloat16" if network.amp else "float32"
+        print(f"stage {state.stage}: {self.data.images} images, {precision} on {network.device}")
+        while state.epoch < config.epochs and state.waited < config.stop_after:
+            started = time.perf_counter() - state.seconds
+            record = {
+                "stage": state.stage,
+                "epoch": state.epoch + 1,
+                "lr": state.optimizer.param_groups[0]["lr"],
+            }
+            record |= self._train_epoch(started)
+            scores, captions = self._validate()
+            record |= scores
+            record["seconds"] = round(time.perf_counter() - started, 1)
+            improved = state.end_epoch(record)
+            # before the checkpoint, which says that it has been done
+            self.reports.epoch_events(record, captions)
+            self._save(improved)
+            self.reports.epoch(record, captions, improved)
+            stopping = torch.tensor(float(bool(self.stop.signal)), device=network.device)
+            if distributed.add_up(stopping):
+                self._leave()
+        if state.epoch >= config.epochs:
+            print(f"stage {state.stage}: its {config.epochs} epochs are done")
+        else:
+            print(f"stage {state.stage}: stopped, no better BLEU-4 for {state.waited} epochs")
+
+    def _train_epoch(self, started):
+        """The steps of an epoch that are still to do; its mean loss and accuracy, its speed."""
+        state, config = self.state, self.state.config
+        self.data.sampler.set_epoch(state.epoch + 1, state.step)
+        saved = time.monotonic()
+
+        def flags():
+            unit, interval = self.save_every
+            minutes = (time.monotonic() - saved) / 60
+            due = (state.step + 1) % interval == 0 if unit == "steps" else minutes >= interval
+            return [bool(self.stop.signal), due]
+
+        def after_step(step):
+            nonlocal saved
+            stopping, due = step.flags
+            self._count(step)
+            bar.set_postfix(
+                loss=f"{state.means['loss']:.3f}",
+                top5=f"{state.means['top5']:.1%}",
+                captions_per_second=f"{self._rate(started):.0f}",
+                refresh=False,
+            )
+            bar.update()
+            if stopping or (due and not state.skipped):  # else the weights may be spoilt
+                state.seconds = time.perf_counter() - started
+                self._save()
+                saved = time.monotonic()
+            if stopping:
+                self._leave()
+
+        with progress(
+            total=self.data.steps, initial=state.step, desc=f"epoch {state.epoch + 1}", unit="step"
+        ) as bar:
+            try:
+                engine.train_epoch(
+                    state.network,
+                    self.data.train,
+                    CrossEntropy(config.alpha_c, config.label_smoothing),
+                    state.optimizer,
+                    config.grad_clip,
+                    state.means,
+                    flags,
+                    after_step,
+                )
+            except engine.AnomalyError as error:
+                raise UserError(f"{state.place(state.step + 1)}: {error}") from error
+        rate = self._rate(started)
+        means = state.means.add_up(state.network.device)
+        return {"loss": means["loss"], "top5": means["top5"], "captions_per_second": round(rate, 1)}
+
+    def _count(self, step):
+        """Counts a step; stops where many in a row were skipped."""
+        state = self.state
+        state.step += 1
+        self.reports.step(step.loss)
+        if step.fault is None:
+            state.skipped = 0
+            return
+        state.skipped += 1
+        print(f"{state.place(state.step)}, skipped: {step.fault}", flush=True)
+        if state.skipped == SKIPS:
+            kept = " and ".join(map(str, self.files.kept()))
+            raise UserError(
+                f"{SKIPS} steps in a row skipped, the last because {step.fault}: stopped; "
+                + (f"{kept} are kept; " if kept else "")
+                + "try a lower learning rate or --amp off; --detect_anomaly finds the operation"
+            )
+
+    def _rate(self, started):
+        """Captions per second in this epoch, by all processes."""
+        done = self.data.captions * self.state.step / self.data.steps
+        return done / (time.perf_counter() - started)
+
+    def _validate(self):
+        """Scores of the validation split, and its captions.
+
+        At a signal it is given up, to be done again after resuming; several processes finish it.
+        """
+        state = self.state
+
+        def batches():
+            for batch in progress(self.data.val, desc="validation", unit="batch", leave=False):
+                if self.stop.signal and distributed.world_size == 1:
+                    self._save()
+                    self._leave()
+                yield batch
+
+        objective = CrossEntropy(state.config.alpha_c)
+        means, captions = engine.validate(
+            state.network, batches(), objective, state.word_map, self.reports.shown()
+        )
+        references = [reference["captions"] for reference in self.data.references]
+        bleu = metrics.bleu(references, [" ".join(caption.words) for caption in captions]).scores
+        scores = {"val_loss": means["loss"], "val_top5": means["top5"]}
+        return scores | {f"bleu{n}": score for n, score in enumerate(bleu, start=1)}, captions
+
+    def _save(self, improved=False):
+        self.reports.flush()
+        seconds = time.monotonic() - self.began
+        self.state.save(self.files, self.data.order(), seconds, improved)
+
+    def _leave(self):
+        """Ends the process at a signal, once the checkpoint is written."""
+        state = self.state
+        number = self.stop.signal or signal.SIGTERM  # another process may have it
+        print(
+            f"stopped by {signal.Signals(number).name} after {state.epoch} epochs and {state.step} "
+            f"steps of stage {state.stage}: go on from {self.files.newest} with --resume",
+            flush=True,
+        )
+        distributed.wait()
+        sys.exit(128 + number)

@@ -1,0 +1,74 @@
+"""The data of a stage: images or their cached features, and the order of the batches."""
+
+import torch
+from torch.utils.data import DataLoader
+
+from datasets import CaptionDataset, LengthSampler
+from features import cache_features
+from groundwork import distributed
+from groundwork.devices import loader_options
+
+VAL_BATCH = 50  # images
+
+
+class TrainingData:
+    """Training and validation split of a stage.
+
+    A frozen encoder's features are cached, and it leaves the device, which then is free for the
+    decoder.
+
+    Args:
+        folder, base: which input files.
+        network: `engine.Network`, whose encoder the features are of.
+        config: `TrainingConfig`.
+        finetune: whether the encoder is trained, too.
+        cache: whether to cache features, if there is room.
+        workers: processes that read batches ahead, None for the device's usual.
+    """
+
+    def __init__(self, folder, base, network, config, finetune, cache=True, workers=None):
+        network.encoder.to(network.device)
+
+        def open_split(split, views):
+            features = None
+            if cache and not finetune:
+                with distributed.main_first():
+                    features = cache_features(
+                        network.encoder, folder, base, split, views, config.seed, network.amp
+                    )
+            return CaptionDataset(folder, base, split, features, config.seed)
+
+        train, val = open_split("TRAIN", config.views), open_split("VAL", 1)
+        if train.from_features and val.from_features:
+            network.encoder.cpu()
+        captions = config.finetune_batch_size if finetune else config.batch_size
+        images = max(1, captions // train.captions.shape[1])
+        self.sampler = LengthSampler(
+            train.lengths,
+            images,
+            config.views,
+            config.seed,
+            distributed.rank,
+            distributed.world_size,
+        )
+        # a generator of their own: making an iterator draws a number
+        common = loader_options(network.device, workers) | {"generator": torch.Generator()}
+        share = distributed.share(len(val))
+        self.train = DataLoader(train, batch_sampler=self.sampler, **common)
+        self.val = DataLoader(val, batch_size=VAL_BATCH, sampler=share, **common)
+        self.references = val.references
+        self.images, self.captions = len(train), train.lengths.numel()
+        self.steps = self.sampler.total  # of an epoch
+
+    def order(self):
+        """What the order of the batches follows from, beside the epoch."""
+        return {
+            "images": self.sampler.batch_size,
+            "views": self.sampler.views,
+            "seed": self.sampler.seed,
+            "processes": distributed.world_size,
+        }
+
+    def captions_in(self, steps):
+        """Captions of so many steps of an epoch."""
+        return self.captions * steps // self.steps

@@ -1,0 +1,119 @@
+"""What a run says of itself: lines for people, the log, the curves, TensorBoard."""
+
+import dataclasses
+import math
+
+from PIL import Image
+
+import pictures
+from config import ModelConfig, TrainingConfig
+from datasets import CaptionDataset
+from groundwork import distributed, tensorboard_log
+from groundwork.files import make_folder
+from groundwork.logs import write_log
+
+
+class Reports:
+    """Follows a run. Only the main process writes.
+
+    Args:
+        state: the run's `RunState`.
+        files: its `RunFiles`.
+        with_events: whether to write for TensorBoard, too.
+    """
+
+    def __init__(self, state, files, with_events=False):
+        self.state, self.files = state, files
+        self.with_events, self.events = with_events, None
+
+    def check_writable(self):
+        """Raises UserError where events cannot be written."""
+        if self.with_events:
+            make_folder(self.files.events)
+
+    def open(self, data, data_folder):
+        """Begins to follow a stage, whose `TrainingData` it takes, from where the run stands."""
+        self.data, state = data, self.state
+        if not (self.with_events and distributed.is_main) or self.events is not None:
+            return
+        # Later points are of steps that will be done again, and, between an epoch's last step and
+        # its validation, so are the scores.
+        start = self._captions_seen(state.step) + (state.step < data.steps)
+        self.images = CaptionDataset(data_folder, state.base, "VAL")  # never features
+        names = [
+            field.name
+            for kind in (ModelConfig, TrainingConfig)
+            for field in dataclasses.fields(kind)
+        ]
+        hyperparameters = {name: state.options[name] for name in [*names, "stage", "amp"]}
+        self.events = tensorboard_log.EventLog(
+            self.files.events, start, hyperparameters, state.records[-1]
+        )
+
+    def step(self, loss):
+        """A step of training was done, and has been counted."""
+        if self.events is not None:  # at the step's first caption, so before the epoch's end
+            rates = [group["lr"] for group in self.state.optimizer.param_groups]
+            self.events.step(self._captions_seen(self.state.step - 1) + 1, loss, rates)
+
+    def epoch_events(self, record, captions):
+        """An epoch was done: its record and the validation captions, for TensorBoard."""
+        if self.events is not None:
+            self.events.epoch(self._captions_seen(0), record, self._examples(captions))
+
+    def epoch(self, record, captions, improved):
+        """The same for people and for programs: lines, log and curves."""
+        if not distributed.is_main:
+            return
+        print(describe_epoch(record, self.state.best, improved), flush=True)
+        references = self.data.references
+        for i in self.shown():
+            print(f"  {references[i]['filename']}: {' '.join(captions[i].words)}")
+            print(f"    human: {references[i]['captions'][0]}", flush=True)
+        self.log()
+        pictures.draw_curves(self.files.log)
+
+    def log(self):
+        """The whole log, as the checkpoint has it: none of its lines is lost or stands twice."""
+        if distributed.is_main:
+            write_log(self.files.log, self.state.log)
+
+    def flush(self):
+        """Returns when all that was written for TensorBoard is on the disk."""
+        if self.events is not None:
+            self.events.flush()
+
+    def close(self):
+        if self.events is not None:
+            self.events.close()
+
+    def shown(self):
+        """The three validation images that are examples."""
+        count = len(self.data.references)
+        return range(0, count, math.ceil(count / 3))
+
+    def _captions_seen(self, steps):
+        """Captions that the run has trained on, in the epochs of its log and in `steps` steps
+        more: a measure that holds over both stages and their batch sizes."""
+        return len(self.state.log) * self.data.captions + self.data.captions_in(steps)
+
+    def _examples(self, captions):
+        """(file name, a human caption, the model's, figure of its attention) of the examples."""
+        for i in self.shown():
+            pixels, *_ = self.images[i]
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            reference, (words, alphas) = self.images.references[i], captions[i]
+            figure = pictures.attention_figure(image, words, alphas)
+            yield reference["filename"], reference["captions"][0], " ".join(words), figure
+
+
+def describe_epoch(record, best, improved):
+    """An epoch's record, for people."""
+    bleu = " / ".join(f"{100 * record[f'bleu{n}']:.1f}" for n in range(1, 5))
+    return (
+        f"epoch {record['epoch']}: loss {record['loss']:.3f}, top-5 {record['top5']:.1%}; "
+        f"validation loss {record['val_loss']:.3f}, top-5 {record['val_top5']:.1%}, "
+        f"BLEU-1 to 4 {bleu}, "
+        + ("the best so far" if improved else f"best BLEU-4 {100 * best:.1f}")
+        + f"; {record['captions_per_second']:.0f} captions/s, {record['seconds']:.0f} s"
+    )
