@@ -98,7 +98,9 @@ def make_config(name, values):
         raise ValueError(f"decoder {name!r} has no {min(unknown)}")
     for key, field in fields.items():
         kinds = (int, float) if field.type is float else (field.type,)
-        if key in values and type(values[key]) not in kinds:
+        if key in values and (
+            type(values[key]) not in kinds or (field.type is int and values[key] < 1)
+        ):
             raise ValueError(f"its {key} is {values[key]!r}")
         if key not in values and field.default is dataclasses.MISSING:
             raise ValueError(f"it has no {key}")

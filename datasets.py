@@ -113,7 +113,7 @@ class LengthSampler(Sampler):
     are cut into pools of `POOL` batches, and each pool is sorted by the images' longest caption
     before it becomes batches. These are shuffled again. The order follows from seed and epoch.
 
-    Yields lists of (image, view) for `CaptionDataset`, the view by chance.
+    Yields lists of (image, view) for `CaptionDataset`, the view drawn at random.
 
     Args:
         lengths: (I, K) captions' lengths.

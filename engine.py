@@ -129,7 +129,8 @@ def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
     _backward(loss)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     distributed.add_up_gradients(parameters)
-    largest = nn.utils.get_total_norm([p.grad for p in parameters], math.inf)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    largest = nn.utils.get_total_norm(gradients, math.inf)
     # the only time in a step that the host waits for the device
     news = torch.stack([loss.detach(), largest, *loss.new_tensor(flags)])
     value, largest, *flags = distributed.add_up(news).tolist()

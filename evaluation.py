@@ -96,7 +96,7 @@ def pointing_tables(captions, data):
     for beam_size, found in looks(captions).items():
         game = metrics.pointing_game(found, boxes, demo.SHAPES)
         share = f"{game.hits / max(game.words, 1):.1%} of {game.words}"
-        rows.append({"": f"beam {beam_size}", "hits": share, "by chance": f"{game.chance:.1%}"})
+        rows.append({"": f"beam {beam_size}", "hits": share, "random point": f"{game.chance:.1%}"})
     title = "pointing game: the attention's peak for a shape word lies in that object's box"
     return [(title, rows)]
 

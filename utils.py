@@ -20,6 +20,8 @@ from groundwork.files import flush, make_folder, read_json, sole_writer, tempora
 from groundwork.hdf5 import new_hdf5
 from groundwork.images import read_images
 
+# ------------------------------------------------------------------------------------ captions
+
 SPECIAL_WORDS = ("<unk>", "<start>", "<end>", "<pad>")
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -59,13 +61,6 @@ def check_word_map(word_map, source):
         raise UserError(f"{source} is no word map: make it with create_input_files.py")
 
 
-def check_beam_size(beam_size, word_map):
-    """Raises UserError for a beam wider than there are words to say."""
-    words = len(word_map) - len(SPECIAL_WORDS)
-    if beam_size > words:
-        raise UserError(f"--beam_size {beam_size} is larger than the vocabulary of {words} words")
-
-
 def sample_captions(captions, count, rng):
     """`count` of an image's captions: all of them and repeats where it has too few, otherwise
     a sample without repetition."""
@@ -73,6 +68,8 @@ def sample_captions(captions, count, rng):
         return captions + rng.choices(captions, k=count - len(captions))
     return rng.sample(captions, count)
 
+
+# --------------------------------------------------------------------------------- input files
 
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
 
@@ -149,15 +146,7 @@ def create_input_files(
         for split, items in readable.items():
             chosen = [sample_captions(item.captions, captions_per_image, rng) for item in items]
             encoded = [encode_caption(words, word_map, max_len) for c in chosen for words in c]
-            captions, lengths = zip(*encoded, strict=True)
-            _write_json(temporary["CAPTIONS", split], captions)
-            _write_json(temporary["CAPLENS", split], lengths)
-            _write_json(temporary["REFERENCES", split], [item.reference for item in items])
-            summary["splits"][split] = {
-                "images": len(items),
-                "captions": len(captions),
-                "unknown": _share_unknown(captions, lengths, word_map),
-            }
+            summary["splits"][split] = _write_captions(temporary, split, items, encoded, word_map)
         _write_json(temporary["WORDMAP", None], word_map)
     _print_summary(summary)
     return summary
@@ -281,6 +270,19 @@ def _write_images(path, samples, pictures, size, captions_per_image):
                 readable.append(sample)
         images.resize(len(readable), axis=0)
     return readable
+
+
+def _write_captions(paths, split, samples, encoded, word_map):
+    """Writes the JSON files of a split, at paths by (kind, split); counts for the summary."""
+    captions, lengths = zip(*encoded, strict=True)
+    _write_json(paths["CAPTIONS", split], captions)
+    _write_json(paths["CAPLENS", split], lengths)
+    _write_json(paths["REFERENCES", split], [sample.reference for sample in samples])
+    return {
+        "images": len(samples),
+        "captions": len(captions),
+        "unknown": _share_unknown(captions, lengths, word_map),
+    }
 
 
 def _unreadable(samples, readable, skip_bad_images):

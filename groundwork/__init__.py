@@ -1,4 +1,6 @@
-"""What everything else stands on: modules that know nothing of captioning or of each other's users.
+"""What everything else stands on: files and errors, options, devices, tables, several processes.
 
-They import nothing of the project but each other.
+These modules import nothing of the project but each other.
 """
+
+__version__ = "0.2.0"  # of the project

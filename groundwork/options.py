@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from groundwork import __version__
+
 # Pixels and places along a side, at most, of options and of files: memory grows with the square.
 MAX_IMAGE_SIZE, MAX_GRID = 2048, 64
 
@@ -12,6 +14,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")

@@ -68,6 +68,56 @@ def is_archive(path):
         return file.read(4) == b"PK\x03\x04"
 
 
+class _Stack(list):
+    """The values that a pickle's operations take and leave, with marks between some."""
+
+    def __init__(self):
+        super().__init__()
+        self.marks = []
+
+    def take(self, count):
+        """The last values, down to the last mark at most."""
+        if len(self) - (self.marks[-1] if self.marks else 0) < count:
+            raise ValueError("its pickle takes what is not there")
+        taken = self[len(self) - count :]
+        del self[len(self) - count :]
+        return taken
+
+    def take_marked(self):
+        """All values after the last mark, which goes, too."""
+        taken = self.take(len(self) - self.marks[-1])
+        self.marks.pop()
+        return taken
+
+    def build(self, operation, argument):
+        """Does an operation that makes plain values, or puts them together."""
+        match operation:
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                self.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[operation])
+            case (
+                "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE"
+                | "BINSTRING" | "SHORT_BINSTRING" | "SHORT_BINUNICODE"
+            ):  # fmt: skip
+                self.append(argument)
+            case "MARK":
+                self.marks.append(len(self))
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                self.append({"DICT": {}, "LIST": [], "TUPLE": ()}[operation[6:]])
+            case "TUPLE":
+                self.append(tuple(self.take_marked()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self.append(tuple(self.take(int(operation[5:]))))
+            case "APPEND" | "APPENDS":
+                items = self.take(1) if operation == "APPEND" else self.take_marked()
+                _expect(self[-1], list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = self.take(2) if operation == "SETITEM" else self.take_marked()
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    _expect(self[-1], dict)[_expect(key, str, int)] = value
+            case _:
+                raise ValueError(f"its pickle holds {operation}, which no checkpoint needs")
+
+
 class _Reader:
     """Interprets pickles; its subclasses know where the tensors' values are."""
 
@@ -77,65 +127,30 @@ class _Reader:
 
     def interpret(self, file):
         """What a pickle builds. Raises ValueError for an operation that torch.save never needs."""
-        stack, marks, memo = [], [], {}
-
-        def pop(count):
-            if len(stack) - (marks[-1] if marks else 0) < count:
-                raise ValueError("its pickle takes what is not there")
-            taken = stack[len(stack) - count :]
-            del stack[len(stack) - count :]
-            return taken
-
-        def pop_marked():
-            taken = pop(len(stack) - marks[-1])
-            marks.pop()
-            return taken
-
+        stack, memo = _Stack(), {}
         for operation, argument, _ in pickletools.genops(file):
             match operation.name:
                 case "PROTO":
                     pass
-                case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[operation.name])
-                case (
-                    "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE"
-                    | "BINSTRING" | "SHORT_BINSTRING" | "SHORT_BINUNICODE"
-                ):  # fmt: skip
-                    stack.append(argument)
                 case "GLOBAL":
                     stack.append(self.name(argument.replace(" ", ".")))
-                case "MARK":
-                    marks.append(len(stack))
-                case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                    stack.append({"DICT": {}, "LIST": [], "TUPLE": ()}[operation.name[6:]])
-                case "TUPLE":
-                    stack.append(tuple(pop_marked()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    stack.append(tuple(pop(int(operation.name[5:]))))
                 case "BINPUT" | "LONG_BINPUT":
                     memo[argument] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
-                case "APPEND" | "APPENDS":
-                    items = pop(1) if operation.name == "APPEND" else pop_marked()
-                    _expect(stack[-1], list).extend(items)
-                case "SETITEM" | "SETITEMS":
-                    items = pop(2) if operation.name == "SETITEM" else pop_marked()
-                    for key, value in zip(items[::2], items[1::2], strict=True):
-                        _expect(stack[-1], dict)[_expect(key, str, int)] = value
                 case "REDUCE" | "NEWOBJ":
-                    function, arguments = pop(2)
+                    function, arguments = stack.take(2)
                     stack.append(self.call(_expect(function, _Name), _expect(arguments, tuple)))
                 case "BUILD":
-                    [state] = pop(1)
+                    [state] = stack.take(1)
                     if isinstance(stack[-1], Inert):
                         stack[-1].state = _expect(state, dict)
                 case "BINPERSID":
-                    stack.append(self.persistent(*_expect(*pop(1), tuple)))
+                    stack.append(self.persistent(*_expect(*stack.take(1), tuple)))
                 case "STOP":
                     return stack[-1]
-                case other:
-                    raise ValueError(f"its pickle holds {other}, which no checkpoint needs")
+                case name:
+                    stack.build(name, argument)
 
     def name(self, name):
         inert = self.inert and (name.startswith(INERT) or name in INERT_NAMES)

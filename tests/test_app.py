@@ -124,7 +124,7 @@ def test_beam_temperature_and_models_are_obeyed(demo, photograph):
         demo.get_by_role("button", name="caption", exact=True).click()
         demo.wait_for_function(f"{shown} && !{shown}.old")
         found |= {text for text, _ in captions_of(views.first)}
-    assert len(found) > 3  # by chance: the model knows its data by heart
+    assert len(found) > 3  # drawn at random: the model knows its data by heart
 
 
 def test_what_is_no_image_is_said_to_be_none(demo, tmp_path):

@@ -169,11 +169,11 @@ def test_weights_are_compared_before_models_take_memory(checkpoint):
         checkpoints.build_models(checkpoint | {"decoder": checkpoint["decoder"] | wide})
     with pytest.raises(UserError, match="do not fit"):
         checkpoints.build_models(checkpoint | {"encoder_name": "resnet152"})
-    other = DecoderWithAttention(
-        LSTMConfig(len(WORDS), 7, 8, 6, 10, encoded_image_size=3)
-    ).state_dict()
+    config = LSTMConfig(len(WORDS), 7, 8, 6, 10, encoded_image_size=3)
+    other = DecoderWithAttention(config).state_dict()
     with pytest.raises(UserError, match="not for the features of 'squeezenet1_1'"):
-        checkpoints.build_models(checkpoint | {"decoder": other})
+        of_other = {"decoder": other, "decoder_config": dataclasses.asdict(config)}
+        checkpoints.build_models(checkpoint | of_other)
 
 
 def test_load_model(tmp_path, checkpoint):
