@@ -1,6 +1,7 @@
 """What a decoder is: all that search, training, evaluation, pictures and checkpoints know of one.
 
-A variant is a class derived from `Decoder` with a `Config`, and a line `@register(name)` above it.
+A variant is a class derived from `Decoder` with a `Config`, and a line `@register(name)` above it;
+`checkpoints` imports its module, so that the name is known.
 """
 
 import dataclasses

@@ -150,6 +150,16 @@ def test_build_models(checkpoint):
     assert alphas.shape[-1] == 9
 
 
+def test_an_older_file_without_a_configuration_tells_it_by_its_shapes(tmp_path, checkpoint):
+    path = tmp_path / "older.pth.tar"
+    older = {k: v for k, v in checkpoint.items() if k not in ("decoder_name", "decoder_config")}
+    save_checkpoint(path, older)
+    _, expected = checkpoints.build_models(checkpoint)
+    _, decoder = checkpoints.build_models(load_checkpoint(path))
+    assert decoder.config == expected.config
+    assert_same(dict(decoder.state_dict()), dict(expected.state_dict()))
+
+
 def test_weights_of_other_models(checkpoint):
     for part, other in (("encoder", "decoder"), ("decoder", "encoder")):
         with pytest.raises(UserError, match="do not fit") as error:

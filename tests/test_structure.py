@@ -82,6 +82,25 @@ def test_the_groundwork_imports_nothing_above_it(name):
     assert all(other.startswith("groundwork") for other in imports(MODULES[name]))
 
 
+FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
+    "models kernels encoders contract decoding",
+    "utils datasets features demo",
+    "pictures metrics coco_results",
+    "config engine objectives checkpoints run_state training_data training_report training",
+    "captioner hubconf",
+    "evaluation robustness report textbook benchmark_data",
+]
+
+
+@pytest.mark.parametrize("name", [name for name in BELOW if "." not in name])
+def test_modules_import_from_their_own_floor_and_below(name):
+    if name == "groundwork":
+        return
+    floor = {module: i for i, modules in enumerate(FLOORS) for module in modules.split()}
+    flat = {other for other in imports(MODULES[name]) if not other.startswith("groundwork")}
+    assert [other for other in flat if floor[other] > floor[name]] == []
+
+
 def reads_command_line(path):
     """Lines that parse arguments, read sys.argv, or look into a namespace of options."""
     for node in ast.walk(tree(path)):
