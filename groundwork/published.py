@@ -21,20 +21,27 @@ def read(path):
     contents = torch_files.read(path, inert=True)
     if not isinstance(contents, dict) or not {"encoder", "decoder"} <= contents.keys():
         raise ValueError("it holds no encoder and decoder")
+    encoder, decoder = (_unwrapped(contents[name]) for name in ("encoder", "decoder"))
     name = Path(path).name.removesuffix(".pth.tar").removeprefix("BEST_")
     seen = set()
     return {
         "encoder_name": "resnet101",  # all of them, trained on squares of 256 pixels
-        "encoded_image_size": contents["encoder"].state.get("enc_image_size", 14),
+        "encoded_image_size": encoder.state.get("enc_image_size", 14),
         "image_size": 256,
-        "encoder": dict(_named_tensors(contents["encoder"], seen)),
-        "decoder": dict(_named_tensors(contents["decoder"], seen)),
+        "encoder": dict(_named_tensors(encoder, seen)),
+        "decoder": dict(_named_tensors(decoder, seen)),
         "base": name.removeprefix("checkpoint_") if name.startswith("checkpoint_") else "",
         "options": {"data_folder": "data"},
         "stage": "decoder" if contents.get("encoder_optimizer") is None else "finetune",
         "epoch": contents.get("epoch", 0),
         "scores": {"bleu4": float(contents.get("bleu-4", math.nan))},
     }
+
+
+def _unwrapped(module):
+    """The module inside one of `torch.nn.parallel`, which have it under the name "module"."""
+    inner = module.state.get("_modules", {})
+    return inner["module"] if isinstance(inner, dict) and inner.keys() == {"module"} else module
 
 
 def _named_tensors(module, seen, prefix="", depth=0):

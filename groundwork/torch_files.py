@@ -30,7 +30,8 @@ TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 PARAMETER, SIZE = "torch._utils._rebuild_parameter", "torch.Size"
 KNOWN = {*STORAGES, *DICTS, *TENSORS, PARAMETER, SIZE}
 INERT = ("torch.nn.", "torch.optim.", "torchvision.models.", "models.", "__main__.")
-INERT_NAMES = ("builtins.set", "__builtin__.set")
+INERT_NAMES = ("builtins.set", "__builtin__.set", "torch.device")
+OPERATIONS, DEPTH = 2**21, 1000  # of a pickle, at most: a word map of 100,000 words takes 300,000
 
 
 class Inert:
@@ -100,6 +101,8 @@ class _Stack(list):
             ):  # fmt: skip
                 self.append(argument)
             case "MARK":
+                if len(self.marks) == DEPTH:
+                    raise ValueError("its pickle is nested too deeply")
                 self.marks.append(len(self))
             case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
                 self.append({"DICT": {}, "LIST": [], "TUPLE": ()}[operation[6:]])
@@ -113,7 +116,8 @@ class _Stack(list):
             case "SETITEM" | "SETITEMS":
                 items = self.take(2) if operation == "SETITEM" else self.take_marked()
                 for key, value in zip(items[::2], items[1::2], strict=True):
-                    _expect(self[-1], dict)[_expect(key, str, int)] = value
+                    # an optimizer's state has parameters as keys, which are told apart by identity
+                    _expect(self[-1], dict)[_expect(key, str, int, torch.Tensor)] = value
             case _:
                 raise ValueError(f"its pickle holds {operation}, which no checkpoint needs")
 
@@ -128,7 +132,9 @@ class _Reader:
     def interpret(self, file):
         """What a pickle builds. Raises ValueError for an operation that torch.save never needs."""
         stack, memo = _Stack(), {}
-        for operation, argument, _ in pickletools.genops(file):
+        for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+            if count == OPERATIONS:  # each takes up to a hundred bytes of memory
+                raise ValueError("its pickle holds too many objects")
             match operation.name:
                 case "PROTO":
                     pass
@@ -215,6 +221,8 @@ class _Archive(_Reader):
             raise ValueError("it is compressed")
         if sum(entry.file_size for entry in entries) > self.size:
             raise ValueError("its contents are larger than the file")
+        if changed := self.file.testzip():  # by the checksum that the archive keeps of each file
+            raise zipfile.BadZipFile(f"{changed} is not as it was written")
         [pickled] = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
         self.folder = pickled.removesuffix("data.pkl")
         with self.file.open(pickled) as file:

@@ -86,6 +86,21 @@ def test_truncated_checkpoint(tmp_path, share):
     assert_refused(path)
 
 
+def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
+    """The weights would still load, as other numbers."""
+    path = tmp_path / "flipped.pth.tar"
+    weights = torch.arange(1000.0)
+    save_checkpoint(path, tiny_checkpoint(decoder={"weight": weights}))
+    whole = bytearray(path.read_bytes())
+    place = whole.index(weights.numpy().tobytes()) + 2000
+    whole[place] ^= 1
+    path.write_bytes(whole)
+    assert not torch.equal(torch.load(path, weights_only=True)["decoder"]["weight"], weights)
+    assert_refused(path)
+    with pytest.raises(UserError, match="is not as it was written"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize("size", [1, 50, 5000])
 def test_random_bytes_are_no_checkpoint(tmp_path, size):
     path = tmp_path / "random.pth.tar"

@@ -1,6 +1,7 @@
 """Checkpoints of the older published form: whole pickled modules, benign and malicious."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import WORDS, failure, run_here
+from conftest import WORDS, failure, run_here, tiny_checkpoint
 from torch import nn
 
 import checkpoints
+from captioner import Captioner
 from groundwork import published, torch_files
 from groundwork.errors import UserError
 
@@ -56,12 +58,22 @@ def modules():
     """What the published file holds; the classes are found in a module `models`, as there."""
     torch.manual_seed(0)
     encoder, decoder = Encoder(), DecoderWithAttention()
-    optimizer = torch.optim.Adam(decoder.parameters())
+    # fine-tuned: its last stage alone, which keeps the file small
     return {
         "epoch": 7, "epochs_since_improvement": 0, "bleu-4": np.float64(0.24).item(),
         "encoder": encoder, "decoder": decoder,
-        "encoder_optimizer": None, "decoder_optimizer": optimizer,
+        "encoder_optimizer": stepped(encoder.resnet[7]), "decoder_optimizer": stepped(decoder),
     }  # fmt: skip
+
+
+def stepped(module):
+    """An Adam of the module's parameters after a step: its state has parameters as keys."""
+    optimizer = torch.optim.Adam(module.parameters())
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 @pytest.fixture
@@ -91,9 +103,42 @@ def test_its_weights_are_those_of_the_modules(modules, named_models, tmp_path, l
         assert found[name].keys() == expected.keys()
         assert all(torch.equal(found[name][key], value) for key, value in expected.items())
     assert found["base"] == "coco_5_cap_per_img_5_min_word_freq"
-    assert (found["epoch"], found["stage"], found["scores"]["bleu4"]) == (7, "decoder", 0.24)
+    assert (found["epoch"], found["stage"], found["scores"]["bleu4"]) == (7, "finetune", 0.24)
     with pytest.raises(UserError, match="it has no best_bleu4"):
         checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS)
+
+
+@pytest.mark.parametrize("size", [14, 7])
+def test_wrapped_and_resized_modules_are_read(modules, named_models, tmp_path, size, monkeypatch):
+    """As several GPUs and `encoded_image_size` leave them."""
+    path = tmp_path / "wrapped.pth.tar"
+    monkeypatch.setattr(modules["encoder"], "enc_image_size", size)
+    wrapped = {name: nn.DataParallel(modules[name]) for name in ("encoder", "decoder")}
+    for module in wrapped.values():
+        module.src_device_obj, module.device_ids = torch.device("cuda", 0), [0, 1]
+    write({**modules, **wrapped, "encoder_optimizer": None}, path, "archive")
+    found = checkpoints.load_checkpoint(path)
+    assert found["encoded_image_size"] == size
+    for name in ("encoder", "decoder"):
+        assert found[name].keys() == modules[name].state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_it_captions_as_the_same_weights_saved_by_us(modules, named_models, scenes, tmp_path):
+    published, ours = tmp_path / "published.pth.tar", tmp_path / "ours.pth.tar"
+    write(modules, published, "stream")
+    weights = {name: modules[name].state_dict() for name in ("encoder", "decoder")}
+    sizes = {"encoder_name": "resnet101", "encoded_image_size": 14, "image_size": 256}
+    checkpoints.save_checkpoint(ours, tiny_checkpoint(**weights, **sizes, word_map=WORDS))
+    words = tmp_path / "WORDMAP_x.json"
+    words.write_text(json.dumps(WORDS))
+    image = next((scenes / "images").iterdir())
+    found, expected = (
+        next(Captioner.load(path, "cpu", "off", words).caption(image, beam_size=2))
+        for path in (published, ours)
+    )
+    assert found.words == expected.words and found.log_prob == expected.log_prob
+    assert torch.equal(found.alphas, expected.alphas)
 
 
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
@@ -247,6 +292,17 @@ def test_a_stream_with_an_archive_behind_it_is_a_stream(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/data.pkl", b"")
     with pytest.raises(UserError, match=r"both.pth.tar .*larger than the file"):
+        checkpoints.load_checkpoint(path)
+
+
+def test_a_flood_of_objects_is_refused(tmp_path):
+    """Twenty million empty dicts would take gigabytes."""
+    path = tmp_path / "flood.pth.tar"
+    path.write_bytes(stream(b"\x80\x02" + b"}" * 20_000_000 + b"."))
+    with pytest.raises(UserError, match=r"flood.pth.tar .*too many objects"):
+        checkpoints.load_checkpoint(path)
+    path.write_bytes(stream(b"\x80\x02" + b"(" * 5000 + b"."))
+    with pytest.raises(UserError, match=r"flood.pth.tar .*nested too deeply"):
         checkpoints.load_checkpoint(path)
 
 
