@@ -116,6 +116,7 @@ RUN_KEYS = MODEL_KEYS | {  # and what training needs to go on
     "schedule": _is_dict,
     "random": _is_random,
     "best_bleu4": _is_number,
+    "best_record": lambda value: value is None or is_log([value]),
     "epochs_without_improvement": _is_count,
     "step": _is_count,
     "partial": _is_means,
@@ -125,7 +126,8 @@ RUN_KEYS = MODEL_KEYS | {  # and what training needs to go on
     "word_map": _is_dict,
 }
 OPTIONAL = {"records": _is_records}
-OLDER = {"decoder_name": "lstm", "decoder_config": None}  # where there was but one decoder
+# What older files lack: there was one decoder, and one measure of the best epoch
+OLDER = {"decoder_name": "lstm", "decoder_config": None, "best_record": None}
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}  # of weights
 
 

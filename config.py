@@ -29,8 +29,9 @@ class TrainingConfig:
     decoder_lr: float = 4e-4  # Adam
     encoder_lr: float = 1e-4
     schedule: str = "plateau"  # or "cosine"
+    select_by: str = "bleu4"  # what tells the best epoch, or "cider", "loss"
     patience: int = 8  # epochs, of the plateau schedule
-    stop_after: int = 20  # epochs without a better BLEU-4
+    stop_after: int = 20  # epochs without a better one
     grad_clip: float = 5.0  # element-wise
     alpha_c: float = 1.0  # weight of doubly stochastic attention
     label_smoothing: float = 0.0  # share spread over the vocabulary

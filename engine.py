@@ -37,19 +37,15 @@ class Network:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tunes_encoder):
             return self.encoder.features(source)
 
-    def judge(self, features, captions, lengths, objective, sizes=None):
-        """The loss of a batch, its top-5 accuracy and the number of words predicted.
+    def read(self, features, captions, lengths):
+        """What the decoder makes of true captions: scores, targets, alphas of `Decoder.forward`.
 
         Args:
             features: (I, g, g, D) from `encode`.
             captions, lengths: int64 (I, K, T) and (I, K), from `datasets.CaptionDataset`.
-            objective: see `objectives`.
-            sizes: as an objective takes them.
         """
         captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
-        scores, targets, alphas = self.decoder(features, captions, lengths.flatten())
-        loss = objective(scores, targets, alphas, sizes)
-        return loss, metrics.top5_accuracy(scores.data, targets.data), len(targets.data)
+        return self.decoder(features, captions, lengths.flatten())
 
 
 class Means:
@@ -123,8 +119,9 @@ def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
     sizes = torch.tensor([(lengths - 1).sum(), lengths.numel()], dtype=torch.float32)
     sizes = distributed.add_up(sizes.to(network.device))
     with network.autocast():
-        features = network.encode(source)
-        loss, top5, words = network.judge(features, captions, lengths, objective, sizes)
+        scores, targets, alphas = network.read(network.encode(source), captions, lengths)
+        loss = objective(scores, targets, alphas, sizes)
+    top5 = metrics.top5_accuracy(scores.data, targets.data)
     optimizer.zero_grad(set_to_none=True)
     _backward(loss)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -138,7 +135,7 @@ def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
     if math.isfinite(value) and math.isfinite(largest):
         nn.utils.clip_grad_value_(parameters, grad_clip)
         optimizer.step()
-        means.add(words, loss=value, top5=top5)
+        means.add(len(targets.data), loss=value, top5=top5)
     else:
         fault = "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
     return Step(value, fault, [bool(flag) for flag in flags])
@@ -175,19 +172,24 @@ def validate(network, batches, objective, word_map, with_alphas=()):
         with_alphas: numbers of the images whose captions keep their alphas.
 
     Returns:
-        `Means`, and a `Greedy` caption for each image of the split.
+        the loss, which does not depend on how the split is cut into batches; the top-5 accuracy;
+        and a `Greedy` caption for each image of the split.
     """
     words = {index: word for word, index in word_map.items()}
-    means, captions = Means(), []
+    sums, right, captions = torch.zeros(2, 2, dtype=torch.float64), 0.0, []
     network.decoder.eval()
     for source, *truth in batches:
         with network.autocast():
             features = network.encode(source)
-            loss, top5, count = network.judge(features, *truth, objective)
+            scores, targets, alphas = network.read(features, *truth)
+            sums += objective.sums(scores, targets, alphas)
             decoded = decoding.greedy(network.decoder, features, word_map)
-        means.add(count, loss=loss.item(), top5=top5)
+        right += len(targets.data) * metrics.top5_accuracy(scores.data, targets.data)
         for caption in decoded:
             image = distributed.rank + distributed.world_size * len(captions)
             alphas = caption.alphas if image in with_alphas else None
             captions.append(Greedy([words[w] for w in caption.words], alphas))
-    return means.add_up(network.device), distributed.collect(captions)
+    total = torch.cat([sums.flatten(), torch.tensor([right], dtype=torch.float64)])
+    total = distributed.add_up(total.to(network.device)).cpu()
+    sums, right = total[:4].view(2, 2), float(total[4])
+    return objective.of(sums), right / float(sums[0, 1]), distributed.collect(captions)

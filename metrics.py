@@ -55,6 +55,22 @@ def bleu(references, captions):
     )
 
 
+def cider(references, captions):
+    """CIDEr-D of the corpus, on lower-cased words without punctuation, as in `bleu`: without Java.
+
+    Args:
+        references, captions: as in `bleu`.
+    """
+    from pycocoevalcap.cider.cider import Cider  # here, as few need it
+
+    def words(texts):
+        return [" ".join(tokenize(text)) for text in texts]
+
+    truth = {i: words(texts) for i, texts in enumerate(references)}
+    score, _ = Cider().compute_score(truth, {i: words([t]) for i, t in enumerate(captions)})
+    return float(score)
+
+
 def smoothed_bleu(references, captions):
     """BLEU-4 of each caption by itself, with one added to counts of n-grams from 2 on (nltk's
     method 2; Lin and Och, 2004), without which most would be 0.

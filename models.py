@@ -347,10 +347,16 @@ def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0, size
         scalar float32: the mean over the real words, plus the regularisation.
     """
     words, captions = (len(targets.data), len(targets.sorted_indices)) if sizes is None else sizes
-    loss = kernels.missed(scores.data, targets.data, label_smoothing) / words
-    if alphas is not None:
-        loss = loss + alpha_c * ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1).sum() / captions
-    return loss
+    missed, uneven = loss_terms(scores, targets, alphas, label_smoothing)
+    return missed / words + alpha_c * uneven / captions
+
+
+def loss_terms(scores, targets, alphas, label_smoothing=0.0):
+    """Sums of `caption_loss`: of -log p over words, of the mean (1 - Σ_t α_ti)² over captions."""
+    missed = kernels.missed(scores.data, targets.data, label_smoothing)
+    if alphas is None:
+        return missed, missed.new_zeros(())
+    return missed, ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1).sum()
 
 
 def _pack(sequences: Tensor, lengths: Tensor) -> PackedSequence:

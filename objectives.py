@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from models import caption_loss
+import torch
+
+from models import caption_loss, loss_terms
 
 
 @dataclass(frozen=True)
@@ -20,3 +22,16 @@ class CrossEntropy:
             sizes: words and captions of the whole batch, where this is a part of it.
         """
         return caption_loss(scores, targets, alphas, self.alpha_c, self.label_smoothing, sizes)
+
+    def sums(self, scores, targets, alphas):
+        """What adds up over batches and processes: float64 (2, 2), a row for each term of the loss,
+        its sum and how many words or captions it is over."""
+        terms = loss_terms(scores, targets, alphas, self.label_smoothing)
+        counts = len(targets.data), len(targets.sorted_indices)
+        rows = [[term.item(), count] for term, count in zip(terms, counts, strict=True)]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def of(self, sums):
+        """The loss, a float, of what `sums` gives, added up."""
+        (missed, words), (uneven, captions) = sums.tolist()
+        return missed / words + self.alpha_c * uneven / captions

@@ -56,11 +56,11 @@ class RunState:
     options: dict  # as they were given, name -> number or text: for the record
     records: list[dict]  # of each start of the run, from `provenance.describe`
     log: list[dict] = field(default_factory=list)  # a record an epoch, of all stages
-    best: float = -1.0  # validation BLEU-4
+    best: dict | None = None  # the record of the best epoch
     stage: str | None = None
     epoch: int = 0  # whole epochs done in the stage
     step: int = 0  # steps done in the epoch after them
-    waited: int = 0  # epochs without a better BLEU-4
+    waited: int = 0  # epochs without a better one
     means: Means = field(default_factory=Means)  # over these steps
     seconds: float = 0.0  # that they took
     skipped: int = 0  # steps in a row, for their gradients; not saved
@@ -94,18 +94,25 @@ class RunState:
         self.step, self.means, self.seconds = 0, Means(), 0.0
 
     def end_epoch(self, record):
-        """Counts an epoch, and logs its record; whether its BLEU-4 is the best so far."""
-        improved = record["bleu4"] > self.best
-        self.best = max(self.best, record["bleu4"])
+        """Counts an epoch, and logs its record; whether it is the best so far."""
+        own = [line for line in self.log if line["stage"] == self.stage]
+        improved = self._is_better(record, [self.best] if self.best else [])
         self.waited = 0 if improved else self.waited + 1
+        if improved:
+            self.best = record
+        self.epoch += 1
         if isinstance(self.schedule, ReduceLROnPlateau):
-            self.schedule.step(record["bleu4"])
+            # a number that grows with each better epoch of the stage
+            self.schedule.step(self.epoch if self._is_better(record, own) else -1)
         else:
             self.schedule.step()
-        self.epoch += 1
         self.begin_epoch()
         self.log.append(record)
         return improved
+
+    def _is_better(self, record, others):
+        names = SELECT_BY[self.config.select_by]
+        return all(rank(record, names) > rank(other, names) for other in others)
 
     def place(self, step):
         """A step of the epoch, for people."""
@@ -150,7 +157,8 @@ class RunState:
             "stage": self.stage,
             "epoch": self.epoch,
             "scores": self.log[-1] if self.log else {},
-            "best_bleu4": self.best,
+            "best_bleu4": self.best["bleu4"] if self.best else -1.0,
+            "best_record": self.best,
             "epochs_without_improvement": self.waited,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -235,7 +243,28 @@ class RunState:
             with atomic_write(files.best) as temporary:
                 shutil.copyfile(best, temporary)
         else:
-            self.best = -1.0
+            self.best = None
+
+
+# What tells the best epoch: scores of its record, the first that differs decides; losses are better
+# where they are lower
+SELECT_BY = {
+    "bleu4": ["bleu4", "bleu3", "bleu2", "bleu1", "val_loss"],
+    "cider": ["cider", "val_loss"],
+    "loss": ["val_loss"],
+}
+
+
+def rank(record, names):
+    """A list that is greater for a better epoch. Scores that an older record lacks count least."""
+    return [-record[name] if name == "val_loss" else record.get(name, -math.inf) for name in names]
+
+
+def best_record(checkpoint):
+    """The best epoch's record in a checkpoint, None where there is none; older files tell it by
+    BLEU-4 alone."""
+    known = [r for r in checkpoint["log"] if r["bleu4"] == checkpoint["best_bleu4"]]
+    return checkpoint["best_record"] or (known[0] if known else None)
 
 
 @torch.no_grad()

@@ -120,11 +120,17 @@ def make_parser():
     add(
         "--schedule",
         choices=["plateau", "cosine"],
-        help="learning rate: × 0.8 after --patience epochs without a better BLEU-4, or falling "
+        help="learning rate: × 0.8 after --patience epochs without a better one, or falling "
         "along a cosine to 0 over --epochs",
     )
+    add(
+        "--select_by",
+        choices=["bleu4", "cider", "loss"],
+        help="what tells the best epoch: validation BLEU-4 (where it is equal, BLEU-3, 2, 1, then "
+        "the loss), CIDEr-D, or the loss",
+    )
     add("--patience", type=positive, help="epochs, for the plateau schedule")
-    add("--stop_after", type=positive, help="epochs without a better BLEU-4")
+    add("--stop_after", type=positive, help="epochs without a better one")
     add("--grad_clip", type=number(float, above=0), help="element-wise")
     add("--alpha_c", type=number(float, least=0), help="weight of doubly stochastic attention")
     add("--label_smoothing", type=share, help="share spread over the vocabulary")
@@ -246,7 +252,7 @@ def make_state(options, base, checkpoint, device):
     from engine import Network
     from groundwork import distributed, provenance
     from groundwork.devices import has_fast_bfloat16
-    from run_state import RunState
+    from run_state import RunState, best_record
     from utils import input_path
 
     folder, word_map = options.data_folder, read_word_map(options.data_folder, base)
@@ -268,7 +274,7 @@ def make_state(options, base, checkpoint, device):
         plain(options),
         [*(checkpoint.get("records", []) if checkpoint else []), record],
         log=checkpoint["log"] if checkpoint else [],
-        best=checkpoint["best_bleu4"] if checkpoint else -1.0,
+        best=best_record(checkpoint) if checkpoint else None,
     )
 
 
@@ -381,7 +387,7 @@ def checked(path, checkpoint, options):
         print(f"the model is the checkpoint's: {as_flags({n: before[n] for n in fixed})}")
     apart = {"checkpoint", "resume", "overwrite", "output_folder", "data_folder", "tensorboard"}
     apart.update(of_model)
-    other = {n: now[n] for n in now if n not in apart and now[n] != before.get(n)}
+    other = {n: now[n] for n in now if n not in apart and now[n] != before.get(n, now[n])}
     if other:
         print(f"other options than its run had: {as_flags(other)}")
     return checkpoint

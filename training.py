@@ -15,7 +15,7 @@ from groundwork.progress import progress
 from objectives import CrossEntropy
 from run_state import RunFiles, RunState
 from training_data import TrainingData
-from training_report import Reports
+from training_report import MEASURES, Reports
 
 SKIPS = 5  # steps without finite gradients, in a row, after which training stops
 
@@ -123,7 +123,8 @@ class Training:
         if state.epoch >= config.epochs:
             print(f"stage {state.stage}: its {config.epochs} epochs are done")
         else:
-            print(f"stage {state.stage}: stopped, no better BLEU-4 for {state.waited} epochs")
+            measure = MEASURES[config.select_by]
+            print(f"stage {state.stage}: stopped, no better {measure} for {state.waited} epochs")
 
     def _train_epoch(self, started):
         """The steps of an epoch that are still to do; its mean loss and accuracy, its speed."""
@@ -213,13 +214,17 @@ class Training:
                 yield batch
 
         objective = CrossEntropy(state.config.alpha_c)
-        means, captions = engine.validate(
+        loss, top5, captions = engine.validate(
             state.network, batches(), objective, state.word_map, self.reports.shown()
         )
         references = [reference["captions"] for reference in self.data.references]
-        bleu = metrics.bleu(references, [" ".join(caption.words) for caption in captions]).scores
-        scores = {"val_loss": means["loss"], "val_top5": means["top5"]}
-        return scores | {f"bleu{n}": score for n, score in enumerate(bleu, start=1)}, captions
+        texts = [" ".join(caption.words) for caption in captions]
+        scores = {"val_loss": loss, "val_top5": top5}
+        bleu = metrics.bleu(references, texts).scores
+        scores |= {f"bleu{n}": score for n, score in enumerate(bleu, start=1)}
+        if state.config.select_by == "cider":
+            scores["cider"] = metrics.cider(references, texts)
+        return scores, captions
 
     def _save(self, improved=False):
         self.reports.flush()

@@ -65,7 +65,8 @@ class Reports:
         """The same for people and for programs: lines, log and curves."""
         if not distributed.is_main:
             return
-        print(describe_epoch(record, self.state.best, improved), flush=True)
+        measure = self.state.config.select_by
+        print(describe_epoch(record, self.state.best, improved, measure), flush=True)
         references = self.data.references
         for i in self.shown():
             print(f"  {references[i]['filename']}: {' '.join(captions[i].words)}")
@@ -107,13 +108,18 @@ class Reports:
             yield reference["filename"], reference["captions"][0], " ".join(words), figure
 
 
-def describe_epoch(record, best, improved):
+MEASURES = {"bleu4": "BLEU-4", "cider": "CIDEr-D", "loss": "validation loss"}  # of the best epoch
+
+
+def describe_epoch(record, best, improved, measure):
     """An epoch's record, for people."""
     bleu = " / ".join(f"{100 * record[f'bleu{n}']:.1f}" for n in range(1, 5))
+    cider = f", CIDEr-D {100 * record['cider']:.1f}" if "cider" in record else ""
+    value = f"{best['val_loss']:.3f}" if measure == "loss" else f"{100 * best[measure]:.1f}"
     return (
         f"epoch {record['epoch']}: loss {record['loss']:.3f}, top-5 {record['top5']:.1%}; "
         f"validation loss {record['val_loss']:.3f}, top-5 {record['val_top5']:.1%}, "
-        f"BLEU-1 to 4 {bleu}, "
-        + ("the best so far" if improved else f"best BLEU-4 {100 * best:.1f}")
+        f"BLEU-1 to BLEU-4: {bleu}{cider}, "
+        + ("the best so far" if improved else f"best {MEASURES[measure]} {value}")
         + f"; {record['captions_per_second']:.0f} captions/s, {record['seconds']:.0f} s"
     )

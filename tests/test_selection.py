@@ -1,0 +1,157 @@
+"""Which epoch is the best, and a validation loss that does not depend on the batches."""
+
+import json
+
+import pytest
+import torch
+from conftest import OFFLINE, WORDS, run_here
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import checkpoints
+import engine
+import metrics
+from config import TrainingConfig
+from datasets import CaptionDataset
+from engine import Network
+from models import DecoderWithAttention, LSTMConfig
+from objectives import CrossEntropy
+from run_state import RunState
+
+
+def state_of(**config):
+    """A `RunState` without a model, in its first stage."""
+    config = TrainingConfig(**config)
+    state = RunState(None, config, "x", WORDS, 64, {}, [{}], stage="decoder")
+    state.optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
+    state.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        state.optimizer, "max", 0.5, config.patience - 1, 0
+    )
+    return state
+
+
+def epoch(loss, *bleu, cider=0.0):
+    bleu = {f"bleu{n}": value for n, value in enumerate(bleu, start=1)}
+    return {"stage": "decoder", "val_loss": loss, "cider": cider, **bleu}
+
+
+# better, equal and worse epochs of captions too short for BLEU-4
+SHORT = [
+    epoch(3.0, 0.1, 0.0, 0.0, 0.0),
+    epoch(2.0, 0.5, 0.0, 0.0, 0.0),
+    epoch(1.0, 0.5, 0.2, 0.0, 0.0, cider=0.3),
+    epoch(0.9, 0.5, 0.2, 0.0, 0.0, cider=0.2),
+    epoch(0.5, 0.6, 0.1, 0.0, 0.0, cider=0.3),
+    epoch(9.0, 0.1, 0.1, 0.1, 0.1),
+]
+
+
+@pytest.mark.parametrize(
+    ("select_by", "improved"),
+    [
+        ("bleu4", [True, True, True, True, False, True]),
+        ("cider", [True, True, True, False, True, False]),
+        ("loss", [True, True, True, True, True, False]),
+    ],
+)
+def test_the_best_epoch_by_each_measure(select_by, improved):
+    state = state_of(select_by=select_by)
+    assert [state.end_epoch(record) for record in SHORT] == improved
+    assert state.best is [r for r, better in zip(SHORT, improved, strict=True) if better][-1]
+
+
+def test_progress_without_bleu4_keeps_the_learning_rate():
+    """The first two epochs are progress, the others are not."""
+    state, rates = state_of(patience=2), []
+    for record in [*SHORT[:2], *[SHORT[0]] * 5]:
+        state.end_epoch(record)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == [1, 1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert state.waited == 5
+
+
+def test_captions_of_two_words_keep_the_epoch_that_knows_them(tmp_path):
+    """Their BLEU-4 is 0 for ever."""
+    colours = {"red": (200, 0, 0), "blue": (0, 0, 200)}
+    images = []
+    for split, count in (("train", 8), ("val", 4)):
+        for i in range(count):
+            name = list(colours)[i % 2]
+            Image.new("RGB", (64, 64), colours[name]).save(tmp_path / f"{split}{i}.png")
+            sentences = [{"tokens": [name, "square"], "raw": f"{name.capitalize()} square."}]
+            entry = {"filename": f"{split}{i}.png", "split": split, "sentences": sentences}
+            images.append(entry)
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": images}))
+    process = run_here(
+        "create_input_files.py", "--dataset", "flickr8k", "--image_folder", tmp_path,
+        "--karpathy_json", tmp_path / "karpathy.json", "--output_folder", tmp_path / "data",
+        "--min_word_freq", 0, "--captions_per_image", 1, "--image_size", 64,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    process = run_here(
+        "train.py", "--data_folder", tmp_path / "data", "--stage", "decoder", "--epochs", 12,
+        "--encoder", OFFLINE, "--encoded_image_size", 2, "--batch_size", 4, "--decoder_lr", 0.02,
+        "--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 16, "--device", "cpu",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    path = checkpoints.newest_best_checkpoint(tmp_path)
+    best = checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS)
+    assert best["best_bleu4"] == 0 and best["best_record"]["bleu1"] == 1.0
+    assert best["epoch"] > 1
+
+
+def test_cider_is_chosen_and_computed_without_java(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    process = run_here(
+        "train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path, "--stage",
+        "decoder", "--epochs", 2, "--select_by", "cider", "--encoder", OFFLINE, "--device", "cpu",
+        "--encoded_image_size", 3, "--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 16,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    log = [json.loads(line) for line in (tmp_path / f"log_{tiny_data[1]}.jsonl").open()]
+    assert all(line["cider"] >= 0 for line in log)
+    assert process.stdout.count("CIDEr-D") >= 2
+
+
+def test_cider_of_words_is_the_official_one_of_the_same_words():
+    """Tokens of the official tokenizer are those of plain lower-case text without punctuation."""
+    references = [["a red circle", "one circle"], ["two blue squares on red"], ["a star"]]
+    captions = ["a red circle", "two squares", "a red star"]
+    found = metrics.cider(references, captions)
+    assert found == metrics.cider(
+        [[text.upper() + " ." for text in texts] for texts in references], captions
+    )
+    if "CIDEr-D" in (official := metrics.coco_scores(references, {"x": captions}).corpus["x"]):
+        assert found == pytest.approx(official["CIDEr-D"], abs=1e-9)
+
+
+@pytest.mark.parametrize("alpha_c", [0.0, 1.5])
+def test_the_validation_loss_does_not_depend_on_the_batches(tiny_data, alpha_c):
+    data = CaptionDataset(*tiny_data, "VAL")
+    assert len(set(data.lengths.flatten().tolist())) > 2  # words weigh otherwise than captions
+    words = len(json.loads((tiny_data[0] / f"WORDMAP_{tiny_data[1]}.json").read_text()))
+    word_map = json.loads((tiny_data[0] / f"WORDMAP_{tiny_data[1]}.json").read_text())
+    decoder = DecoderWithAttention(LSTMConfig(words, 3, 8, 8, 8, encoded_image_size=4))
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+
+    class Colours(torch.nn.Module):
+        """The colours of quarters of quarters stand for features."""
+
+        def features(self, images):
+            pooled = torch.nn.functional.adaptive_avg_pool2d(images / 255, 4)
+            return pooled.permute(0, 2, 3, 1)
+
+    network = Network(Colours(), decoder, torch.device("cpu"), False)
+    losses, accuracies = [], []
+    for size in (1, 3, 8):
+        batches = DataLoader(data, size)
+        loss, top5, captions = engine.validate(network, batches, CrossEntropy(alpha_c), word_map)
+        assert len(captions) == len(data)
+        losses.append(loss)
+        accuracies.append(top5)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    assert accuracies == pytest.approx([accuracies[0]] * 3, rel=1e-6)
+    images, captions, lengths = next(iter(DataLoader(data, 8)))
+    expected = CrossEntropy(alpha_c)(*network.read(network.encode(images), captions, lengths))
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-6)
