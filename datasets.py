@@ -1,6 +1,8 @@
 """Prepared data: images (or their cached features) together with all their captions."""
 
 import hashlib
+import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,12 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
+from groundwork import distributed
 from groundwork.errors import UserError
 from groundwork.files import read_json
 from groundwork.hdf5 import open_hdf5, read_item
 from groundwork.options import MAX_IMAGE_SIZE
-from utils import check_word_map, input_path
+from utils import check_word_map, input_path, read_split
 
 
 def find_data(data_folder, base=None):
@@ -57,40 +60,57 @@ class CaptionDataset(Dataset):
         data_folder, base, split: which input files; split is TRAIN, VAL or TEST.
         features: path from `cache_features`, or None for images.
         seed: of the views.
+        karpathy_json: path of the data set's JSON, for the captions as written where there is no
+            REFERENCES file.
 
     Raises:
         UserError: a file is missing, damaged, or does not belong to the others.
     """
 
-    def __init__(self, data_folder, base, split, features=None, seed=0):
-        self.base, self.seed, self.from_features = base, seed, features is not None
-        self.path = features or input_path(data_folder, base, "IMAGES", split)
-        images = open_images(input_path(data_folder, base, "IMAGES", split)).shape
+    def __init__(self, data_folder, base, split, features=None, seed=0, karpathy_json=None):
+        self.base, self.seed, self.from_features = base, seed, False
+        self.path = input_path(data_folder, base, "IMAGES", split)
+        images = open_images(self.path).shape
         self.image_size = images[-1]
         captions = _read_numbers(input_path(data_folder, base, "CAPTIONS", split), 2)
         lengths = _read_numbers(input_path(data_folder, base, "CAPLENS", split), 1)
-        path = input_path(data_folder, base, "REFERENCES", split)
-        self.references = read_references(path)
+        word_map = read_word_map(data_folder, base)
         if (
             not images[0]
-            or len(self.references) != images[0]
+            or len(captions) < images[0]
             or len(captions) % images[0]
             or len(captions) != len(lengths)
             or captions.min() < 0
-            or captions.max() >= len(read_word_map(data_folder, base))
+            or captions.max() >= len(word_map)
             or lengths.min() < 2
             or lengths.max() > captions.shape[1]
         ):
             raise UserError(
                 f"the {split} files of {base} in {data_folder} do not belong together "
-                f"({images[0]} images, {len(captions)} captions, {len(lengths)} lengths, "
-                f"{len(self.references)} references): run create_input_files.py again"
+                f"({images[0]} images, {len(captions)} captions, {len(lengths)} lengths): run "
+                "create_input_files.py again"
             )
         self.captions = captions.view(images[0], -1, captions.shape[1])
         self.lengths = lengths.view(images[0], -1)
+        path = input_path(data_folder, base, "REFERENCES", split)
+        if path.exists():
+            self.references = read_references(path)
+        else:
+            self.references = references_without_file(self, path, split, word_map, karpathy_json)
+        if len(self.references) != images[0]:
+            raise UserError(
+                f"{path} has references of {len(self.references)} images, not of {images[0]}: run "
+                "create_input_files.py again"
+            )
         self._data = None
-        if self.from_features and not _are_features(self.path, images[0]):
-            raise UserError(f"{self.path} is damaged: delete it, and it is made again")
+        if features is not None:
+            self.use_features(features)
+
+    def use_features(self, path):
+        """Takes features in the place of images, from a file of `cache_features`."""
+        if not _are_features(path, len(self)):
+            raise UserError(f"{path} is damaged: delete it, and it is made again")
+        self.path, self.from_features, self._data = path, True, None
 
     def __len__(self):
         return len(self.captions)
@@ -203,6 +223,58 @@ def read_references(path):
     if not isinstance(references, list) or not all(map(_is_reference, references)):
         raise UserError(f"{path} is no list of file names, ids and captions")
     return references
+
+
+def references_without_file(data, path, split, word_map, karpathy_json=None):
+    """References of a split whose input files were made without them.
+
+    They come from the data set's JSON, or else are the encoded captions, word by word.
+
+    Args:
+        data: a `CaptionDataset`, of which it takes captions and lengths.
+        path: of the file that is missing.
+
+    Raises:
+        UserError: the JSON is of other images.
+    """
+    words = {index: word for word, index in word_map.items()}
+    encoded = [
+        [[words[i] for i in caption[1 : n - 1]] for caption, n in zip(rows, ends, strict=True)]
+        for rows, ends in zip(data.captions.tolist(), data.lengths.tolist(), strict=True)
+    ]
+    if karpathy_json is None:
+        _say_once(
+            f"there is no {path}: scores compare with the encoded captions instead, of which rare "
+            "words are <unk> and some may be left out; --karpathy_json takes them as written"
+        )
+        return [
+            {
+                "filename": f"{split} {i}",
+                "id": i,
+                "captions": list(dict.fromkeys(map(" ".join, captions))) or [""],
+            }
+            for i, captions in enumerate(encoded)
+        ]
+    images = read_split(karpathy_json, split, data.captions.shape[2] - 2)
+    if len(images) != len(encoded):
+        raise UserError(
+            f"{karpathy_json} is of other images than {path.parent}: its {split} split has "
+            f"{len(images)} with captions, not {len(encoded)}"
+        )
+    for (reference, own), captions in zip(images, encoded, strict=True):
+        known = [[w if w in word_map else "<unk>" for w in caption] for caption in own]
+        if captions[0] not in known:
+            raise UserError(
+                f"{karpathy_json} is of other images than {path.parent}: its "
+                f"{reference['filename']} has no caption {' '.join(captions[0])!r}"
+            )
+    return [reference for reference, _ in images]
+
+
+@cache
+def _say_once(line):
+    if distributed.is_main:
+        print(line, file=sys.stderr)
 
 
 def _is_reference(value):

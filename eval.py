@@ -26,6 +26,7 @@ def parse_arguments():
     add("--checkpoint", help="None: the newest BEST checkpoint under --data_folder, or data/")
     add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
     add("--data_folder", help="with the input files; None: the one that the model was trained on")
+    add("--karpathy_json", help="the data set's, where the input files have no REFERENCES")
     add("--split", choices=["test", "val"], default="test")
     add("--beam_size", type=positive, nargs="+", default=[5], help="one, or several to compare")
     add("--batch_size", type=positive, default=50, help="images")
@@ -165,7 +166,7 @@ def open_split(path, model, options):
     split = options.split.upper()
     if not input_path(folder, base, "IMAGES", split).exists():
         raise UserError(f"{base} in {folder} has no {options.split} split: choose another --split")
-    return CaptionDataset(folder, base, split)
+    return CaptionDataset(folder, base, split, karpathy_json=options.karpathy_json)
 
 
 def score_results(options):

@@ -50,6 +50,11 @@ def make_parser():
         "--output_folder",
         help="for checkpoints, log and curves; None: the data folder, or that of --checkpoint",
     )
+    add(
+        "--karpathy_json",
+        help="the data set's, for human captions as written where the input files were made "
+        "without REFERENCES",
+    )
     add("--overwrite", action="store_true", help="start anew over an earlier run's files")
     add(
         "--tensorboard",
@@ -238,6 +243,7 @@ def run_stages(options, base, device):
             save_every=options.save_every,
             workers=options.workers,
             events=options.tensorboard,
+            karpathy_json=options.karpathy_json,
         )
         source = options.checkpoint or files.newest
         anew = checkpoint is None or is_elsewhere(options)
@@ -386,6 +392,7 @@ def checked(path, checkpoint, options):
     if fixed:
         print(f"the model is the checkpoint's: {as_flags({n: before[n] for n in fixed})}")
     apart = {"checkpoint", "resume", "overwrite", "output_folder", "data_folder", "tensorboard"}
+    apart.add("karpathy_json")
     apart.update(of_model)
     other = {n: now[n] for n in now if n not in apart and now[n] != before.get(n, now[n])}
     if other:

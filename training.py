@@ -32,6 +32,7 @@ class Training:
         save_every: ("minutes", n) or ("steps", n), between checkpoints inside an epoch.
         workers: processes that read batches ahead, None for the device's usual.
         events: whether to write for TensorBoard.
+        karpathy_json: as `datasets.CaptionDataset` takes it.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class Training:
         save_every=("minutes", 10),
         workers=None,
         events=False,
+        karpathy_json=None,
     ):
         self.state, self.files, self.data_folder, self.stop = state, files, data_folder, stop
         self.cache, self.save_every, self.workers = cache, save_every, workers
+        self.karpathy_json = karpathy_json
         self.reports = Reports(state, files, events)
         self.began = time.monotonic()
 
@@ -88,6 +91,7 @@ class Training:
             stage == "finetune",
             self.cache,
             self.workers,
+            self.karpathy_json,
         )
 
     def _restore(self, checkpoint, source):

@@ -24,21 +24,34 @@ class TrainingData:
         finetune: whether the encoder is trained, too.
         cache: whether to cache features, if there is room.
         workers: processes that read batches ahead, None for the device's usual.
+        karpathy_json: as `CaptionDataset` takes it.
     """
 
-    def __init__(self, folder, base, network, config, finetune, cache=True, workers=None):
+    def __init__(
+        self,
+        folder,
+        base,
+        network,
+        config,
+        finetune,
+        cache=True,
+        workers=None,
+        karpathy_json=None,
+    ):
         network.encoder.to(network.device)
-
-        def open_split(split, views):
-            features = None
+        # both before either is encoded, which may take hours
+        train, val = (
+            CaptionDataset(folder, base, split, seed=config.seed, karpathy_json=karpathy_json)
+            for split in ("TRAIN", "VAL")
+        )
+        for data, split, views in ((train, "TRAIN", config.views), (val, "VAL", 1)):
             if cache and not finetune:
                 with distributed.main_first():
                     features = cache_features(
                         network.encoder, folder, base, split, views, config.seed, network.amp
                     )
-            return CaptionDataset(folder, base, split, features, config.seed)
-
-        train, val = open_split("TRAIN", config.views), open_split("VAL", 1)
+                if features is not None:
+                    data.use_features(features)
         if train.from_features and val.from_features:
             network.encoder.cpu()
         captions = config.finetune_batch_size if finetune else config.batch_size

@@ -3,14 +3,16 @@
 import dataclasses
 import math
 
+import numpy as np
 from PIL import Image
 
 import pictures
 from config import ModelConfig, TrainingConfig
-from datasets import CaptionDataset
+from datasets import open_images
 from groundwork import distributed, tensorboard_log
 from groundwork.files import make_folder
 from groundwork.logs import write_log
+from utils import input_path
 
 
 class Reports:
@@ -39,7 +41,7 @@ class Reports:
         # Later points are of steps that will be done again, and, between an epoch's last step and
         # its validation, so are the scores.
         start = self._captions_seen(state.step) + (state.step < data.steps)
-        self.images = CaptionDataset(data_folder, state.base, "VAL")  # never features
+        self.images = open_images(input_path(data_folder, state.base, "IMAGES", "VAL"))
         names = [
             field.name
             for kind in (ModelConfig, TrainingConfig)
@@ -101,9 +103,8 @@ class Reports:
     def _examples(self, captions):
         """(file name, a human caption, the model's, figure of its attention) of the examples."""
         for i in self.shown():
-            pixels, *_ = self.images[i]
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            reference, (words, alphas) = self.images.references[i], captions[i]
+            image = Image.fromarray(np.ascontiguousarray(self.images[i].transpose(1, 2, 0)))
+            reference, (words, alphas) = self.data.references[i], captions[i]
             figure = pictures.attention_figure(image, words, alphas)
             yield reference["filename"], reference["captions"][0], " ".join(words), figure
 

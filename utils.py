@@ -215,6 +215,13 @@ def _collect_samples(images, folder, max_len):
     return {split: items for split, items in samples.items() if items}, left_out
 
 
+def read_split(path, split, max_len):
+    """(reference, captions) of each image of a split of Karpathy's JSON that has captions of
+    `max_len` words or fewer, in its order: as the input files have them. Raises UserError."""
+    samples, _ = _collect_samples(read_karpathy(path), Path(), max_len)
+    return [(sample.reference, sample.captions) for sample in samples.get(split, [])]
+
+
 @contextmanager
 def _all_or_nothing(folder, base, splits):
     """Yields temporary paths by (kind, split) for the input files of `splits` and the WORDMAP,

@@ -9,11 +9,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import LEARN, OFFLINE, best, failure, needs_java, run_here, run_script
+from conftest import LEARN, OFFLINE, SMALL, best, failure, needs_java, run_here, run_script
 from nltk.translate.bleu_score import corpus_bleu
 from PIL import Image
 
 import checkpoints
+import datasets
 import utils
 
 
@@ -212,6 +213,8 @@ def test_two_data_sets_are_listed(copied_data):
 @pytest.mark.parametrize("kind", ["IMAGES", "CAPTIONS", "CAPLENS", "REFERENCES"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "of another data set"])
 def test_damaged_data_files_are_named(copied_data, kind, damage):
+    if (kind, damage) == ("REFERENCES", "missing"):
+        pytest.skip("they are derived: see below")
     folder, base = copied_data
     path = utils.input_path(folder, base, kind, "VAL")
     if damage == "missing":
@@ -226,6 +229,50 @@ def test_damaged_data_files_are_named(copied_data, kind, damage):
     line = failure(run_here("train.py", "--data_folder", folder, "--encoder", OFFLINE))
     assert base in line
     assert damage == "of another data set" or kind in line
+
+
+def test_input_files_of_other_tooling_have_no_references(
+    copied_data, scenes, tmp_path, monkeypatch
+):
+    """They are derived from the encoded captions, or read from the JSON."""
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
+    folder, base = copied_data
+    expected = {}
+    for split in ("TRAIN", "VAL", "TEST"):
+        path = utils.input_path(folder, base, "REFERENCES", split)
+        expected[split] = json.loads(path.read_text())
+        path.unlink()
+    run = ["--data_folder", folder, "--device", "cpu"]
+    train = ["--encoder", OFFLINE, "--stage", "decoder", "--epochs", 1, *SMALL]
+    process = run_here("train.py", *run, *train, "--encoded_image_size", 3)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("VAL_REFERENCES") == 1 and "--karpathy_json" in process.stderr
+    derived = datasets.CaptionDataset(folder, base, "VAL").references
+    for one, other in zip(derived, expected["VAL"], strict=True):  # no word is rare here
+        assert one["captions"] == [" ".join(utils.tokenize(text)) for text in other["captions"]]
+    json_file = ["--karpathy_json", scenes / "karpathy.json"]
+    read = datasets.CaptionDataset(folder, base, "VAL", karpathy_json=json_file[1]).references
+    assert read == expected["VAL"]
+    process = run_here("eval.py", *run, "--beam_size", 1, *json_file)
+    assert process.returncode == 0, process.stderr
+    assert "REFERENCES" not in process.stderr
+    results = json.loads((folder / f"results_test_beam1_{base}.json").read_text())
+    assert [r["image_id"] for r in results] == [r["id"] for r in expected["TEST"]]
+
+    other = json.loads((scenes / "karpathy.json").read_text())
+    other["images"].reverse()
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    other_json = ["--karpathy_json", tmp_path / "other.json"]
+    line = failure(run_here("train.py", *run, *train, "--overwrite", *other_json))
+    assert "other.json is of other images" in line
+
+
+def test_what_is_missing_is_found_before_anything_is_encoded(copied_data):
+    folder, base = copied_data
+    utils.input_path(folder, base, "CAPLENS", "VAL").unlink()
+    line = failure(run_here("train.py", "--data_folder", folder, "--encoder", OFFLINE))
+    assert "VAL_CAPLENS" in line
+    assert not list(folder.glob("*FEATURES*"))
 
 
 def test_evaluation_names_a_split_that_is_not_there(checkpoint, copied_data):
