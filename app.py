@@ -6,21 +6,10 @@ import os
 import socket
 from pathlib import Path
 
-import checkpoints
-import report
-from captioner import Captioner, to_picture
 from groundwork.errors import UserError, run
 from groundwork.options import Parser, add_decoding_options, add_device_options, number
-from utils import SPECIAL_WORDS
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it would tell its makers of each start
-try:
-    import gradio as gr
-except ImportError as error:
-    raise SystemExit(
-        "error: the web demo needs Gradio: pip install -r requirements-dev.txt"
-    ) from error
-
 PHOTOGRAPH = 640  # pixels along the longer side, as shown
 
 
@@ -40,6 +29,16 @@ def parse_arguments():
 def main():
     options = parse_arguments()
     check_address(options.host, options.port)
+
+    # what follows takes seconds to import
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise UserError("the web demo needs Gradio: pip install -r requirements-dev.txt") from error
+    import checkpoints
+    import report
+    from captioner import Captioner
+
     paths = options.model or [checkpoints.newest_best_checkpoint("data")]
     models = {
         name: Captioner.load(path, options.device, options.amp, options.word_map)
@@ -86,6 +85,10 @@ def build_page(models, max_length, length_penalty):
         models: name -> `Captioner`.
         max_length, length_penalty: as in `Captioner.caption`.
     """
+    import gradio as gr
+
+    from utils import SPECIAL_WORDS
+
     words = min(len(model.word_map) - len(SPECIAL_WORDS) for model in models.values())
     hour = 3600  # seconds, after which uploaded photographs are deleted
     with gr.Blocks(
@@ -144,6 +147,9 @@ PROMPT = "<p>Drop a photograph into the field: its captions come here.</p>"
 def render(path, models, beam_size, temperature, max_length, length_penalty):
     """HTML: an <attention-view> for each model, side by side under the models' names where there
     are several; in it the captions of a beam, or, at a temperature above 0, as many drawn."""
+    import report
+    from captioner import to_picture
+
     image, parts = to_picture(path), []
     for name, model in models.items():
         [captions] = model.caption(

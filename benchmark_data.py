@@ -9,13 +9,13 @@ import torch
 
 import kernels
 import textbook
-from encoders import Encoder
+from encoders import OFFLINE_ENCODER, Encoder
 from groundwork.hdf5 import new_hdf5
 from models import DecoderWithAttention, LSTMConfig, caption_loss
 from textbook import SIZE
 from utils import input_path
 
-ENCODERS = {"resnet101": "resnet101", "lite2": "timm:tf_efficientnet_lite2"}
+ENCODERS = {"resnet101": "resnet101", "lite2": OFFLINE_ENCODER}
 VOCABULARY = 10_000  # the paper's
 PER_IMAGE = 5
 BASE = "benchmark_5_cap_per_img_0_min_word_freq"
@@ -153,6 +153,11 @@ def check_kernels(scene):
                 kernels.plain_context(vectors, alphas, slots, per_image),
             ),
             (kernels.missed(scores, targets, 0.1), kernels.plain_missed(scores, targets, 0.1)),
+            (
+                kernels.pooling_matrix(8, SIZE).to(vectors) @ scene.features.flatten(1, 2),
+                kernels.plain_pool(scene.features, SIZE).flatten(1, 2),
+            ),
+            (kernels.Product(w[None], len(query))(query), kernels.plain_product(query, w[None])),
         ]
     for fast, plain in pairs:
         torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)

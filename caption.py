@@ -36,6 +36,7 @@ def main():
     paths = find_images(options.img)
     path = options.model or checkpoints.newest_best_checkpoint("data")
     model = Captioner.load(path, options.device, options.amp, options.word_map)
+    model.check_beam_size(options.beam_size)
     pictures = name_pictures(paths, make_folder(options.output_folder))
 
     read, unreadable, records = [], [], []

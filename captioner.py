@@ -28,7 +28,7 @@ with own_modules():  # a user's process may have other modules of these names
     from contract import Decoder
     from encoders import Encoder
     from groundwork import images as image_files
-    from groundwork.devices import choose_device, has_fast_bfloat16
+    from groundwork.devices import autocast, choose_device, has_fast_bfloat16
     from groundwork.errors import UserError
     from groundwork.files import read_json
     from utils import SPECIAL_WORDS, check_word_map
@@ -83,6 +83,10 @@ class Captioner:
         Raises:
             UserError: a file is missing or damaged, or the word map is of another vocabulary.
         """
+        if not isinstance(path, str | PathLike):
+            raise UserError(f"a checkpoint is named by its path, not by {path!r}")
+        if amp not in ("auto", "off"):
+            raise UserError(f"amp {amp!r} is not auto or off")
         device = choose_device(device)
         checkpoint = checkpoints.load_checkpoint(path)
         encoder, decoder = checkpoints.build_models(checkpoint)
@@ -138,12 +142,18 @@ class Captioner:
             UserError: an image cannot be read, or a number cannot be.
         """
         self.check_beam_size(beam_size)
+        _check("batch_size", batch_size, int, 1, 2**31)
+        _check("max_length", max_length, int, 1, 1000)
+        _check("length_penalty", length_penalty, float, 0, 10)
+        _check("temperature", temperature, float, 0, 1e6)
+        if n is not None:
+            _check("n", n, int, 1, 2**31)
+        if seed is not None:
+            _check("seed", seed, int, 0, 2**63 - 1)
         if n is not None and not 1 <= n <= (beam_size if temperature == 0 else n):
             raise UserError(
                 f"a beam of {beam_size} has no {n} captions: widen it, or ask for fewer"
             )
-        if temperature < 0:
-            raise UserError(f"a temperature of {temperature:g} is below 0")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
 
         def found():
@@ -157,28 +167,34 @@ class Captioner:
         return found()
 
     def _batches(self, images, batch_size):
-        """uint8 (batch_size, 3, S, S) of images as `caption` takes them."""
-        one = isinstance(images, str | PathLike | Image.Image) or getattr(images, "ndim", 0) == 3
-        pictures = map(to_picture, [images] if one else images)
-        while squares := [
-            image_files.squeeze(picture, self.image_size)
-            for picture in islice(pictures, batch_size)
-        ]:
+        """uint8 (batch_size, 3, S, S) of images as `caption` takes them; where one cannot be read,
+        those before it first."""
+        squares = []
+        for image in [images] if _is_one(images) else images:
+            try:
+                squares.append(image_files.squeeze(to_picture(image), self.image_size))
+            except UserError:
+                if squares:
+                    yield torch.from_numpy(np.stack(squares))
+                raise
+            if len(squares) == batch_size:
+                yield torch.from_numpy(np.stack(squares))
+                squares = []
+        if squares:
             yield torch.from_numpy(np.stack(squares))
 
     def check_beam_size(self, beam_size):
         """Raises UserError for a beam wider than there are words to say."""
+        _check("beam_size", beam_size, int, 1, 2**31)
         words = len(self.word_map) - len(SPECIAL_WORDS)
-        if not 1 <= beam_size <= words:
+        if beam_size > words:
             raise UserError(
                 f"--beam_size {beam_size} is larger than the vocabulary of {words} words"
-                if beam_size > words
-                else f"--beam_size {beam_size} is less than 1"
             )
 
     def autocast(self):
         """The context in which the model computes."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+        return autocast(self.device, self.amp)
 
     def encode_ahead(self, batches: Iterable[Tensor]):
         """`Encoder.features` of batches of images: on CUDA each computed while the one before it
@@ -226,7 +242,8 @@ class Captioner:
                 found = [[caption] for caption in decoding.beam_search(*arguments, length_penalty)]
             else:
                 found = decoding.finished_beams(*arguments, length_penalty)
-        return [list(map(self._in_words, captions[:n])) for captions in found]
+        words = list(self.word_map)
+        return [[_in_words(caption, words) for caption in captions[:n]] for captions in found]
 
     def sample(self, features, n, temperature=1.0, max_length=decoding.MAX_LENGTH, generator=None):
         """`n` captions drawn for each image's features, the likeliest first."""
@@ -239,15 +256,33 @@ class Captioner:
                 temperature,
                 generator,
             )
-        captions = map(self._in_words, drawn)
+        words = list(self.word_map)
+        captions = (_in_words(caption, words) for caption in drawn)
         return [
             sorted(islice(captions, n), key=lambda caption: -caption.log_prob)
             for _ in range(len(features))
         ]
 
-    def _in_words(self, caption):
-        words = list(self.word_map)
-        return Caption([words[i] for i in caption.words], caption.log_prob, caption.alphas)
+
+def _in_words(caption, words):
+    """A `Caption` of a `decoding.Caption`, words being those of the vocabulary in its order."""
+    return Caption([words[i] for i in caption.words], caption.log_prob, caption.alphas)
+
+
+def _check(name, value, kind, least, most):
+    """Raises UserError unless the value is a number of that kind within the bounds."""
+    kinds = (int,) if kind is int else (int, float)
+    if type(value) not in kinds or not least <= value <= most:
+        bounds = f"of {least} or more" if most >= 2**31 else f"from {least} to {most:g}"
+        number = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name} {value!r} is not {number} {bounds}")
+
+
+def _is_one(images):
+    """Whether it is one image; what is no image at all is refused as one."""
+    if isinstance(images, str | bytes | PathLike | Image.Image) or not isinstance(images, Iterable):
+        return True
+    return isinstance(images, np.ndarray | Tensor) and images.ndim < 4
 
 
 def to_picture(image):
@@ -255,8 +290,11 @@ def to_picture(image):
     if isinstance(image, str | PathLike):
         return image_files.open_image(image)
     if isinstance(image, Image.Image):
-        return image_files.to_rgb(image)
-    if isinstance(image, Tensor):
+        try:
+            return image_files.to_rgb(image)
+        except Exception as error:  # on damaged pixels Pillow raises nearly anything
+            raise UserError(f"cannot read an image: {error or type(error).__name__}") from error
+    if isinstance(image, Tensor) and image.device.type != "meta":
         image = image.movedim(0, -1).cpu().numpy() if image.dim() == 3 else image.cpu().numpy()
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
         kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image)
@@ -264,4 +302,4 @@ def to_picture(image):
             "an image is a path, a PIL.Image, a uint8 array (H, W, 3) or a uint8 tensor "
             f"(3, H, W), not {kind}"
         )
-    return Image.fromarray(image)
+    return to_picture(Image.fromarray(image))

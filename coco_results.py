@@ -13,8 +13,8 @@ def read_references(path, split):
         for id_, caption in _image_captions(contents["annotations"], path):
             references.setdefault(id_, []).append(caption)
     else:
-        for i, image in enumerate(read_karpathy(path)):
-            reference = reference_of(image, i)
+        for image in read_karpathy(path):
+            reference = reference_of(image)
             if SPLITS[image["split"]] == split.upper() and reference["captions"]:
                 references[reference["id"]] = reference["captions"]
     if not references:

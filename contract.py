@@ -132,7 +132,8 @@ def build_decoder(name, config, state=None):
             shapes = DECODERS[name](config)
         own = {key: tensor.float().contiguous() for key, tensor in state.items()}
         shapes.load_state_dict(own, assign=True)
-        with torch.random.fork_rng(devices=[]):  # its weights are drawn in vain
+        # once more in memory, with what is in no state dict; its weights are drawn in vain
+        with torch.random.fork_rng(devices=[]):
             decoder = DECODERS[name](config)
         decoder.load_state_dict(own)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:

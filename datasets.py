@@ -15,7 +15,7 @@ from groundwork.errors import UserError
 from groundwork.files import read_json
 from groundwork.hdf5 import open_hdf5, read_item
 from groundwork.options import MAX_IMAGE_SIZE
-from utils import check_word_map, input_path, read_split
+from utils import are_boxes, check_word_map, input_path, read_split
 
 
 def find_data(data_folder, base=None):
@@ -285,14 +285,7 @@ def _is_reference(value):
         and isinstance(value.get("captions"), list)
         and value["captions"]
         and all(isinstance(caption, str) for caption in value["captions"])
-        and _are_boxes(value.get("boxes", {}))
-    )
-
-
-def _are_boxes(value):
-    return isinstance(value, dict) and all(
-        isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
-        for box in value.values()
+        and are_boxes(value.get("boxes", {}))
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from groundwork.files import atomic_write
+from groundwork.files import atomic_write, make_folder, os_errors_as_user_errors
 from groundwork.progress import progress
 from utils import create_input_files, tokenize
 
@@ -360,8 +360,9 @@ def make_demo(
     folder = Path(folder)
     target = folder / "dataset_demo.json"
     # The JSON vouches for the pictures: it goes before the first is touched and comes last.
-    target.unlink(missing_ok=True)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "images")
+    with os_errors_as_user_errors(folder):
+        target.unlink(missing_ok=True)
 
     counts = SPLITS if images is None else images
     jobs = [(split, i) for split, n in counts.items() for i in range(n)]
@@ -371,7 +372,9 @@ def make_demo(
         scene = compose(rng)
         entries.append(entry(scene, captions(scene, rng), f"{split}_{i:05d}.jpg", split, imgid))
         picture = draw(scene, image_size, rng)
-        picture.save(folder / "images" / entries[-1]["filename"], quality=95, subsampling=0)
+        path = folder / "images" / entries[-1]["filename"]
+        with os_errors_as_user_errors(path):
+            picture.save(path, quality=95, subsampling=0)
 
     with atomic_write(target) as temporary:
         temporary.write_text(json.dumps({"dataset": "demo", "images": entries}))

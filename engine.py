@@ -12,6 +12,7 @@ import metrics
 from contract import Decoder
 from encoders import Encoder
 from groundwork import distributed
+from groundwork.devices import autocast
 from groundwork.errors import UserError
 
 
@@ -27,7 +28,7 @@ class Network:
 
     def autocast(self):
         """The context in which it computes."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+        return autocast(self.device, self.amp)
 
     def encode(self, source):
         """Features (I, g, g, D): of images, uint8 (I, 3, S, S), or as they come from the cache."""
@@ -186,6 +187,7 @@ def validate(network, batches, objective, word_map, with_alphas=()):
             decoded = decoding.greedy(network.decoder, features, word_map)
         right += len(targets.data) * metrics.top5_accuracy(scores.data, targets.data)
         for caption in decoded:
+            # the number that `distributed.share` gives it
             image = distributed.rank + distributed.world_size * len(captions)
             alphas = caption.alphas if image in with_alphas else None
             captions.append(Greedy([words[w] for w in caption.words], alphas))

@@ -1,5 +1,6 @@
 """A frozen encoder's output, computed once and kept on disk."""
 
+import errno
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ import h5py
 import torch
 
 from datasets import make_view, open_images
+from groundwork.errors import UserError
 from groundwork.files import flush, os_errors_as_user_errors, reserve, temporary_path
 from groundwork.hdf5 import new_hdf5, read_item
 from groundwork.progress import progress
@@ -62,8 +64,15 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
                 f"not cached, as only {free / 1e9:.2f} GB are free: the encoder runs in every epoch"
             )
             return None
-        with os_errors_as_user_errors(partial):
-            _allocate(partial, (count, views, *grid))
+        try:
+            with os_errors_as_user_errors(partial):
+                _allocate(partial, (count, views, *grid))
+        except UserError as error:
+            read_only = (errno.EACCES, errno.EPERM, errno.EROFS)
+            if getattr(error.__cause__, "errno", None) not in read_only:
+                raise
+            print(f"not cached ({error}): the encoder runs in every epoch")
+            return None
     with os_errors_as_user_errors(partial):
         _fill(partial, encoder, images, seed, amp, batch_size)
         os.replace(partial, path)

@@ -5,7 +5,8 @@ from groundwork.isolation import own_modules
 with own_modules(keep=False):
     from captioner import Captioner
 
-dependencies = ["torch", "torchvision", "numpy", "PIL", "filelock", "h5py", "matplotlib", "tqdm"]
+dependencies = ["torch", "torchvision", "numpy", "PIL", "filelock", "h5py", "matplotlib"]
+dependencies += ["timm", "tqdm"]
 
 
 def captioner(checkpoint, device=None, amp="auto", word_map=None):

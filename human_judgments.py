@@ -6,8 +6,8 @@ captions; `ExpertAnnotations.txt`, captions that three experts judged for an ima
 
 The protocol is that of the published values (Anderson et al., 2016; Hessel et al., 2021, appendix
 A): a caption is scored against the image's own. Experts: every judgment counts for itself, pairs
-whose caption is among the image's own are left out, τ-c. Crowd: such a caption is taken out of
-the image's own instead, τ-b.
+whose caption is among the image's own are left out, τ-c. Crowd: such captions are taken out of
+the image's own instead, for all of that image's judgments, τ-b.
 """
 
 import math
@@ -93,7 +93,8 @@ def _lines(path, columns):
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
     for number, line in enumerate(text.splitlines(), start=1):
         values = line.split("\t")
         if len(values) != columns:
@@ -124,16 +125,22 @@ def correlate(judgments, captions, variant, path):
 
     import metrics
 
-    pairs, places, people = {}, [], []
+    found, judged = [], {}
     for image, id_, judgment in judgments:
         try:
             text, own = captions[_image(id_)][id_], captions[_image(image)].values()
         except KeyError as error:
             raise UserError(f"{path} names {error}, which is not in the captions") from error
-        if variant == "b" or text not in own:
-            references = [caption for caption in own if caption != text]
-            if not references:  # there is nothing to compare it with
-                continue
+        if text not in own:
+            found.append((image, id_, text, judgment))
+        elif variant == "b":
+            found.append((image, id_, text, judgment))
+            judged.setdefault(image, set()).add(text)
+    pairs, places, people = {}, [], []
+    for image, id_, text, judgment in found:
+        own = captions[_image(image)].values()
+        references = [caption for caption in own if caption not in judged.get(image, ())]
+        if references:  # else there is nothing to compare it with
             places.append(pairs.setdefault((image, id_), (len(pairs), text, references))[0])
             people.append(judgment)
     if not pairs:

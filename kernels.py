@@ -213,6 +213,7 @@ class _Zeros(torch.autograd.Function):
         return weight.new_zeros(rows, len(weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         # laid out anew, as oneDNN takes up to four times as long on a transposed view
         return grad.T.contiguous() @ torch.cat(ctx.inputs).to(grad.dtype), None, None
@@ -247,7 +248,7 @@ def plain_missed(scores: Tensor, targets: Tensor, label_smoothing: float = 0.0) 
 
 def missed(scores: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """`plain_missed` some rows at a time, its gradient made on the way: all rows in float32 would
-    be the largest tensor of a step. The backward pass can be gone through once."""
+    be the largest tensor that a step keeps. The backward pass can be gone through once."""
     return _Missed.apply(scores, targets, label_smoothing)
 
 

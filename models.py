@@ -62,7 +62,7 @@ class Attention(nn.Module):
         super().__init__()
         self.encoder_att = nn.Linear(encoder_dim, attention_dim)  # W_a
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)  # W_h
-        self.full_att = nn.Linear(attention_dim, 1)  # w
+        self.full_att = nn.Linear(attention_dim, 1)  # w; its bias, as published, changes nothing
         self.encoded_image_size = encoded_image_size
 
     def prepare(self, encoder_out: Tensor) -> Annotations:
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         projected, pooling = self.encoder_att(vectors), None  # W_a a
         if grid != size:
             pooling = kernels.pooling_matrix(grid, size).to(vectors)
-            projected = pooling @ projected  # P (W_a a) = W_a (P a)
+            projected = pooling @ projected  # P (W_a a + b) = W_a (P a) + b: its rows sum to 1
         w = self.full_att.weight.squeeze(0).to(vectors)
         return Annotations(vectors, projected, kernels.Energies(projected, w), pooling)
 
@@ -346,7 +346,7 @@ def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0, size
     Returns:
         scalar float32: the mean over the real words, plus the regularisation.
     """
-    words, captions = (len(targets.data), len(targets.sorted_indices)) if sizes is None else sizes
+    words, captions = (len(targets.data), int(targets.batch_sizes[0])) if sizes is None else sizes
     missed, uneven = loss_terms(scores, targets, alphas, label_smoothing)
     return missed / words + alpha_c * uneven / captions
 

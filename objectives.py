@@ -27,7 +27,7 @@ class CrossEntropy:
         """What adds up over batches and processes: float64 (2, 2), a row for each term of the loss,
         its sum and how many words or captions it is over."""
         terms = loss_terms(scores, targets, alphas, self.label_smoothing)
-        counts = len(targets.data), len(targets.sorted_indices)
+        counts = len(targets.data), int(targets.batch_sizes[0])
         rows = [[term.item(), count] for term, count in zip(terms, counts, strict=True)]
         return torch.tensor(rows, dtype=torch.float64)
 

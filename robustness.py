@@ -80,7 +80,8 @@ def ascent(model, images, captions, lengths):
         part = part.to(model.device).requires_grad_()
         # the mean is over other images, too, which scales the gradient and leaves its sign
         loss = _loss(model, model.encoder.features(part), words, ends)
-        [gradient] = torch.autograd.grad(loss, part)
+        # a decoder may pass over the image
+        [gradient] = torch.autograd.grad(loss, part, allow_unused=True, materialize_grads=True)
         signs.append(gradient.sign().cpu())
     return torch.cat(signs)
 

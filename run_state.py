@@ -63,12 +63,7 @@ class RunState:
     waited: int = 0  # epochs without a better one
     means: Means = field(default_factory=Means)  # over these steps
     seconds: float = 0.0  # that they took
-    skipped: int = 0  # steps in a row, for their gradients; not saved
-
-    @property
-    def parameters(self):
-        """Those that the stage trains."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    skipped: int = 0  # steps skipped in a row; not saved
 
     def begin(self, stage):
         """The start of a stage, with the weights as they are."""

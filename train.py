@@ -27,7 +27,7 @@ from groundwork.options import (
 DROPOUTS = ("dropout", "embed_dropout")
 # Learnable in minutes on two cores; the other defaults suit photographs and a grid of 14×14.
 DEMO_DEFAULTS = {
-    "encoder": "timm:tf_efficientnet_lite2",
+    "encoder": "timm:tf_efficientnet_lite2",  # encoders.OFFLINE_ENCODER, which takes long to import
     "encoded_image_size": 8,
     "stage": "decoder",
     "epochs": 8,
@@ -223,7 +223,6 @@ def run_stages(options, base, device):
     import torch
 
     import checkpoints
-    from groundwork.signals import Stop
     from run_state import RunFiles
     from training import Training
 
@@ -233,12 +232,11 @@ def run_stages(options, base, device):
     stages = checkpoints.STAGES if options.stage == "both" else [options.stage]
     stages = stages[stages.index(reached) if reached in stages else 0 :]
     files = RunFiles(options.output_folder, base)
-    with Stop() as stop, torch.autograd.set_detect_anomaly(options.detect_anomaly):
+    with torch.autograd.set_detect_anomaly(options.detect_anomaly):
         training = Training(
             state,
             files,
             options.data_folder,
-            stop,
             cache=options.cache_features == "auto",
             save_every=options.save_every,
             workers=options.workers,

@@ -12,6 +12,7 @@ import metrics
 from groundwork import distributed
 from groundwork.errors import UserError
 from groundwork.progress import progress
+from groundwork.signals import Stop
 from objectives import CrossEntropy
 from run_state import RunFiles, RunState
 from training_data import TrainingData
@@ -27,7 +28,6 @@ class Training:
         state: where the run stands.
         files: where it writes.
         data_folder: with the input files.
-        stop: a `groundwork.signals.Stop`; at its signal a checkpoint is saved and the process ends.
         cache: whether to keep the frozen encoder's output on disk, if there is room.
         save_every: ("minutes", n) or ("steps", n), between checkpoints inside an epoch.
         workers: processes that read batches ahead, None for the device's usual.
@@ -40,14 +40,13 @@ class Training:
         state: RunState,
         files: RunFiles,
         data_folder,
-        stop,
         cache=True,
         save_every=("minutes", 10),
         workers=None,
         events=False,
         karpathy_json=None,
     ):
-        self.state, self.files, self.data_folder, self.stop = state, files, data_folder, stop
+        self.state, self.files, self.data_folder = state, files, data_folder
         self.cache, self.save_every, self.workers = cache, save_every, workers
         self.karpathy_json = karpathy_json
         self.reports = Reports(state, files, events)
@@ -71,7 +70,10 @@ class Training:
                 if checkpoint and stage == checkpoint["stage"]:
                     self._restore(checkpoint, source)
                 self.reports.open(self.data, self.data_folder)
-                self._fit()
+                # at a signal a checkpoint is saved and the process ends; before, while features
+                # are cached, it ends at once, and nothing is lost
+                with Stop() as self.stop:
+                    self._fit()
         finally:
             self.reports.close()
 
@@ -104,7 +106,9 @@ class Training:
         """Epochs until the stage's last, or until BLEU-4 has not improved for long."""
         state, config, network = self.state, self.state.config, self.state.network
         precision = "bfloat16" if network.amp else "float32"
-        print(f"stage {state.stage}: {self.data.images} images, {precision} on {network.device}")
+        print(
+            f"stage {state.stage}: {self.data.image_count} images, {precision} on {network.device}"
+        )
         while state.epoch < config.epochs and state.waited < config.stop_after:
             started = time.perf_counter() - state.seconds
             record = {
@@ -200,7 +204,7 @@ class Training:
 
     def _rate(self, started):
         """Captions per second in this epoch, by all processes."""
-        done = self.data.captions * self.state.step / self.data.steps
+        done = self.data.caption_count * self.state.step / self.data.steps
         return done / (time.perf_counter() - started)
 
     def _validate(self):

@@ -70,7 +70,7 @@ class TrainingData:
         self.train = DataLoader(train, batch_sampler=self.sampler, **common)
         self.val = DataLoader(val, batch_size=VAL_BATCH, sampler=share, **common)
         self.references = val.references
-        self.images, self.captions = len(train), train.lengths.numel()
+        self.image_count, self.caption_count = len(train), train.lengths.numel()
         self.steps = self.sampler.total  # of an epoch
 
     def order(self):
@@ -84,4 +84,4 @@ class TrainingData:
 
     def captions_in(self, steps):
         """Captions of so many steps of an epoch."""
-        return self.captions * steps // self.steps
+        return self.caption_count * steps // self.steps

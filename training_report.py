@@ -98,7 +98,7 @@ class Reports:
     def _captions_seen(self, steps):
         """Captions that the run has trained on, in the epochs of its log and in `steps` steps
         more: a measure that holds over both stages and their batch sizes."""
-        return len(self.state.log) * self.data.captions + self.data.captions_in(steps)
+        return len(self.state.log) * self.data.caption_count + self.data.captions_in(steps)
 
     def _examples(self, captions):
         """(file name, a human caption, the model's, figure of its attention) of the examples."""

@@ -130,6 +130,11 @@ def create_input_files(
         if split not in samples:
             raise UserError(f"{karpathy_json} has no {split} image with captions to learn from")
     word_map = make_word_map((s["tokens"] for i in images for s in i["sentences"]), min_word_freq)
+    if len(word_map) == len(SPECIAL_WORDS):
+        raise UserError(
+            f"{karpathy_json} has no word more than {min_word_freq} times, so there is nothing to "
+            "say: lower --min_word_freq, to 0 for all words"
+        )
     output_folder, base = Path(output_folder), base_name(dataset, captions_per_image, min_word_freq)
     summary = {"base": base, "splits": {}, "vocabulary": len(word_map), "left_out": dict(left_out)}
 
@@ -161,7 +166,40 @@ def read_karpathy(path):
     for i, image in enumerate(images):
         if fault := _fault(image):
             raise UserError(f"{path} is not in Karpathy's format: images[{i}] has {fault}")
+    _give_ids(images, path)
     return images
+
+
+def _give_ids(images, path):
+    """Makes "imgid" each image's own within its split: COCO's id, the one that it has, its place,
+    or where that is another's id, its file name. Raises UserError for an id that two have."""
+    taken, without = {}, []
+    for i, image in enumerate(images):
+        id_ = image.get("imgid") if image.get("cocoid") is None else image["cocoid"]
+        if id_ is None:
+            without.append(i)
+            continue
+        # pandas writes whole numbers as floats
+        image["imgid"] = int(id_) if isinstance(id_, float) else id_
+        key = SPLITS[image["split"]], image["imgid"]
+        if key in taken:
+            raise UserError(
+                f"{path} has the id {id_} twice, of images[{taken[key]}] and images[{i}]: results "
+                "are told apart by it, so give each image its own"
+            )
+        taken[key] = i
+    for i in without:
+        images[i]["imgid"] = (
+            images[i]["filename"] if (SPLITS[images[i]["split"]], i) in taken else i
+        )
+
+
+def are_boxes(value):
+    """Whether a value is name -> [x0, y0, x1, y1]: where the objects that words name are."""
+    return isinstance(value, dict) and all(
+        isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
+        for box in value.values()
+    )
 
 
 def _fault(image):
@@ -174,6 +212,11 @@ def _fault(image):
             return f'no {"text" if kind is str else "list"} "{key}"'
     if image["split"] not in SPLITS:
         return f"an unknown split {image['split']!r}: known are {', '.join(SPLITS)}"
+    for key in ("cocoid", "imgid"):
+        id_ = image.get(key)
+        whole = isinstance(id_, float) and id_ % 1 == 0
+        if not whole and type(id_) not in (int, str, type(None)):
+            return f"{key} {id_!r}, which is no whole number or text"
     for sentence in image["sentences"]:
         tokens = sentence.get("tokens") if isinstance(sentence, dict) else None
         if not isinstance(tokens, list) or not all(isinstance(word, str) for word in tokens):
@@ -185,11 +228,11 @@ def _fault(image):
     return None
 
 
-def reference_of(image, i):
-    """What the `i`-th entry of Karpathy's JSON is scored by: its id, and all captions with words,
-    as written."""
+def reference_of(image):
+    """What an entry of `read_karpathy` is scored by: its id, and all captions with words, as
+    written."""
     return {
-        "id": image.get("cocoid", image.get("imgid", i)),
+        "id": image["imgid"],
         "captions": [
             s.get("raw", " ".join(s["tokens"])) for s in image["sentences"] if any(s["tokens"])
         ],
@@ -200,15 +243,15 @@ def _collect_samples(images, folder, max_len):
     """The images that have captions to learn from, by split, and counts of what is left out."""
     samples = {split: [] for split in SPLITS.values()}
     left_out = Counter()
-    for i, image in enumerate(images):
+    for image in images:
         worded = [s for s in image["sentences"] if any(s["tokens"])]
         captions = [s["tokens"] for s in worded if len(s["tokens"]) <= max_len]
         left_out["wordless captions"] += len(image["sentences"]) - len(worded)
         left_out["too long captions"] += len(worded) - len(captions)
         left_out["images without captions"] += not captions
         if captions:
-            reference = {"filename": image["filename"], **reference_of(image, i)}
-            if "boxes" in image:
+            reference = {"filename": image["filename"], **reference_of(image)}
+            if are_boxes(image.get("boxes")):  # of the demo; COCO's are of another form
                 reference["boxes"] = image["boxes"]
             path = folder / image.get("filepath", "") / image["filename"]
             samples[SPLITS[image["split"]]].append(_Sample(path, captions, reference))
@@ -317,6 +360,9 @@ def _write_json(path, contents):
     path.write_text(json.dumps(contents), encoding="utf-8")
 
 
+MANY = 0.2  # share of <unk>, from which on a hint is given
+
+
 def _print_summary(summary):
     for split in dict.fromkeys(SPLITS.values()):
         if counts := summary["splits"].get(split):
@@ -327,4 +373,6 @@ def _print_summary(summary):
         else:
             print(f"{split}: no images, so no {split} files")
     print(f"vocabulary: {summary['vocabulary']} words, the {len(SPECIAL_WORDS)} special included")
+    if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
+        print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")
     print("left out: " + ", ".join(f"{n} {what}" for what, n in summary["left_out"].items()))

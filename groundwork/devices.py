@@ -18,9 +18,14 @@ def choose_device(name=None):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def autocast(device, amp):
+    """The context in which a model computes, in bfloat16 with `amp`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
 def has_fast_bfloat16(device):

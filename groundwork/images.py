@@ -49,20 +49,26 @@ def open_image(path):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes earlier
             image = Image.open(path, formats=FORMATS)
         with image:
-            size, pixels = f"{image.width}×{image.height} pixels", image.width * image.height
-            if pixels > MAX_PIXELS:
-                raise ValueError(f"{size} are more than {MAX_PIXELS:,}, make it smaller")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"{size} are a line, not a picture")
-            with _large if pixels > MAX_PIXELS / 8 else nullcontext():
-                return to_rgb(image)
+            return to_rgb(image)
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
         raise UserError(f"cannot read image {path}: {error or type(error).__name__}") from error
 
 
 def to_rgb(image):
-    """A PIL.Image of any mode as an upright RGB one, transparent parts on white."""
-    image = ImageOps.exif_transpose(image)
+    """A PIL.Image of any mode as an upright RGB one, transparent parts on white.
+
+    Raises ValueError for a size that cannot be, and others of many classes for damaged pixels.
+    """
+    size, pixels = f"{image.width}×{image.height} pixels", image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"{size} are more than {MAX_PIXELS:,}, make it smaller")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{size} are a line, not a picture")
+    with _large if pixels > MAX_PIXELS / 8 else nullcontext():
+        return _convert(ImageOps.exif_transpose(image))
+
+
+def _convert(image):
     if image.mode.startswith("I"):  # 16 bits in a pixel, which Pillow would clip at 255
         pixels = np.array(image, dtype=np.int32)  # divided in place, as it may be large
         pixels.clip(0, 65535, out=pixels)

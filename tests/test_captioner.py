@@ -146,16 +146,51 @@ def test_bounds_of_the_search_are_kept(model, paths):
         ({"images": [torch.zeros(4, 5, 3, dtype=torch.uint8)]}, r"tensor \(3, H, W\)"),
         ({"images": [None]}, "not <class 'NoneType'>"),
         ({"beam_size": 10**6}, "larger than the vocabulary"),
-        ({"beam_size": 0}, "less than 1"),
+        ({"beam_size": 0}, "beam_size 0 is not a whole number of 1 or more"),
+        ({"beam_size": "5"}, "beam_size '5' is not a whole number"),
+        ({"beam_size": True}, "beam_size True"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 1.5}, "batch_size 1.5"),
+        ({"max_length": 0}, "max_length 0 is not a whole number from 1 to 1000"),
+        ({"length_penalty": float("nan")}, "length_penalty nan is not a number from 0 to 10"),
+        ({"length_penalty": 1e9}, "length_penalty"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"temperature": None}, "temperature None"),
+        ({"seed": 2**70}, "seed"),
+        ({"n": "3"}, "n '3'"),
+        ({"images": 5}, "not <class 'int'>"),
+        ({"images": b"x.jpg"}, "not <class 'bytes'>"),
+        ({"images": np.zeros((4, 4), np.uint8)}, r"uint8 \(4, 4\)"),
+        ({"images": np.zeros((0, 4, 3), np.uint8)}, "cannot read an image"),
+        ({"images": Image.new("RGB", (0, 5))}, "cannot read an image"),
+        ({"images": np.zeros((1, 400, 3), np.uint8)}, "a line, not a picture"),
+        ({"images": torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta")}, "uint8 tensor"),
         ({"n": 9, "beam_size": 3}, "9 captions"),
-        ({"n": 0}, "0 captions"),
-        ({"temperature": -1}, "below 0"),
+        ({"n": 0}, "n 0 is not"),
+        ({"temperature": -1}, "temperature -1 is not"),
     ],
 )
 def test_what_cannot_be_is_one_line(model, paths, arguments, words):
     with pytest.raises(UserError, match=words) as error:
         list(model.caption(**({"images": paths[0]} | arguments)))
     assert "\n" not in str(error.value)
+
+
+def test_what_was_read_before_an_unreadable_image_is_captioned(model, paths):
+    found = []
+    with pytest.raises(UserError, match="no image missing.jpg"):
+        for caption in model.caption([*paths[:2], "missing.jpg", paths[3]], beam_size=1):
+            found.append(caption)
+    assert len(found) == 2
+
+
+def test_a_truncated_picture_and_a_wrong_name_are_one_line(model, paths, tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(paths[0].read_bytes()[:2000])
+    with Image.open(tmp_path / "cut.jpg") as picture, pytest.raises(UserError, match="cannot read"):
+        list(model.caption(picture))
+    for arguments in ({"path": 5}, {"path": paths[0], "amp": "on"}, {"path": "x", "device": []}):
+        with pytest.raises(UserError):
+            Captioner.load(**arguments)
 
 
 # ------------------------------------------------------------------------- other projects beside it

@@ -156,12 +156,52 @@ def test_restval_is_train_and_filepath_is_joined(source):
 
 
 def test_references_keep_boxes_and_do_without_raw_and_id(source):
-    boxes = [{"word": "dog", "box": [0, 1, 2, 3]}]
+    boxes = {"dog": [0, 1, 2, 3]}
     source.add("4.png", "val", "a dog", boxes=boxes)
     del source.entries[-1]["sentences"][0]["raw"]
     source.create()
     reference = {"filename": "4.png", "id": 4, "captions": ["a dog"], "boxes": boxes}
     assert source.read("REFERENCES", "VAL")[1] == reference
+
+
+@pytest.mark.parametrize("ids", [(7.0, 8.0), (None, None), ("a", "7")])
+def test_ids_are_made_usable(source, ids):
+    """Whole numbers that pandas wrote, none, text."""
+    for entry, id_ in zip(source.entries, ids, strict=False):
+        entry["imgid"] = id_
+    source.create()
+    found = [reference["id"] for reference in source.read("REFERENCES", "TRAIN")]
+    expected = [i if e.get("imgid") is None else e["imgid"] for i, e in enumerate(source.entries)]
+    assert found == [expected[i] for i, e in enumerate(source.entries) if e["split"] == "train"]
+    assert all(type(id_) in (int, str) for id_ in found)
+
+
+@pytest.mark.parametrize("id_", [1.5, True, [3], float("nan")])
+def test_ids_that_cannot_be_are_named_by_their_entry(source, id_):
+    source.entries[1]["imgid"] = id_
+    with pytest.raises(UserError, match=r"images\[1\] has imgid"):
+        source.create()
+    assert source.listing() == []
+
+
+def test_an_id_of_two_images_is_refused(source):
+    source.entries[0]["cocoid"] = source.entries[2]["cocoid"] = 9
+    with pytest.raises(UserError, match=r"the id 9 twice, of images\[0\] and images\[2\]"):
+        source.create()
+    assert source.listing() == []
+
+
+def test_boxes_of_another_form_are_left_out(source):
+    for entry in source.entries:
+        entry["boxes"] = [[1, 2, 3, 4]]
+    source.create()
+    assert all("boxes" not in reference for reference in source.read("REFERENCES", "TRAIN"))
+
+
+def test_a_vocabulary_of_no_word_is_refused(source):
+    with pytest.raises(UserError, match="more than 1000 times.*--min_word_freq"):
+        source.create(min_word_freq=1000)
+    assert source.listing() == []
 
 
 def test_left_out_captions_and_images_are_counted(source, capsys):

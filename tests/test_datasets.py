@@ -1,5 +1,6 @@
 """Data sets, views and cached features against the files and a plain computation."""
 
+import errno
 import json
 import os
 import signal
@@ -209,6 +210,17 @@ def test_damaged_features_are_refused_by_name(tiny_data, tmp_path, values):
             file["features"] = values
     with pytest.raises(UserError, match=r"features.hdf5 is damaged: delete it"):
         CaptionDataset(*tiny_data, "TRAIN", path)
+
+
+def test_in_a_read_only_folder_nothing_is_cached(cache, capsys, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(features, "_allocate", refuse)
+    assert cache(TinyEncoder()) is None
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "Permission denied" in line and "the encoder runs in every epoch" in line
+    assert not list(tmp_path.glob("*FEATURES*"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "no done", "text", "beyond", "shape"])

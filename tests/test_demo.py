@@ -8,6 +8,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+from conftest import failure, run_here
 from PIL import Image
 
 import demo
@@ -266,6 +267,19 @@ def test_an_interrupted_run_leaves_no_json(tmp_path, monkeypatch, broken):
     with pytest.raises(KeyboardInterrupt):
         demo.make_demo(tmp_path, {"train": 2}, 64)
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("wrong", ["folder", "seed", "none", "size"])
+def test_command_line_refuses_in_one_line(tmp_path, wrong):
+    (tmp_path / "file").write_text("")
+    arguments = {
+        "folder": ["--folder", tmp_path / "file"],
+        "seed": ["--seed", -1],
+        "none": ["--train", 0, "--val", 0, "--test", 0],
+        "size": ["--image_size", 1],
+    }[wrong]
+    run = ["--folder", tmp_path, "--train", 1, "--val", 0, "--test", 0, *arguments]
+    failure(run_here("draw_demo.py", *run))
 
 
 def test_command_line_prints_where_the_json_is(tmp_path, monkeypatch, capsys):

@@ -26,7 +26,8 @@ def folder(tmp_path):
     (tmp_path / "Flickr8k.token.txt").write_text("\n".join(tokens) + "\n")
     expert, crowd = [], []
     for image in images:
-        for id_ in sorted({*rng.sample(ids, 6), ids[5 * images.index(image)]}):
+        first = 5 * images.index(image)  # two of the image's own among them
+        for id_ in sorted({*rng.sample(ids, 6), ids[first], ids[first + 1]}):
             expert.append("\t".join([image, id_, *(str(rng.randint(1, 4)) for _ in range(3))]))
             yes = rng.randint(0, 3)
             crowd.append(f"{image}\t{id_}\t{yes / 3}\t{yes}\t{3 - yes}")
@@ -41,6 +42,7 @@ def by_hand(folder, name, variant):
     for line in (folder / "Flickr8k.token.txt").read_text().splitlines():
         id_, text = line.split("\t")
         captions[id_] = text
+    judged = [line.split("\t")[:2] for line in (folder / name).read_text().splitlines()]
     texts, references, judgments = [], [], []
     for line in (folder / name).read_text().splitlines():
         image, id_, *values = line.split("\t")
@@ -49,7 +51,8 @@ def by_hand(folder, name, variant):
         if captions[id_] in own and variant == "c":
             continue
         texts.append(captions[id_])
-        references.append([text for text in own if text != captions[id_]])
+        taken = {captions[other] for where, other in judged if where == image and variant == "b"}
+        references.append([text for text in own if text not in taken])
         judgments.append([float(v) for v in (values if variant == "c" else values[:1])])
     each = metrics.coco_scores(references, {"": texts}).each[""]
     return {

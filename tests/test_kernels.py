@@ -1,4 +1,4 @@
-"""Each fast form against the plain formula beside it: values and gradients."""
+"""Each fast form against the plain formula beside it: values, and its own gradients."""
 
 import pytest
 import torch

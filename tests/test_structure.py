@@ -85,10 +85,9 @@ def test_the_groundwork_imports_nothing_above_it(name):
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
     "models kernels encoders contract decoding",
     "utils datasets features demo",
-    "pictures metrics coco_results",
+    "pictures metrics coco_results evaluation robustness report textbook benchmark_data",
     "config engine objectives checkpoints run_state training_data training_report training",
     "captioner hubconf",
-    "evaluation robustness report textbook benchmark_data",
 ]
 
 

@@ -177,6 +177,22 @@ def assert_equal_runs(undisturbed, folder, base):
     assert not list(folder.glob("*.tmp"))
 
 
+def test_a_signal_while_features_are_cached_ends_at_once(undisturbed, tiny_data, tmp_path):
+    """Nothing is lost: what was cached stays."""
+    folder, data = tmp_path / "data", tiny_data[0]
+    shutil.copytree(data, folder, ignore=shutil.ignore_patterns("*FEATURES*"))
+    code = DISTURBED.replace('watch(metrics, "bleu")', 'import features\nwatch(features, "_fill")')
+    code = code.replace('watch(torch, "save")\n', "").replace('watch(files, "flush")\n', "")
+    (tmp_path / "caching.py").write_text(code)
+    run = [folder if argument == data else argument for argument in undisturbed[0]]
+    process = run_script(
+        tmp_path / "caching.py", int(signal.SIGTERM), 1, *run, "--output_folder", tmp_path / "run",
+        env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGTERM, process.stderr
+    assert list(folder.glob("*FEATURES*.part"))
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_one_never_stopped(
     kills, undisturbed, tiny_data, tmp_path
