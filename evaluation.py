@@ -84,8 +84,11 @@ def score(captions, references):
             for name, found in coco.corpus.items()
         ]
         tables.append(("COCO's caption evaluation, pycocoevalcap with its PTB tokenizer", rows))
+    left_out = coco.left_out
+    if any(coco.corpus.values()) and not metrics.are_english(references):
+        left_out = [*left_out, "COCO's tokenizer and METEOR are for English, these words are not"]
     against = f"{len(references)} images, {count} human captions, all of them references"
-    return Scores(f"{against}; in per cent", tables, coco.left_out, coco.each)
+    return Scores(f"{against}; in per cent", tables, left_out, coco.each)
 
 
 def pointing_tables(captions, data):

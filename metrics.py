@@ -71,6 +71,12 @@ def cider(references, captions):
     return float(score)
 
 
+def are_english(references):
+    """Whether nearly all words of captions have letters of the English alphabet alone."""
+    words = [word for texts in references for text in texts for word in tokenize(text)]
+    return sum(word.isascii() for word in words) >= 0.9 * len(words)
+
+
 def smoothed_bleu(references, captions):
     """BLEU-4 of each caption by itself, with one added to counts of n-grams from 2 on (nltk's
     method 2; Lin and Och, 2004), without which most would be 0.

@@ -137,6 +137,8 @@ def create_input_files(
         )
     output_folder, base = Path(output_folder), base_name(dataset, captions_per_image, min_word_freq)
     summary = {"base": base, "splits": {}, "vocabulary": len(word_map), "left_out": dict(left_out)}
+    written = [s for image in images for s in image["sentences"] if s.get("raw")]
+    summary["by_tokens"] = sum(not is_split_by_rule(sentence) for sentence in written)
 
     paths = [sample.path for items in samples.values() for sample in items]
     with _all_or_nothing(output_folder, base, samples) as temporary:
@@ -221,7 +223,7 @@ def _fault(image):
         tokens = sentence.get("tokens") if isinstance(sentence, dict) else None
         if not isinstance(tokens, list) or not all(isinstance(word, str) for word in tokens):
             return 'a sentence without a list "tokens" of words'
-        if not isinstance(sentence.get("raw", ""), str):
+        if not isinstance(sentence.get("raw"), str | None):
             return 'a sentence whose "raw" is no text'
         if reserved := set(tokens).intersection(SPECIAL_WORDS):
             return f"a sentence with the reserved word {min(reserved)}"
@@ -229,14 +231,20 @@ def _fault(image):
 
 
 def reference_of(image):
-    """What an entry of `read_karpathy` is scored by: its id, and all captions with words, as
-    written."""
-    return {
-        "id": image["imgid"],
-        "captions": [
-            s.get("raw", " ".join(s["tokens"])) for s in image["sentences"] if any(s["tokens"])
-        ],
-    }
+    """What an entry of `read_karpathy` is scored by: its id, and all captions with words."""
+    worded = [sentence for sentence in image["sentences"] if any(sentence["tokens"])]
+    return {"id": image["imgid"], "captions": list(map(text_of, worded))}
+
+
+def text_of(sentence):
+    """A caption as written, or its tokens, where the rule does not split the one into the other:
+    words are to be compared with words."""
+    return sentence["raw"] if is_split_by_rule(sentence) else " ".join(sentence["tokens"])
+
+
+def is_split_by_rule(sentence):
+    """Whether `tokenize` makes the tokens of what was written."""
+    return tokenize(sentence.get("raw") or "") == sentence["tokens"]
 
 
 def _collect_samples(images, folder, max_len):
@@ -373,6 +381,11 @@ def _print_summary(summary):
         else:
             print(f"{split}: no images, so no {split} files")
     print(f"vocabulary: {summary['vocabulary']} words, the {len(SPECIAL_WORDS)} special included")
+    if summary["by_tokens"]:
+        print(
+            f"{summary['by_tokens']} captions are scored by their tokens, since what is written is "
+            "not split into them by lower case, no punctuation and blanks"
+        )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
         print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")
     print("left out: " + ", ".join(f"{n} {what}" for what, n in summary["left_out"].items()))

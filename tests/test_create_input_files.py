@@ -198,6 +198,24 @@ def test_boxes_of_another_form_are_left_out(source):
     assert all("boxes" not in reference for reference in source.read("REFERENCES", "TRAIN"))
 
 
+def test_captions_that_the_rule_does_not_split_are_scored_by_their_tokens(source, capsys):
+    """Other languages without blanks, no words, nothing, tokens made otherwise."""
+    sentences = [
+        {"raw": "一个黄色方块。", "tokens": ["一个", "黄色", "方块"]},
+        {"raw": ".", "tokens": ["a", "dog"]},
+        {"raw": "", "tokens": ["a", "cat"]},
+        {"raw": None, "tokens": ["the", "cat"]},
+        {"raw": "Well-known, the dog!", "tokens": ["wellknown", "the", "dog"]},
+    ]
+    source.entries[1]["sentences"] = sentences
+    source.create()
+    (reference,) = source.read("REFERENCES", "VAL")
+    texts = ["一个 黄色 方块", "a dog", "a cat", "the cat", "Well-known, the dog!"]
+    assert reference["captions"] == texts
+    assert [utils.tokenize(text) for text in texts] == [s["tokens"] for s in sentences]
+    assert "2 captions are scored by their tokens" in capsys.readouterr().out
+
+
 def test_a_vocabulary_of_no_word_is_refused(source):
     with pytest.raises(UserError, match="more than 1000 times.*--min_word_freq"):
         source.create(min_word_freq=1000)

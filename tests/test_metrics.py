@@ -74,6 +74,11 @@ def test_a_short_caption_is_penalised_as_the_formula_says():
     assert found.scores[0] == pytest.approx(math.exp(1 - 6 / 3))
 
 
+def test_words_of_other_alphabets_are_not_english():
+    assert metrics.are_english([["A dog .", "two cats at a café"]])
+    assert not metrics.are_english([["一个 黄色 方块"], ["a dog"]])
+
+
 def test_describe_counts():
     assert metrics.describe(["a dog", "a dog runs on"]) == {
         "captions": 2,
