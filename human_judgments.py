@@ -58,8 +58,9 @@ def main():
             for metric, tau in found.items()
             if metric in PUBLISHED[name]
         ]
-        if rows:
-            print_table(rows)
+        if not rows:
+            raise UserError("; ".join(left_out))
+        print_table(rows)
         print("\n".join(left_out))
 
 

@@ -6,10 +6,14 @@ the COCO scores have a tokenizer of their own. Neither ever compares with `<unk>
 
 import io
 import math
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections import Counter
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,29 +115,80 @@ def coco_scores(references, captions, only=None):
         only: the one score that is wanted; None: all.
     """
     corpus, each = ({name: {} for name in captions} for _ in range(2))
-    with redirect_stdout(io.StringIO()):  # they tell what they are doing
+    with redirect_stdout(io.StringIO()), _java_aside() as said:  # they tell what they are doing
         try:
-            truth, found = _tokenize(references, captions)
+            truth, found = _tokenize(references, captions, said)
         except OSError as error:
             return CocoScores(
                 corpus, each, [f"no COCO scores (BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE): {error}"]
             )
-        scorers, left_out = _coco_scorers(only)
-        for scorer, names in scorers:
-            for name, own in found.items():
-                totals, of_each = scorer.compute_score(truth, own)
-                if names == ["SPICE"]:
-                    of_each = [scores["All"]["f"] for scores in of_each]
-                if len(names) == 1:
-                    totals, of_each = [totals], [of_each]
-                corpus[name] |= dict(zip(names, map(float, totals), strict=True))
-                lists = (list(map(float, scores)) for scores in of_each)
-                each[name] |= dict(zip(names, lists, strict=True))
+        kinds, left_out = _coco_scorers(only)
+        for make, names in kinds:
+            try:
+                of_lists = {name: _score(make, names, truth, own) for name, own in found.items()}
+            except OSError as error:
+                left_out.append(f"no {names[0]}: {error}")
+                continue
+            for name, (totals, of_each) in of_lists.items():
+                corpus[name] |= dict(zip(names, totals, strict=True))
+                each[name] |= dict(zip(names, of_each, strict=True))
     return CocoScores(corpus, each, left_out)
 
 
+def _score(make, names, truth, found):
+    """What a scorer finds, for each of its names: of the corpus, and a list of each image.
+
+    Raises:
+        OSError: its Java has ended.
+    """
+    scorer = make()
+    try:
+        totals, of_each = scorer.compute_score(truth, found)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        if hasattr(scorer, "meteor_p"):
+            raise OSError(_end_meteor(scorer)) from error
+        raise OSError(str(error)) from error
+    if names == ["SPICE"]:
+        of_each = [scores["All"]["f"] for scores in of_each]
+    if len(names) == 1:
+        totals, of_each = [totals], [of_each]
+    return list(map(float, totals)), [list(map(float, scores)) for scores in of_each]
+
+
+def _end_meteor(scorer):
+    """Ends METEOR's process, for which its own destructor would wait for ever; why it failed."""
+    process = scorer.meteor_p
+    process.kill()
+    with suppress(OSError):
+        process.stdin.close()
+    said = process.stderr.read().decode(errors="replace").split("\n")
+    if scorer.lock.locked():
+        scorer.lock.release()
+    return f"its Java ended ({next(filter(None, said), 'without a word')[:200]})"
+
+
+@contextmanager
+def _java_aside():
+    """Keeps what programs started in the block write on stderr; yields a function that gives it."""
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        own = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def said():
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield said
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+
+
 def _coco_scorers(only):
-    """pycocoevalcap's scorers with the names of their scores, and lines for those left out."""
+    """pycocoevalcap's scorers, to be made, with the names of their scores, and lines for those left
+    out."""
     # here, as training does without it
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -150,15 +205,19 @@ def _coco_scorers(only):
         left_out.append("no SPICE: its Java models are not in the package pycocoevalcap")
     if only is not None:
         kinds = [(make, names) for make, names in kinds if only in names]
-    return [(make(), names) for make, names in kinds], left_out
+    return kinds, left_out
 
 
-def _tokenize(references, captions):
+def _tokenize(references, captions, said):
     """References and named lists of captions by the PTB tokenizer: image's number -> list of
     texts, of the references and of each list.
 
+    Args:
+        said: gives what Java has written on stderr.
+
     Raises:
-        OSError: there is no Java, or no writing in the package's own folder, as it needs to.
+        OSError: there is no Java that runs, or no writing in the package's own folder, as it needs
+            to.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
@@ -170,7 +229,12 @@ def _tokenize(references, captions):
             key: [{"caption": " ".join(text.split())} for text in texts]
             for key, texts in lists.items()
         }
-        return PTBTokenizer().tokenize(one_line)
+        tokens = PTBTokenizer().tokenize(one_line)
+        if any(len(tokens.get(key, ())) != len(texts) for key, texts in lists.items()):
+            lines = [line for line in said().splitlines() if line.strip()]
+            reason = lines[-1][:200] if lines else "without a word"
+            raise OSError(f"their tokenizer's Java ended ({reason})")
+        return tokens
 
     every = {(name, i): [t] for name, texts in captions.items() for i, t in enumerate(texts)}
     found = {name: {} for name in captions}

@@ -3,6 +3,10 @@
 import argparse
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,7 +15,7 @@ import pytest
 import sacrebleu
 import scipy.stats
 import torch
-from conftest import needs_java
+from conftest import ROOT, needs_java
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.eval import COCOEvalCap
@@ -75,7 +79,7 @@ def test_a_short_caption_is_penalised_as_the_formula_says():
 
 
 def test_words_of_other_alphabets_are_not_english():
-    assert metrics.are_english([["A dog .", "two cats at a café"]])
+    assert metrics.are_english([["A dog .", "two black cats sit at a café"]])
     assert not metrics.are_english([["一个 黄色 方块"], ["a dog"]])
 
 
@@ -181,6 +185,48 @@ def test_without_java_a_line_says_what_is_left_out(monkeypatch):
     found = metrics.coco_scores(REFERENCES, {"ours": CAPTIONS})
     assert found.corpus == found.each == {"ours": {}}
     assert len(found.left_out) == 1 and "Java" in found.left_out[0]
+
+
+JAVAS = {  # what `java` on the path does: the words of the reason, and the scores that are left
+    "none": ("echo 'Unable to locate a Java Runtime.' >&2; exit 1", "Unable to locate", set()),
+    "silent": ("exit 1", "without a word", set()),
+    "too old for METEOR": (
+        'case "$*" in *meteor*) echo "UnsupportedClassVersionError: 1.6" >&2; exit 1;; '
+        '*) exec {java} "$@";; esac',
+        "UnsupportedClassVersionError",
+        {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"},
+    ),
+    "dying in the middle": (
+        'case "$*" in *meteor*) read line; exit 137;; *) exec {java} "$@";; esac',
+        "without a word",
+        {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"},
+    ),
+}
+
+
+@needs_java
+@pytest.mark.parametrize("kind", JAVAS)
+def test_a_java_that_does_not_run_costs_its_scores_alone(kind, tmp_path):
+    """In a process of its own, which ends."""
+    script, reason, left = JAVAS[kind]
+    java = tmp_path / "java"
+    java.write_text(f"#!/bin/sh\n{script.format(java=shutil.which('java'))}\n")
+    java.chmod(0o755)
+    code = f"""
+import json, metrics
+found = metrics.coco_scores({REFERENCES!r}, {{"ours": {CAPTIONS!r}}})
+print(json.dumps([sorted(found.corpus["ours"]), found.left_out]))
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == "", "nothing stands between the tables"
+    names, left_out = json.loads(process.stdout)
+    assert set(names) == left
+    [line] = [line for line in left_out if "SPICE: its" not in line]
+    assert reason in line and ("METEOR" in line or "COCO" in line)
 
 
 @settings(max_examples=50)
