@@ -64,6 +64,7 @@ def tiny_checkpoint(**changes):
         ],
         "records": [dict.fromkeys(provenance.KEYS, "x") | {"seconds": 1.5}],
         "word_map": WORDS,
+        "best_record": None,
     } | changes
 
 

@@ -39,7 +39,7 @@ def run_python(code, cwd, path=()):
     return process.stdout
 
 
-@pytest.mark.parametrize("place", ["here", "elsewhere"])
+@pytest.mark.parametrize("place", ["here", pytest.param("elsewhere", marks=pytest.mark.slow)])
 def test_the_example_of_the_readme_runs(place, trained, paths, tmp_path):
     [example] = EXAMPLE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(list(filter(None, example.splitlines()))) == 4
@@ -216,7 +216,7 @@ LOADS = {
 }
 
 
-@pytest.mark.parametrize("way", LOADS)
+@pytest.mark.parametrize("way", ["hub", pytest.param("path", marks=pytest.mark.slow)])
 def test_beside_another_project_of_the_same_names(way, checkpoint, paths, tmp_path):
     for name in ("utils", "models", "datasets", "checkpoints"):
         (tmp_path / f"{name}.py").write_text("mine = True")

@@ -15,7 +15,7 @@ from conftest import ROOT, WORDS, failure, tiny_checkpoint
 
 import checkpoints
 import decoding
-from captioner import Captioner
+from captioner import Captioner, _in_words
 from checkpoints import RUN_KEYS, load_checkpoint, save_checkpoint
 from encoders import Encoder, EncoderError
 from groundwork.errors import UserError
@@ -210,7 +210,7 @@ def test_load_model(tmp_path, checkpoint):
     assert model.device.type == "cpu" and not model.amp
     assert list(model.word_map.items()) == list(WORDS.items())  # in the order of the indices
     caption = decoding.Caption([1, 2], -1.0, None)
-    assert model._in_words(caption).words == ["a", "dog"]
+    assert _in_words(caption, list(model.word_map)).words == ["a", "dog"]
     with pytest.raises(UserError, match="bare.pth.tar .*--word_map"):
         Captioner.load(bare, "cpu")
     named = tmp_path / "WORDMAP.json"
