@@ -129,7 +129,7 @@ def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
     distributed.add_up_gradients(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
     largest = nn.utils.get_total_norm(gradients, math.inf)
-    # the only time in a step that the host waits for the device
+    # in one message for all, as the host waits for the device here
     news = torch.stack([loss.detach(), largest, *loss.new_tensor(flags)])
     value, largest, *flags = distributed.add_up(news).tolist()
     fault = None
