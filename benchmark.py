@@ -5,374 +5,17 @@ sides have the same weights and data, and before they are timed their results ar
 alternate; the figures are medians.
 """
 
-import copy
-import json
-import multiprocessing
-import tempfile
-import textwrap
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from PIL import Image
-from torch.utils.data import DataLoader
-
-import decoding
-import textbook
-import utils
-from benchmark_data import (
-    BASE,
-    ENCODERS,
-    PER_IMAGE,
-    Scene,
-    Settings,
-    check_equal,
-    check_kernels,
-    write_input_files,
-)
-from captioner import Captioner
-from datasets import CaptionDataset, LengthSampler
-from features import cache_features
-from groundwork.devices import choose_device, has_fast_bfloat16
 from groundwork.errors import run
-from groundwork.files import atomic_write, make_folder
 from groundwork.options import Parser, add_device_options, number
-from groundwork.timing import (
-    Work,
-    alternate,
-    count_work,
-    forget_peak,
-    measure_speeds,
-    process_peak,
-)
-from models import caption_loss
 
-WORDS = 11  # of a caption that is searched for
-BEAM = 5
-
-
-@dataclass
-class Row:
-    """A line of the table; times in seconds, `work` that of ours."""
-
-    name: str
-    target: float | None
-    textbook: float
-    ours: float
-    work: Work | None = None
-    amp: bool = False
-
-    @property
-    def ratio(self):
-        return self.textbook / self.ours
-
-
-# ---------------------------------------------------------------------------------- benchmarks
-
-
-def decoder_step(settings):
-    """A training step of the decoder on features: 80 captions of 16 images."""
-    scene = Scene(settings)
-    theirs = partial(scene.step, lambda: scene.textbook(scene.features))
-    check_equal(scene)
-    check_kernels(scene)
-    for amp, target in ((False, 8), (True, 15)):
-        if amp and not settings.amp:
-            continue
-        ours = partial(scene.step, lambda amp=amp: scene.ours(scene.features, amp))
-        seconds = alternate(settings.device, settings.rounds, theirs, ours)
-        name = f"decoder training step, {'bfloat16' if amp else 'float32'}"
-        yield Row(name, target, *seconds, count_work(ours), amp)
-
-
-def stage1_epoch(settings):
-    """An epoch of stage 1, after the first, over 64 images with 5 captions, from their files."""
-    scene = Scene(settings, images=64)
-    parameters = list(scene.decoder.parameters())
-    optimizer = torch.optim.Adam(parameters, 4e-4, fused=True)
-    their_optimizer = torch.optim.Adam(parameters, 4e-4)
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_input_files(scene, folder)
-        with redirect_stdout(None):
-            features = cache_features(scene.encoder, folder, BASE, "TRAIN", amp=settings.amp)
-        data = CaptionDataset(folder, BASE, "TRAIN", features)
-        loader = DataLoader(data, batch_sampler=LengthSampler(data.lengths, 16))
-
-        def ours():
-            for source, captions, lengths in loader:
-                optimizer.zero_grad(set_to_none=True)
-                source, captions = source.to(settings.device), captions.to(settings.device)
-                with scene.autocast(settings.amp):
-                    outputs = scene.decoder(source, captions.flatten(0, 1), lengths.flatten())
-                    loss = caption_loss(*outputs)
-                loss.backward()
-                optimizer.step()
-
-        images = CaptionDataset(folder, BASE, "TRAIN")
-        places = [(i, k) for i in range(len(images)) for k in range(PER_IMAGE)]
-
-        def theirs():
-            for chosen in torch.randperm(len(places)).split(80):
-                rows = [(images[places[j][0]], places[j][1]) for j in chosen]
-                their_optimizer.zero_grad(set_to_none=True)
-                batch = torch.stack([source for (source, *_), _ in rows]).to(settings.device)
-                captions = torch.stack([c[k] for (_, c, _), k in rows]).to(settings.device)
-                lengths = torch.stack([n[k] for (*_, n), k in rows])
-                with torch.no_grad():
-                    encoder_out = textbook.encode(scene.encoder, batch)
-                textbook.loss(scene.decoder, encoder_out, captions, lengths).backward()
-                their_optimizer.step()
-
-        seconds = alternate(settings.device, settings.slow_rounds, theirs, ours)
-        yield Row("stage-1 epoch after the first", 50, *seconds, count_work(ours), settings.amp)
-
-
-def finetuning_step(settings):
-    """A training step of encoder and decoder: 30 captions of 6 images."""
-    scene = Scene(settings, images=6)
-    with torch.no_grad():
-        pooled, theirs = scene.encoder(scene.images), textbook.encode(scene.encoder, scene.images)
-        assert (pooled.flatten(1, 2) - theirs).norm() < 1e-4 * theirs.norm()
-    scene.encoder.fine_tune(True)
-
-    def ours(amp=settings.amp):
-        with scene.autocast(amp):
-            features = scene.encoder.features(scene.images)
-        return scene.ours(features, amp)
-
-    def theirs():
-        encoder_out = textbook.encode(scene.encoder, scene.rows(scene.images))
-        return textbook.loss(scene.decoder, encoder_out, scene.captions, scene.lengths)
-
-    their_step, ours_step = partial(scene.step, theirs), partial(scene.step, ours)
-    scene.encoder.to(memory_format=torch.channels_last)
-    seconds = alternate(settings.device, settings.slow_rounds, their_step, ours_step)
-    yield Row("fine-tuning step", 4, *seconds, count_work(ours_step), settings.amp)
-
-
-def search_sides(scene, settings, few):
-    """The textbook's search of the first `few` images, and ours of all, from features."""
-
-    def theirs():
-        return [
-            textbook.beam_search(
-                scene.decoder, scene.pooled(features[None]), scene.word_map, BEAM, WORDS
-            )
-            for features in scene.features[:few]
-        ]
-
-    @torch.inference_mode()
-    def ours(amp=settings.amp):
-        with scene.autocast(amp):
-            return search(scene, scene.features)
-
-    return theirs, ours
-
-
-def search(scene, features):
-    return decoding.beam_search(scene.decoder, features, scene.word_map, BEAM, WORDS)
-
-
-def evaluation(settings):
-    """Beam search with five beams for captions of eleven words: seconds for one image."""
-    count, few = 64, 4
-    scene = Scene(settings, images=count)
-    theirs, ours = search_sides(scene, settings, few)
-    assert [caption.words for caption in ours(amp=False)[:few]] == theirs()
-
-    def theirs_from_photographs():
-        for image in scene.images[:few]:
-            with torch.no_grad():
-                encoder_out = textbook.encode(scene.encoder, image[None])
-            textbook.beam_search(scene.decoder, encoder_out, scene.word_map, BEAM, WORDS)
-
-    encoder = copy.deepcopy(scene.encoder).to(memory_format=torch.channels_last)
-    encoder.fold_batch_norm()
-    model = Captioner(
-        encoder, scene.decoder, scene.word_map, 256, settings.device, settings.amp, {}
-    )
-
-    def ours_from_photographs():
-        for features in model.encode_ahead(scene.images.split(32)):
-            with model.autocast():
-                search(scene, features)
-
-    scene.encoder.to(memory_format=torch.channels_last)
-    for source, target, *sides in (
-        ("features", 30, theirs, ours),
-        ("photographs", 8, theirs_from_photographs, ours_from_photographs),
-    ):
-        seconds = alternate(settings.device, settings.rounds, *sides)
-        name = f"beam-5 evaluation from {source}, an image"
-        work = count_work(sides[1]).of_each(count)
-        yield Row(name, target, seconds[0] / few, seconds[1] / count, work, settings.amp)
-
-
-def input_files(settings):
-    """Input files from 256 photographs of 640×480 pixels."""
-    count = 256
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder, images = Path(folder), []
-        for i in range(count):
-            small = Image.fromarray(rng.integers(256, size=(48, 64, 3), dtype=np.uint8))
-            small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
-            sentences = [{"tokens": ["a", "dog"]}] * PER_IMAGE
-            split = "train" if i else "val"
-            images.append({"filename": f"{i}.jpg", "split": split, "sentences": sentences})
-        (folder / "karpathy.json").write_text(json.dumps({"images": images}))
-        paths = [folder / image["filename"] for image in images]
-
-        def ours():
-            with redirect_stdout(None):
-                utils.create_input_files(
-                    "flickr8k", folder / "karpathy.json", folder, output_folder=folder / "ours"
-                )
-
-        def theirs():
-            textbook.input_files(paths, folder / "textbook.hdf5", 256)
-
-        seconds = alternate(torch.device("cpu"), settings.slow_rounds, theirs, ours)
-        yield Row(f"input files of {count} photographs", None, *seconds)
-
-
-# -------------------------------------------------------------------------------------- memory
-
-
-def peak_memory(settings):
-    """Bytes that a decoder training step takes at its peak beyond model and data: both sides."""
-    if settings.device.type == "cuda":
-        return [_peak_of_step(settings, side) for side in ("textbook", "ours")]
-    found = []
-    for side in ("textbook", "ours"):  # a process for each, whose peak only grows
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            found.append(pool.submit(_peak_of_step, settings, side).result())
-    return found
-
-
-def _peak_of_step(settings, side):
-    scene = Scene(settings)
-    amp = {"amp": settings.amp} if side == "ours" else {}
-    cuda = settings.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        forget_peak()
-    before = torch.cuda.memory_allocated() if cuda else process_peak()
-    scene.step(lambda: getattr(scene, side)(scene.features, **amp))
-    return (torch.cuda.max_memory_allocated() if cuda else process_peak()) - before
-
-
-# -------------------------------------------------------------------------------------- growth
-
-GROWTH = {  # axis -> argument of Scene, its values
-    "images in a training batch": ("images", [4, 8, 16, 32]),
-    "words in a caption": ("words", [5, 11, 22]),
-    "words in the vocabulary": ("vocabulary", [2_500, 10_000, 40_000]),
-}
-
-
-def growth(settings):
-    """Axis -> values, and median seconds of textbook and ours at each."""
-    found = {}
-    for axis, (name, values) in GROWTH.items():
-        seconds = []
-        for value in values:
-            scene = Scene(settings, **{name: value})
-            theirs = partial(scene.step, partial(scene.textbook, scene.features))
-            ours = partial(scene.step, partial(scene.ours, scene.features, settings.amp))
-            seconds.append(alternate(settings.device, settings.slow_rounds, theirs, ours))
-        found[axis] = (values, seconds)
-    counts = [1, 4, 16]
-    seconds = []
-    for count in counts:
-        sides = search_sides(Scene(settings, images=count), settings, count)
-        seconds.append(alternate(settings.device, settings.slow_rounds, *sides))
-    found["images to caption"] = (counts, seconds)
-    return found
-
-
-# -------------------------------------------------------------------------------------- report
-
-
-def describe(settings, speeds, rows, memory):
-    """The table in Markdown, and what it was measured on."""
-    device = (
-        torch.cuda.get_device_name(settings.device)
-        if settings.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    products = ", ".join(
-        f"{flops / 1e9:,.0f} GFLOP/s in {'bfloat16' if amp else 'float32'}"
-        for amp, flops in speeds.flops.items()
-    )
-    lines = [
-        f"{settings.geometry} geometry, {device}, PyTorch {torch.__version__}; large products "
-        f"of matrices run at {products}, sums of tensors at {speeds.bytes / 1e9:,.0f} GB/s.",
-        "",
-        "| | textbook / ours | at least | of the matrix products' speed | of the roofline |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        shares = "| | |"
-        if row.work:
-            product = row.work.flops / speeds.flops[row.amp] / row.ours
-            shares = f"| {product:.0%} | {speeds.limit(row.work, row.amp) / row.ours:.0%} |"
-        target = f"{row.target}×" if row.target else ""
-        lines.append(f"| {row.name} | {row.ratio:.1f}× | {target} {shares}")
-    theirs, ours = memory
-    lines.append(
-        f"| peak memory of a training step, {theirs / 2**20:.0f} / {ours / 2**20:.0f} MiB "
-        f"| {theirs / ours:.1f}× | 3× | | |"
-    )
-    return "\n".join(lines)
-
-
-def draw(rows, grown):
-    """Bars of the ratios, and how the times of both sides grow along each axis."""
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.2])
-    bars = left.subplots()
-    names = [f"{textwrap.fill(row.name, 26)}: {row.ratio:.1f}×" for row in rows]
-    bars.barh(names, [row.ratio for row in rows], color="#4c72b0", label="measured")
-    goals = [(row.target, i) for i, row in enumerate(rows) if row.target]
-    bars.scatter(*zip(*goals, strict=True), color="black", marker="|", s=300, label="goal")
-    bars.set_xscale("log")
-    bars.set_xlim(0.8, 1.5 * max(row.ratio for row in rows))
-    bars.xaxis.set_major_formatter("{x:g}×")
-    bars.invert_yaxis()
-    bars.set_title("times faster than the textbook formulation", loc="left")
-    bars.spines[["top", "right"]].set_visible(False)
-    bars.legend(loc="lower right", frameon=False, markerscale=0.5)
-    for axes, (axis, (values, seconds)) in zip(
-        right.subplots(2, 2).flat, grown.items(), strict=True
-    ):
-        for label, times in zip(("textbook", "ours"), zip(*seconds, strict=True), strict=True):
-            relative = [time / seconds[0][1] for time in times]
-            axes.plot(values, relative, "o-", label=label)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xticks(values, [f"{value:,}" for value in values], minor=False)
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel(axis)
-        axes.set_ylabel("time, relative to our least")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    return figure
+GEOMETRIES = ["resnet101", "lite2"]  # benchmark_data.ENCODERS, which takes long to import
 
 
 def parse_arguments():
     parser = Parser(description=__doc__)
     positive = number(int, above=0)
     add = parser.add_argument
-    add("--geometry", choices=list(ENCODERS), default="resnet101", help="of encoder and features")
+    add("--geometry", choices=GEOMETRIES, default="resnet101", help="of encoder and features")
     add("--rounds", type=positive, default=5, help="of which the median is taken")
     add("--slow_rounds", type=positive, default=3, help="likewise, where the encoder runs")
     add("--output_folder", default="benchmark", help="for table and picture")
@@ -382,18 +25,31 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
+    from benchmark_data import Settings
+    from benchmark_parts import SHARES, growth
+    from benchmark_report import describe, draw
+    from groundwork.devices import choose_device, has_fast_bfloat16
+    from groundwork.files import atomic_write, make_folder
+    from groundwork.progress import progress
+    from groundwork.timing import measure_speeds
+
     device = choose_device(options.device)
     amp = options.amp == "auto" and has_fast_bfloat16(device)
     settings = Settings(options.geometry, device, amp, options.rounds, options.slow_rounds)
     folder = make_folder(options.output_folder)
     speeds = measure_speeds(device, {False, amp})
     rows = []
-    for benchmark in (decoder_step, stage1_epoch, finetuning_step, evaluation, input_files):
-        for row in benchmark(settings):
-            print(f"{row.name}: {row.ratio:.1f}×", flush=True)
-            rows.append(row)
-    memory, grown = peak_memory(settings), growth(settings)
-    report = describe(settings, speeds, rows, memory)
+    # `smoothing=0`: what is left follows from all that has been, as the parts differ much
+    with progress(total=100, desc="benchmark", unit="%", smoothing=0) as bar:
+        for benchmark, share in SHARES.items():
+            if benchmark is growth:
+                grown = growth(settings)
+            else:
+                for row in benchmark(settings):
+                    bar.write(f"{row.name}: {row.ratio:.1f}×")
+                    rows.append(row)
+            bar.update(share)
+    report = describe(settings, speeds, rows)
     print(report)
     with atomic_write(folder / f"benchmark_{settings.geometry}.md") as temporary:
         temporary.write_text(report + "\n", encoding="utf-8")

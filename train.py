@@ -69,6 +69,11 @@ def make_parser():
         help="keep the frozen encoder's output on disk, if there is room",
     )
     add(
+        "--prune_features",
+        action="store_true",
+        help="remove what is kept of other encoders and views of this data set",
+    )
+    add(
         "--views",
         type=positive,
         help="views of an image to train on: itself, its mirror image, then random crops; "
@@ -242,6 +247,7 @@ def run_stages(options, base, device):
             workers=options.workers,
             events=options.tensorboard,
             karpathy_json=options.karpathy_json,
+            prune=options.prune_features,
         )
         source = options.checkpoint or files.newest
         anew = checkpoint is None or is_elsewhere(options)

@@ -33,6 +33,7 @@ class Training:
         workers: processes that read batches ahead, None for the device's usual.
         events: whether to write for TensorBoard.
         karpathy_json: as `datasets.CaptionDataset` takes it.
+        prune: whether to remove cached features of other encoders and views.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class Training:
         workers=None,
         events=False,
         karpathy_json=None,
+        prune=False,
     ):
         self.state, self.files, self.data_folder = state, files, data_folder
         self.cache, self.save_every, self.workers = cache, save_every, workers
-        self.karpathy_json = karpathy_json
+        self.karpathy_json, self.prune = karpathy_json, prune
         self.reports = Reports(state, files, events)
         self.began = time.monotonic()
 
@@ -94,6 +96,7 @@ class Training:
             self.cache,
             self.workers,
             self.karpathy_json,
+            self.prune,
         )
 
     def _restore(self, checkpoint, source):

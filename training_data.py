@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets import CaptionDataset, LengthSampler
-from features import cache_features
+from features import cache_features, other_features
 from groundwork import distributed
 from groundwork.devices import loader_options
 
@@ -25,6 +25,7 @@ class TrainingData:
         cache: whether to cache features, if there is room.
         workers: processes that read batches ahead, None for the device's usual.
         karpathy_json: as `CaptionDataset` takes it.
+        prune: whether to remove cached features of other encoders and views.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class TrainingData:
         cache=True,
         workers=None,
         karpathy_json=None,
+        prune=False,
     ):
         network.encoder.to(network.device)
         # both before either is encoded, which may take hours
@@ -54,6 +56,8 @@ class TrainingData:
                     data.use_features(features)
         if train.from_features and val.from_features:
             network.encoder.cpu()
+        if distributed.is_main:
+            _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
         captions = config.finetune_batch_size if finetune else config.batch_size
         images = max(1, captions // train.captions.shape[1])
         self.sampler = LengthSampler(
@@ -85,3 +89,17 @@ class TrainingData:
     def captions_in(self, steps):
         """Captions of so many steps of an epoch."""
         return self.caption_count * steps // self.steps
+
+
+def _prune(files, folder, remove):
+    """Says how much room features take that are not used now, or removes them."""
+    if not files:
+        return
+    total = sum(path.stat().st_size for path in files)
+    what = f"{total / 1e9:.2f} GB of features of other encoders or views in {folder}"
+    if remove:
+        for path in files:
+            path.unlink()
+        print(f"removed {what}")
+    else:
+        print(f"there are {what}: --prune_features removes them")

@@ -17,6 +17,8 @@ def choose_device(name=None):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cpu" and device.index:  # PyTorch takes any number
+            raise RuntimeError("the CPU is one device, cpu")
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error

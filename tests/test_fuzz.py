@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-import benchmark
 import checkpoints
 import decoding
 import utils
 from captioner import Captioner
 from datasets import CaptionDataset, read_word_map
 from encoders import Encoder, EncoderError
-from groundwork import files, images, provenance
+from groundwork import files, images, provenance, timing
 from groundwork.errors import UserError
 from models import DecoderWithAttention, LSTMConfig
 
@@ -149,8 +148,8 @@ def test_damaged_files_are_read_or_refused_in_one_line(reader, count, tiny_data,
         path.write_bytes(whole)
     for path, _ in files:
         read(path)  # undamaged, they can be read
-    benchmark.forget_peak()
-    before, tried, refused = benchmark.process_peak(), 0, 0
+    timing.forget_peak()
+    before, tried, refused = timing.process_peak(), 0, 0
 
     @settings(
         max_examples=count,
@@ -177,7 +176,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(reader, count, tiny_data,
     read_damaged()
     print(f"{reader}: {tried} damaged files, {refused} refused")
     assert tried >= count * 0.99 and refused > count / 20
-    assert benchmark.process_peak() - before < MEMORY
+    assert timing.process_peak() - before < MEMORY
 
 
 # What may stand anywhere in a checkpoint that is made by hand

@@ -1,6 +1,8 @@
 """The floors of docs/design.md: what may import what, and how large a room may be."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -82,12 +84,30 @@ def test_the_groundwork_imports_nothing_above_it(name):
     assert all(other.startswith("groundwork") for other in imports(MODULES[name]))
 
 
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+@pytest.mark.parametrize("argument, code", [("--help", 0), ("--mistyped", 2)])
+def test_the_command_line_is_read_before_anything_heavy_is_imported(name, argument, code):
+    program = f"""
+import runpy, sys
+sys.argv = [{name + ".py"!r}, {argument!r}]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as exit:
+    heavy = {{"torch", "torchvision", "timm", "matplotlib", "numpy", "h5py", "gradio"}}
+    sys.exit(f"{{exit.code}} {{sorted(heavy & sys.modules.keys())}}")
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.stderr.splitlines()[-1] == f"{code} []"
+
+
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
     "models kernels encoders contract decoding",
     "utils datasets features demo",
     "pictures metrics coco_results evaluation robustness report textbook benchmark_data",
     "config engine objectives checkpoints run_state training_data training_report training",
-    "captioner hubconf",
+    "captioner hubconf benchmark_parts benchmark_report",
 ]
 
 

@@ -1,0 +1,301 @@
+"""What the benchmark times, by the textbook formulation and by ours."""
+
+import copy
+import json
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import decoding
+import textbook
+import utils
+from benchmark_data import (
+    BASE,
+    PER_IMAGE,
+    Scene,
+    check_equal,
+    check_kernels,
+    write_input_files,
+)
+from captioner import Captioner
+from datasets import CaptionDataset, LengthSampler
+from features import cache_features
+from groundwork.timing import (
+    Work,
+    alternate,
+    count_work,
+    forget_peak,
+    process_peak,
+)
+from models import caption_loss
+
+WORDS = 11  # of a caption that is searched for
+BEAM = 5
+
+
+@dataclass
+class Row:
+    """A line of the table; times in seconds, or bytes, `work` that of ours."""
+
+    name: str
+    target: float | None
+    textbook: float
+    ours: float
+    work: Work | None = None
+    amp: bool = False
+
+    @property
+    def ratio(self):
+        return self.textbook / self.ours
+
+    @property
+    def missed(self):
+        return self.target is not None and self.ratio < self.target
+
+
+# ---------------------------------------------------------------------------------- benchmarks
+
+
+def decoder_step(settings):
+    """A training step of the decoder on features: 80 captions of 16 images."""
+    scene = Scene(settings)
+    theirs = partial(scene.step, lambda: scene.textbook(scene.features))
+    check_equal(scene)
+    check_kernels(scene)
+    for amp, target in ((False, 8), (True, 15)):
+        if amp and not settings.amp:
+            continue
+        ours = partial(scene.step, lambda amp=amp: scene.ours(scene.features, amp))
+        seconds = alternate(settings.device, settings.rounds, theirs, ours)
+        name = f"decoder training step, {'bfloat16' if amp else 'float32'}"
+        yield Row(name, target, *seconds, count_work(ours), amp)
+
+
+def stage1_epoch(settings):
+    """An epoch of stage 1, after the first, over 64 images with 5 captions, from their files."""
+    scene = Scene(settings, images=64)
+    parameters = list(scene.decoder.parameters())
+    optimizer = torch.optim.Adam(parameters, 4e-4, fused=True)
+    their_optimizer = torch.optim.Adam(parameters, 4e-4)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_input_files(scene, folder)
+        with redirect_stdout(None):
+            features = cache_features(scene.encoder, folder, BASE, "TRAIN", amp=settings.amp)
+        data = CaptionDataset(folder, BASE, "TRAIN", features)
+        loader = DataLoader(data, batch_sampler=LengthSampler(data.lengths, 16))
+
+        def ours():
+            for source, captions, lengths in loader:
+                optimizer.zero_grad(set_to_none=True)
+                source, captions = source.to(settings.device), captions.to(settings.device)
+                with scene.autocast(settings.amp):
+                    outputs = scene.decoder(source, captions.flatten(0, 1), lengths.flatten())
+                    loss = caption_loss(*outputs)
+                loss.backward()
+                optimizer.step()
+
+        images = CaptionDataset(folder, BASE, "TRAIN")
+        places = [(i, k) for i in range(len(images)) for k in range(PER_IMAGE)]
+
+        def theirs():
+            for chosen in torch.randperm(len(places)).split(80):
+                rows = [(images[places[j][0]], places[j][1]) for j in chosen]
+                their_optimizer.zero_grad(set_to_none=True)
+                batch = torch.stack([source for (source, *_), _ in rows]).to(settings.device)
+                captions = torch.stack([c[k] for (_, c, _), k in rows]).to(settings.device)
+                lengths = torch.stack([n[k] for (*_, n), k in rows])
+                with torch.no_grad():
+                    encoder_out = textbook.encode(scene.encoder, batch)
+                textbook.loss(scene.decoder, encoder_out, captions, lengths).backward()
+                their_optimizer.step()
+
+        seconds = alternate(settings.device, settings.slow_rounds, theirs, ours)
+        yield Row("stage-1 epoch after the first", 50, *seconds, count_work(ours), settings.amp)
+
+
+def finetuning_step(settings):
+    """A training step of encoder and decoder: 30 captions of 6 images."""
+    scene = Scene(settings, images=6)
+    with torch.no_grad():
+        pooled, theirs = scene.encoder(scene.images), textbook.encode(scene.encoder, scene.images)
+        assert (pooled.flatten(1, 2) - theirs).norm() < 1e-4 * theirs.norm()
+    scene.encoder.fine_tune(True)
+
+    def ours(amp=settings.amp):
+        with scene.autocast(amp):
+            features = scene.encoder.features(scene.images)
+        return scene.ours(features, amp)
+
+    def theirs():
+        encoder_out = textbook.encode(scene.encoder, scene.rows(scene.images))
+        return textbook.loss(scene.decoder, encoder_out, scene.captions, scene.lengths)
+
+    their_step, ours_step = partial(scene.step, theirs), partial(scene.step, ours)
+    scene.encoder.to(memory_format=torch.channels_last)
+    seconds = alternate(settings.device, settings.slow_rounds, their_step, ours_step)
+    yield Row("fine-tuning step", 4, *seconds, count_work(ours_step), settings.amp)
+
+
+def search_sides(scene, settings, few):
+    """The textbook's search of the first `few` images, and ours of all, from features."""
+
+    def theirs():
+        return [
+            textbook.beam_search(
+                scene.decoder, scene.pooled(features[None]), scene.word_map, BEAM, WORDS
+            )
+            for features in scene.features[:few]
+        ]
+
+    @torch.inference_mode()
+    def ours(amp=settings.amp):
+        with scene.autocast(amp):
+            return search(scene, scene.features)
+
+    return theirs, ours
+
+
+def search(scene, features):
+    return decoding.beam_search(scene.decoder, features, scene.word_map, BEAM, WORDS)
+
+
+def evaluation(settings):
+    """Beam search with five beams for captions of eleven words: seconds for one image."""
+    count, few = 64, 4
+    scene = Scene(settings, images=count)
+    theirs, ours = search_sides(scene, settings, few)
+    assert [caption.words for caption in ours(amp=False)[:few]] == theirs()
+
+    def theirs_from_photographs():
+        for image in scene.images[:few]:
+            with torch.no_grad():
+                encoder_out = textbook.encode(scene.encoder, image[None])
+            textbook.beam_search(scene.decoder, encoder_out, scene.word_map, BEAM, WORDS)
+
+    encoder = copy.deepcopy(scene.encoder).to(memory_format=torch.channels_last)
+    encoder.fold_batch_norm()
+    model = Captioner(
+        encoder, scene.decoder, scene.word_map, 256, settings.device, settings.amp, {}
+    )
+
+    def ours_from_photographs():
+        for features in model.encode_ahead(scene.images.split(32)):
+            with model.autocast():
+                search(scene, features)
+
+    scene.encoder.to(memory_format=torch.channels_last)
+    for source, target, *sides in (
+        ("features", 30, theirs, ours),
+        ("photographs", 8, theirs_from_photographs, ours_from_photographs),
+    ):
+        seconds = alternate(settings.device, settings.rounds, *sides)
+        name = f"beam-5 evaluation from {source}, an image"
+        work = count_work(sides[1]).of_each(count)
+        yield Row(name, target, seconds[0] / few, seconds[1] / count, work, settings.amp)
+
+
+def input_files(settings):
+    """Input files from 256 photographs of 640×480 pixels."""
+    count = 256
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder, images = Path(folder), []
+        for i in range(count):
+            small = Image.fromarray(rng.integers(256, size=(48, 64, 3), dtype=np.uint8))
+            small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+            sentences = [{"tokens": ["a", "dog"]}] * PER_IMAGE
+            split = "train" if i else "val"
+            images.append({"filename": f"{i}.jpg", "split": split, "sentences": sentences})
+        (folder / "karpathy.json").write_text(json.dumps({"images": images}))
+        paths = [folder / image["filename"] for image in images]
+
+        def ours():
+            with redirect_stdout(None):
+                utils.create_input_files(
+                    "flickr8k", folder / "karpathy.json", folder, output_folder=folder / "ours"
+                )
+
+        def theirs():
+            textbook.input_files(paths, folder / "textbook.hdf5", 256)
+
+        seconds = alternate(torch.device("cpu"), settings.slow_rounds, theirs, ours)
+        yield Row(f"input files of {count} photographs", None, *seconds)
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+def peak_memory(settings):
+    """Bytes that a decoder training step takes at its peak beyond model and data."""
+    if settings.device.type == "cuda":
+        theirs, ours = (_peak_of_step(settings, side) for side in ("textbook", "ours"))
+    else:  # a process for each, whose peak only grows
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+            theirs, ours = pool.map(partial(_peak_of_step, settings), ("textbook", "ours"))
+    sizes = f"{theirs / 2**20:.0f} / {ours / 2**20:.0f} MiB"
+    yield Row(f"peak memory of a training step, {sizes}", 3, theirs, ours)
+
+
+def _peak_of_step(settings, side):
+    scene = Scene(settings)
+    amp = {"amp": settings.amp} if side == "ours" else {}
+    cuda = settings.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        forget_peak()
+    before = torch.cuda.memory_allocated() if cuda else process_peak()
+    scene.step(lambda: getattr(scene, side)(scene.features, **amp))
+    return (torch.cuda.max_memory_allocated() if cuda else process_peak()) - before
+
+
+# -------------------------------------------------------------------------------------- growth
+
+GROWTH = {  # axis -> argument of Scene, its values
+    "images in a training batch": ("images", [4, 8, 16, 32]),
+    "words in a caption": ("words", [5, 11, 22]),
+    "words in the vocabulary": ("vocabulary", [2_500, 10_000, 40_000]),
+}
+
+
+def growth(settings):
+    """Axis -> values, and median seconds of textbook and ours at each."""
+    found = {}
+    for axis, (name, values) in GROWTH.items():
+        seconds = []
+        for value in values:
+            scene = Scene(settings, **{name: value})
+            theirs = partial(scene.step, partial(scene.textbook, scene.features))
+            ours = partial(scene.step, partial(scene.ours, scene.features, settings.amp))
+            seconds.append(alternate(settings.device, settings.slow_rounds, theirs, ours))
+        found[axis] = (values, seconds)
+    counts = [1, 4, 16]
+    seconds = []
+    for count in counts:
+        sides = search_sides(Scene(settings, images=count), settings, count)
+        seconds.append(alternate(settings.device, settings.slow_rounds, *sides))
+    found["images to caption"] = (counts, seconds)
+    return found
+
+
+# Percent of the whole time that each part takes, by which the bar tells how long it goes on
+SHARES = {
+    decoder_step: 5,
+    stage1_epoch: 35,
+    finetuning_step: 15,
+    evaluation: 15,
+    input_files: 5,
+    peak_memory: 5,
+    growth: 20,
+}

@@ -1,0 +1,69 @@
+"""The benchmark's table and picture."""
+
+import textwrap
+
+import torch
+from matplotlib.figure import Figure
+
+
+def describe(settings, speeds, rows):
+    """The table in Markdown, and what it was measured on."""
+    device = (
+        torch.cuda.get_device_name(settings.device)
+        if settings.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    products = ", ".join(
+        f"{flops / 1e9:,.0f} GFLOP/s in {'bfloat16' if amp else 'float32'}"
+        for amp, flops in speeds.flops.items()
+    )
+    lines = [
+        f"{settings.geometry} geometry, {device}, PyTorch {torch.__version__}; large products "
+        f"of matrices run at {products}, sums of tensors at {speeds.bytes / 1e9:,.0f} GB/s.",
+        "",
+        "| | textbook / ours | at least | of the matrix products' speed | of the roofline |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        shares = "| | |"
+        if row.work:
+            product = row.work.flops / speeds.flops[row.amp] / row.ours
+            shares = f"| {product:.0%} | {speeds.limit(row.work, row.amp) / row.ours:.0%} |"
+        target = f"{row.target}×" if row.target else ""
+        target += ", missed" if row.missed else ""
+        lines.append(f"| {row.name} | {row.ratio:.1f}× | {target} {shares}")
+    return "\n".join(lines)
+
+
+def draw(rows, grown):
+    """Bars of the ratios, and how the times of both sides grow along each axis."""
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.2])
+    bars = left.subplots()
+    names = [f"{textwrap.fill(row.name, 26)}: {row.ratio:.1f}×" for row in rows]
+    bars.barh(names, [row.ratio for row in rows], color="#4c72b0", label="measured")
+    goals = [(row.target, i) for i, row in enumerate(rows) if row.target]
+    bars.scatter(*zip(*goals, strict=True), color="black", marker="|", s=300, label="goal")
+    bars.set_xscale("log")
+    bars.set_xlim(0.8, 1.5 * max(row.ratio for row in rows))
+    bars.xaxis.set_major_formatter("{x:g}×")
+    bars.invert_yaxis()
+    bars.set_title("times faster than the textbook formulation", loc="left")
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.legend(loc="lower right", frameon=False, markerscale=0.5)
+    for axes, (axis, (values, seconds)) in zip(
+        right.subplots(2, 2).flat, grown.items(), strict=True
+    ):
+        for label, times in zip(("textbook", "ours"), zip(*seconds, strict=True), strict=True):
+            relative = [time / seconds[0][1] for time in times]
+            axes.plot(values, relative, "o-", label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(axis)
+        axes.set_ylabel("time, relative to our least")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    return figure
