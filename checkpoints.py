@@ -43,8 +43,19 @@ def _is_file_name(value):
 
 def _is_texts(value):
     """A dict of texts and numbers by name."""
-    plain = str | int | float | None
-    return _is_dict(value) and all(isinstance(item, plain) for item in value.values())
+    return _is_dict(value) and all(map(_is_text, value.values()))
+
+
+def _is_choices(value):
+    """A dict of texts and numbers, or lists of them, by name."""
+    return _is_dict(value) and all(
+        all(map(_is_text, item)) if isinstance(item, list | tuple) else _is_text(item)
+        for item in value.values()
+    )
+
+
+def _is_text(value):
+    return isinstance(value, str | int | float | None)
 
 
 def _is_dict(value):
@@ -99,14 +110,15 @@ def _is_means(value):
 # tensors' shapes tell it.
 MODEL_KEYS = {
     "encoder_name": lambda value: isinstance(value, str),
+    "encoder_stages": lambda value: type(value) is tuple and all(type(s) is str for s in value),
     "encoded_image_size": lambda value: _is_size(value) and value <= MAX_GRID,
     "image_size": _is_size,
     "encoder": _is_state_dict,
     "decoder": _is_state_dict,
     "decoder_name": lambda value: isinstance(value, str),
-    "decoder_config": lambda value: value is None or _is_texts(value),
+    "decoder_config": lambda value: value is None or _is_choices(value),
     "base": _is_file_name,
-    "options": lambda value: _is_texts(value) and isinstance(value.get("data_folder"), str),
+    "options": lambda value: _is_choices(value) and isinstance(value.get("data_folder"), str),
     "stage": lambda value: value in STAGES,
     "epoch": _is_count,
     "scores": _is_texts,
@@ -126,8 +138,13 @@ RUN_KEYS = MODEL_KEYS | {  # and what training needs to go on
     "word_map": _is_dict,
 }
 OPTIONAL = {"records": _is_records}
-# What older files lack: there was one decoder, and one measure of the best epoch
-OLDER = {"decoder_name": "lstm", "decoder_config": None, "best_record": None}
+# What older files lack: there was one decoder, one measure of the best epoch, and one stage
+OLDER = {
+    "decoder_name": "lstm",
+    "decoder_config": None,
+    "best_record": None,
+    "encoder_stages": ("last",),
+}
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}  # of weights
 
 
@@ -257,16 +274,34 @@ def build_models(checkpoint, **changes):
         raise UserError(
             f"the checkpoint's weights do not fit its models: the encoder's are not {name!r}'s"
         )
-    encoder = Encoder(name, size, weights=None)
+    encoder = Encoder(name, size, weights=None, stages=checkpoint["encoder_stages"])
     try:
         encoder.load_state_dict(checkpoint["encoder"])
         decoder = _build_decoder(checkpoint, changes)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the checkpoint's weights do not fit its models: {reason}") from error
-    if decoder.config.encoder_dim != encoder.dim:
+    if not _reads(decoder.config, encoder):
         raise UserError(f"the checkpoint's decoder is not for the features of {name!r}")
     return encoder.eval(), decoder.eval()
+
+
+def sizes_of_features(encoder):
+    """What decoders' configurations tell of the encoder, those that have these fields."""
+    return {
+        "encoder_dim": encoder.dim,
+        "stage_dims": encoder.stage_dims,
+        "stage_factors": encoder.stage_factors,
+    }
+
+
+def _reads(config, encoder):
+    """Whether a decoder's configuration is for the encoder's features. In older ones no stages
+    stand, for there was one."""
+    return all(
+        getattr(config, key, value) in (value, ())
+        for key, value in sizes_of_features(encoder).items()
+    )
 
 
 def new_decoder(name, values):

@@ -98,14 +98,20 @@ def make_config(name, values):
     if unknown := values.keys() - fields.keys():
         raise ValueError(f"decoder {name!r} has no {min(unknown)}")
     for key, field in fields.items():
-        kinds = (int, float) if field.type is float else (field.type,)
-        if key in values and (
-            type(values[key]) not in kinds or (field.type is int and values[key] < 1)
-        ):
+        if key in values and not _can_be(values[key], field.type):
             raise ValueError(f"its {key} is {values[key]!r}")
         if key not in values and field.default is dataclasses.MISSING:
             raise ValueError(f"it has no {key}")
     return DECODERS[name].Config(**values)
+
+
+def _can_be(value, kind):
+    """Whether a value is a size, a number, a text, or a tuple of sizes, as a field has them."""
+    if kind is tuple:
+        return type(value) is tuple and all(_can_be(item, int) for item in value)
+    if kind is int:
+        return type(value) is int and value >= 1
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def config_fields(name):

@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 from groundwork.errors import UserError
+from stages import pack
 
 OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # needs no download: a package carries its weights
 
@@ -27,17 +28,26 @@ class Encoder(nn.Module):
         encoded_image_size: side of the grid that `forward` returns.
         weights: "DEFAULT" for the ImageNet weights, None for random ones, or the path of a file
             that holds the whole network's state dict.
+        stages: whose maps `features` returns, packed as `stages.pack` has them: strides, as "16",
+            and "last", the network's last map; "32" is that before the 1×1 layers with which many
+            networks end.
+
+    Attributes:
+        dim: values of the features at a place of their grid.
+        stage_dims, stage_factors: D_s and f_s of each stage, as `stages.unpack` takes them.
 
     Raises:
-        EncoderError: the name is unknown, the network has no grid of features, or its weights
-            cannot be had.
+        EncoderError: the name is unknown, the network has no grid of features, no such stage, or
+            its weights cannot be had.
     """
 
     CACHED = 4  # images whose feature maps a CPU's cache holds: more at a time take twice as long
 
-    def __init__(self, name="resnet101", encoded_image_size=14, weights="DEFAULT"):
+    def __init__(
+        self, name="resnet101", encoded_image_size=14, weights="DEFAULT", stages=("last",)
+    ):
         super().__init__()
-        self.name = name
+        self.name, self.stages = name, tuple(stages)
         network = _network(name)
         # `resnet` is what the published checkpoints call the backbone, whichever it is
         self.resnet = network.backbone
@@ -51,34 +61,38 @@ class Encoder(nn.Module):
         self.eval()
 
     def features(self, images: Tensor) -> Tensor:
-        """Annotation vectors at the backbone's own grid.
+        """Annotation vectors at the backbone's own grid, the coarsest where it has several.
 
         Args:
             images: (N, 3, S, S) RGB, uint8 0 to 255 or float 0 to 1.
 
         Returns:
-            (N, g, g, D) in the compute precision: 8×8×2048 from ResNet-101 and 256×256 pixels.
+            (N, g, g, dim) in the compute precision: 8×8×2048 from ResNet-101 and 256×256 pixels.
         """
         if images.device.type == "cpu" and len(images) > self.CACHED:
             return torch.cat([self.features(part) for part in images.split(self.CACHED)])
         images = images / 255 if images.dtype == torch.uint8 else images
         images = (images - self.mean) / self.std
-        features = self.resnet(images.contiguous(memory_format=torch.channels_last))
-        return features if self.channels_last else features.permute(0, 2, 3, 1)
+        images = images.contiguous(memory_format=torch.channels_last)
+        maps = _outputs(self.resnet, self.taps, images)
+        return pack([_grid_first(*pair) for pair in zip(maps, self.channels_last, strict=True)])
 
     def forward(self, images: Tensor) -> Tensor:
         """`encoder_out` (N, encoded_image_size, encoded_image_size, D), pooled adaptively.
 
         `DecoderWithAttention` takes this or `features`, which is smaller: the result is the same.
+        With several stages it is `features`, whose grids differ.
         """
+        if len(self.stages) > 1:
+            return self.features(images)
         features = self.features(images).permute(0, 3, 1, 2)
         return self.adaptive_pool(features).permute(0, 2, 3, 1)
 
     def fine_tune(self, fine_tune=True):
         """Lets gradients reach the stages of stride 8 and more: ResNet's layer2 to layer4."""
         self.requires_grad_(False)
-        for stage in self.late_stages:
-            stage.requires_grad_(fine_tune)
+        for name in self.late_layers:
+            self.resnet.get_submodule(name).requires_grad_(fine_tune)
 
     @torch.no_grad()
     def fold_batch_norm(self):
@@ -104,36 +118,100 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def _probe(self):
-        """Finds the layout of the features, D, and the late stages, from one small image."""
-        side, late = 128, []
-
-        def note_stage(stage, _, output):
-            # index 2 is a spatial size both in (N, D, h, w) and in (N, h, w, D)
-            if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] <= side // 8:
-                late.append(stage)
-
-        stages = [
-            stage
-            for child in self.resnet.children()
-            for stage in (child if isinstance(child, nn.Sequential) else [child])
-        ]
-        hooks = [stage.register_forward_hook(note_stage) for stage in stages]
+        """Finds the stages, their sizes, and the late layers, from one small image."""
+        layers = _layers(self.resnet)
         try:
-            shape = self.resnet.eval()(torch.zeros(1, 3, side, side)).shape
+            image = torch.zeros(1, 3, 128, 128)
+            outputs = dict(zip(layers, _outputs(self.resnet.eval(), layers, image), strict=True))
+            outputs[""] = self.resnet(image)
         except (RuntimeError, AssertionError, AttributeError) as error:
             raise EncoderError(
                 f"encoder {self.name!r} cannot run as a backbone: {error}"
             ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(shape) != 4:
+        if not _is_map(outputs[""]):
             raise EncoderError(
                 f"encoder {self.name!r} gives no grid of features; use a convolutional network"
             )
-        self.channels_last = shape[2] != shape[3]  # Swin and its like give (N, g, g, D)
-        self.dim = shape[3] if self.channels_last else shape[1]
-        self.late_stages = late
+        strides = {n: 128 // out.shape[2] for n, out in outputs.items() if n and _is_map(out)}
+        self.taps = [self._layer_of(stage, strides) for stage in self.stages]
+        outputs = [outputs[tap] for tap in self.taps]
+        self.channels_last = [out.shape[2] != out.shape[3] for out in outputs]  # as Swin gives it
+        maps = [_grid_first(*pair) for pair in zip(outputs, self.channels_last, strict=True)]
+        grid = min(features.shape[1] for features in maps)
+        self.stage_dims = tuple(features.shape[3] for features in maps)
+        self.stage_factors = tuple(features.shape[1] // grid for features in maps)
+        self.dim = pack(maps).shape[3]
+        used = layers if "" in self.taps else layers[: 1 + max(map(layers.index, self.taps))]
+        self.late_layers = [name for name in used if strides.get(name, 1) >= 8]
+
+    def _layer_of(self, stage, strides):
+        """Name of the layer whose output is the map of a stage; empty: the whole network's."""
+        if stage == "last":
+            return ""
+        body = list(strides)[: len(strides) - _length_of_head(self.resnet, list(strides))]
+        found = [name for name in body if str(strides[name]) == stage]
+        if not found:
+            known = ", ".join(sorted({str(strides[name]) for name in body}, key=int))
+            raise EncoderError(
+                f"encoder {self.name!r} has no stage {stage}: it has those of stride {known}, and "
+                "last"
+            )
+        return found[-1]
+
+
+def _layers(network):
+    """Names of a network's layers in their order: its children, and those of sequences."""
+    return [
+        f"{name}.{own}" if own else name
+        for name, child in network.named_children()
+        for own in ([key for key, _ in child.named_children()] if _is_sequence(child) else [""])
+    ]
+
+
+def _is_sequence(module):
+    return isinstance(module, nn.Sequential) and len(module) > 0
+
+
+def _length_of_head(network, layers):
+    """How many layers at a network's end are 1×1 convolutions and what follows them."""
+    length = 0
+    for count, name in enumerate(reversed(layers), start=1):
+        parts = list(network.get_submodule(name).modules())
+        sizes = [part.kernel_size for part in parts if isinstance(part, nn.Conv2d)]
+        if any(size != (1, 1) for size in sizes) or any(isinstance(p, nn.Linear) for p in parts):
+            break
+        if sizes:
+            length = count
+    return length
+
+
+def _outputs(network, layers, images):
+    """What the layers of these names give, None from those that are not run."""
+    found = [None] * len(layers)
+
+    def keep(i, output):
+        found[i] = output
+
+    hooks = [
+        network.get_submodule(name).register_forward_hook(lambda *args, i=i: keep(i, args[2]))
+        for i, name in enumerate(layers)
+        if name
+    ]
+    try:
+        last = network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[i] if name else last for i, name in enumerate(layers)]
+
+
+def _is_map(output):
+    return isinstance(output, Tensor) and output.dim() == 4
+
+
+def _grid_first(output, channels_last):
+    """(N, g, g, D)."""
+    return output if channels_last else output.permute(0, 2, 3, 1)
 
 
 def encoder_shapes(name):

@@ -186,5 +186,7 @@ def _features_key(encoder, images, views, seed, amp):
         digest.update(tensor.cpu().numpy().tobytes())
     file = images.stat()
     rest = [encoder.name, file.st_size, file.st_mtime_ns, views, amp, seed if views > 2 else None]
+    if encoder.stages != ("last",):
+        rest.append(encoder.stages)
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()[:12]

@@ -10,6 +10,7 @@ once an image, the words' share of the LSTM's gates and the words' scores in one
 a formula would be slow, its fast form stands in `kernels`, beside the plain one.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import kernels
+import stages
 from contract import Decoder, build_decoder, register
 
 # ---------------------------------------------------------------------------------- attention
@@ -28,24 +30,26 @@ from contract import Decoder, build_decoder, register
 class Annotations(NamedTuple):
     """What the decoder looks at, prepared once per image, in the compute precision."""
 
-    vectors: Tensor  # (I, l, D) annotation vectors a at the encoder's grid, l places
+    vectors: tuple[Tensor, ...]  # (I, l_s, D_s) annotation vectors a at each stage's own grid
     projected: Tensor  # (I, L, A) W_a a + b at the L places of the attention
     energies: kernels.Energies  # e of a query: see `Attention.energies`
-    pooling: Tensor | None  # (L, l) adaptive average pooling P, None where L = l
+    poolings: tuple[Tensor | None, ...]  # (L, l_s) adaptive pooling P_s, None where L = l_s
 
     def select(self, images: Tensor) -> "Annotations":
         """Those of the given images: indices or a mask."""
         return self._replace(
-            vectors=self.vectors[images],
+            vectors=tuple(vectors[images] for vectors in self.vectors),
             projected=self.projected[images],
             energies=self.energies.select(images),
         )
 
     def mean(self) -> Tensor:
         """Mean annotation vector of each image, (I, D)."""
-        if self.pooling is None:
-            return self.vectors.mean(dim=1)
-        return self.pooling.mean(dim=0) @ self.vectors
+        means = (
+            vectors.mean(dim=1) if pooling is None else pooling.mean(dim=0) @ vectors
+            for vectors, pooling in zip(self.vectors, self.poolings, strict=True)
+        )
+        return torch.cat(list(means), dim=1)
 
 
 class Attention(nn.Module):
@@ -56,25 +60,59 @@ class Attention(nn.Module):
         decoder_dim: values of the LSTM's h.
         attention_dim: A, values of the hidden layer.
         encoded_image_size: side of the grid of L places that the alphas cover.
+        stage_dims, stage_factors: D_s and f_s of the encoder's stages, as `stages.unpack` takes
+            them; empty: one map.
+        normalize: whether the vectors of each stage go through a LayerNorm of its own (Ba et al.,
+            2016), whose gain and bias are learned.
     """
 
-    def __init__(self, encoder_dim, decoder_dim, attention_dim, encoded_image_size=14):
+    def __init__(
+        self,
+        encoder_dim,
+        decoder_dim,
+        attention_dim,
+        encoded_image_size=14,
+        stage_dims=(),
+        stage_factors=(),
+        normalize=False,
+    ):
         super().__init__()
+        self.stage_dims, self.stage_factors = stage_dims or (encoder_dim,), stage_factors or (1,)
+        if normalize:
+            self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.stage_dims)
+        else:
+            self.norms = [nn.Identity()] * len(self.stage_dims)
         self.encoder_att = nn.Linear(encoder_dim, attention_dim)  # W_a
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)  # W_h
         self.full_att = nn.Linear(attention_dim, 1)  # w; its bias, as published, changes nothing
         self.encoded_image_size = encoded_image_size
 
     def prepare(self, encoder_out: Tensor) -> Annotations:
-        """Everything that does not depend on the step, from (I, g, g, D) of any grid g."""
-        grid, size = encoder_out.shape[1], self.encoded_image_size
-        vectors = encoder_out.flatten(1, 2).to(_compute_dtype(self.encoder_att.weight))
-        projected, pooling = self.encoder_att(vectors), None  # W_a a
-        if grid != size:
-            pooling = kernels.pooling_matrix(grid, size).to(vectors)
-            projected = pooling @ projected  # P (W_a a + b) = W_a (P a) + b: its rows sum to 1
-        w = self.full_att.weight.squeeze(0).to(vectors)
-        return Annotations(vectors, projected, kernels.Energies(projected, w), pooling)
+        """Everything that does not depend on the step, from (I, g, g, M) of any grid g."""
+        dtype = _compute_dtype(self.encoder_att.weight)
+        vectors = self._vectors(encoder_out.to(dtype))
+        weights = self.encoder_att.weight.to(dtype).split([v.shape[2] for v in vectors], dim=1)
+        projected, poolings = self.encoder_att.bias.to(dtype), []
+        for own, weight in zip(vectors, weights, strict=True):
+            own, pooling = own @ weight.T, self._pooling(own)  # W_a a, of the stage's values
+            # P (W_a a) + b = W_a (P a) + b
+            projected = projected + (own if pooling is None else pooling @ own)
+            poolings.append(pooling)
+        w = self.full_att.weight.squeeze(0).to(dtype)
+        energies = kernels.Energies(projected, w)
+        return Annotations(vectors, projected, energies, tuple(poolings))
+
+    def _vectors(self, encoder_out):
+        """Annotation vectors (I, l_s, D_s) of each stage."""
+        maps = stages.unpack(encoder_out, self.stage_dims, self.stage_factors)
+        return tuple(norm(own).to(own) for norm, own in zip(self.norms, maps, strict=True))
+
+    def _pooling(self, vectors):
+        """P_s from the grid of these vectors to that of the alphas, None where they are one."""
+        grid = math.isqrt(vectors.shape[1])
+        if grid == self.encoded_image_size:
+            return None
+        return kernels.pooling_matrix(grid, self.encoded_image_size).to(vectors)
 
     def energies(self, annotations: Annotations, query: Tensor, images: Tensor) -> Tensor:
         """e_ti = w · relu(W_a a_i + W_h h_{t-1}) (eq. 4), (n, L): `kernels.plain_energies`.
@@ -98,10 +136,12 @@ class Attention(nn.Module):
         """
         energies = self.energies(annotations, query, slots // per_image)
         alphas = (energies.float() + self.full_att.bias).softmax(dim=1)  # eq. 5
-        weights = alphas.to(query.dtype)
-        if annotations.pooling is not None:
-            weights = weights @ annotations.pooling  # Σ_i α_i (P a)_i = Σ_j (Pᵀα)_j a_j
-        return kernels.context(annotations.vectors, weights, slots, per_image), alphas  # eq. 13
+        weights, contexts = alphas.to(query.dtype), []
+        for vectors, pooling in zip(annotations.vectors, annotations.poolings, strict=True):
+            # Σ_i α_i (P a)_i = Σ_j (Pᵀα)_j a_j
+            own = weights if pooling is None else weights @ pooling
+            contexts.append(kernels.context(vectors, own, slots, per_image))  # eq. 13
+        return torch.cat(contexts, dim=1), alphas
 
 
 # ------------------------------------------------------------------------------------ decoder
@@ -146,13 +186,16 @@ class LSTMConfig:
 
     Args:
         vocab_size: V.
-        encoder_dim: D, values of an annotation vector.
+        encoder_dim: values of `encoder_out` at a place of its grid.
         attention_dim, embed_dim, decoder_dim: sizes of the layers.
         dropout: probability, on what enters the vocabulary layer.
         encoded_image_size: side of the grid of L places that the alphas cover.
         gate: "scalar" for the paper's one β_t, "channel" for one for each of D channels.
         deep_output: compute the words from h_t, ẑ_t and the previous word (eq. 7), not h_t alone.
         embed_dropout: probability, on the embeddings of the true words in `forward`.
+        stage_dims, stage_factors: of the encoder's stages that `encoder_out` holds, as `Attention`
+            takes them.
+        feature_norm: "layer" for a LayerNorm of each stage's vectors, or "none".
     """
 
     vocab_size: int
@@ -165,10 +208,26 @@ class LSTMConfig:
     gate: str = "scalar"
     deep_output: bool = False
     embed_dropout: float = 0.0
+    stage_dims: tuple = ()
+    stage_factors: tuple = ()
+    feature_norm: str = "none"
+
+    @property
+    def annotation_dim(self):
+        """D, values of an annotation vector."""
+        return sum(self.stage_dims) or self.encoder_dim
 
     def __post_init__(self):
         if self.gate not in ("scalar", "channel"):
             raise ValueError(f"its gate is {self.gate!r}: known are scalar and channel")
+        if self.feature_norm not in ("layer", "none"):
+            raise ValueError(f"its feature_norm is {self.feature_norm!r}: known are layer and none")
+        if len(self.stage_dims) != len(self.stage_factors):
+            raise ValueError(f"its stages are {self.stage_dims} and {self.stage_factors}")
+        pairs = zip(self.stage_dims, self.stage_factors, strict=True)
+        packed = sum(dim * factor**2 for dim, factor in pairs)
+        if self.stage_dims and packed != self.encoder_dim:
+            raise ValueError(f"its stages make {packed} values, not {self.encoder_dim}")
 
 
 @register("lstm")
@@ -183,8 +242,16 @@ class DecoderWithAttention(Decoder):
 
     def __init__(self, config):
         super().__init__(config)
-        dim, hidden, embed = config.encoder_dim, config.decoder_dim, config.embed_dim
-        self.attention = Attention(dim, hidden, config.attention_dim, config.encoded_image_size)
+        dim, hidden, embed = config.annotation_dim, config.decoder_dim, config.embed_dim
+        self.attention = Attention(
+            dim,
+            hidden,
+            config.attention_dim,
+            config.encoded_image_size,
+            config.stage_dims,
+            config.stage_factors,
+            config.feature_norm == "layer",
+        )
         self.embedding = nn.Embedding(config.vocab_size, embed)  # E
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         self.decode_step = nn.LSTMCell(embed + dim, hidden)
@@ -233,12 +300,12 @@ class DecoderWithAttention(Decoder):
     def prepare(self, encoder_out: Tensor) -> Memory:
         """Everything that the steps share, from (I, g, g, D) of any grid g."""
         annotations = self.attention.prepare(encoder_out)
-        dtype, cell = annotations.vectors.dtype, self.decode_step
+        dtype, cell = annotations.projected.dtype, self.decode_step
         stacked = [self.attention.decoder_att, self.f_beta]
         weight = torch.cat([cell.weight_hh, *(layer.weight for layer in stacked)])
         bias = torch.cat([cell.bias_hh + cell.bias_ih, *(layer.bias for layer in stacked)])
         word_weight, context_weight = cell.weight_ih.to(dtype).split(
-            [self.config.embed_dim, encoder_out.shape[3]], dim=1
+            [self.config.embed_dim, self.config.annotation_dim], dim=1
         )
         vocabulary_weight = self.fc.weight.to(dtype)
         weights = (weight.to(dtype), bias.to(dtype), word_weight, context_weight, vocabulary_weight)
@@ -294,7 +361,7 @@ class DecoderWithAttention(Decoder):
     def step(self, words: Tensor, state: State, memory: Memory):
         """One decoding step, as in `Decoder.step`."""
         slots = torch.arange(len(words), device=words.device)
-        per_image = len(words) // len(memory.annotations.vectors)
+        per_image = len(words) // len(memory.annotations.projected)
         words = self.embedding(words)
         offsets = self._offsets(words, memory)
         weights = memory.recurrent_weight, memory.context_weight

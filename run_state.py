@@ -143,6 +143,7 @@ class RunState:
             "base": self.base,
             "word_map": self.word_map,
             "encoder_name": encoder.name,
+            "encoder_stages": encoder.stages,
             "encoded_image_size": decoder.config.encoded_image_size,
             "image_size": self.image_size,
             "encoder": encoder.state_dict(),

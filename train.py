@@ -83,6 +83,18 @@ def make_parser():
     add = parser.add_argument_group("model").add_argument
     add("--encoder", help="a torchvision model or timm:NAME")
     add("--encoder_weights", help="file of the encoder's state dict; None: its ImageNet weights")
+    add(
+        "--encoder_stages",
+        nargs="+",
+        metavar="STAGE",
+        help="whose feature maps the attention sees, each at its own grid: strides, as 16 32, and "
+        "last, the network's last map, which alone is the paper's",
+    )
+    add(
+        "--feature_norm",
+        choices=["auto", "layer", "none"],
+        help="normalise each stage's annotation vectors; auto: where there are several stages",
+    )
     grid = number(int, above=0, below=MAX_GRID + 1)
     add("--encoded_image_size", type=grid, help="side of the attention's grid")
     add("--decoder", help="lstm, the paper's")
@@ -297,10 +309,13 @@ def make_models(options, checkpoint, vocab_size):
         dropouts = {name: getattr(options, name) for name in DROPOUTS}
         return checkpoints.build_models(checkpoint, **dropouts)
     weights = options.encoder_weights or "DEFAULT"
-    encoder = Encoder(options.encoder, options.encoded_image_size, weights)
-    values = dataclasses.asdict(make(ModelConfig, options))
-    sizes = {"vocab_size": vocab_size, "encoder_dim": encoder.dim}
-    return encoder, checkpoints.new_decoder(options.decoder, values | sizes)
+    stages = options.encoder_stages
+    encoder = Encoder(options.encoder, options.encoded_image_size, weights, stages)
+    values = dataclasses.asdict(make(ModelConfig, options)) | {"vocab_size": vocab_size}
+    if options.feature_norm == "auto":
+        values["feature_norm"] = "layer" if len(stages) > 1 else "none"
+    values |= checkpoints.sizes_of_features(encoder)
+    return encoder, checkpoints.new_decoder(options.decoder, values)
 
 
 def make(kind, options):

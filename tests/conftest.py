@@ -38,6 +38,7 @@ def tiny_checkpoint(**changes):
     """Has all keys of a checkpoint, but no models."""
     return {
         "encoder_name": "none",
+        "encoder_stages": ("last",),
         "encoded_image_size": 3,
         "image_size": 64,
         "encoder": {"weight": torch.arange(6.0).view(2, 3)},

@@ -34,7 +34,7 @@ class TinyEncoder(nn.Module):
 
     def __init__(self, weight=1.0):
         super().__init__()
-        self.name = "tiny"
+        self.name, self.stages = "tiny", ("last",)
         self.weight = nn.Parameter(torch.tensor(weight))
         self.register_buffer("mean", torch.zeros(1))
 

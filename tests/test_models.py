@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_packed_sequence
 
+import stages
 from kernels import pooling_matrix
 from models import DecoderWithAttention, LSTMConfig, caption_loss
 
@@ -425,3 +426,85 @@ def test_other_tensors_raise_a_value_error_of_one_line(spoil, named):
     with pytest.raises(ValueError, match=f"^not a decoder of this model: .*{named}") as error:
         DecoderWithAttention.from_state_dict(state)
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------ stages
+
+
+@st.composite
+def stage_maps(draw):
+    """Maps (2, f_s g, f_s g, D_s) of one to three stages, and the side of the attention's grid."""
+    grid = draw(st.integers(1, 3))
+    factors = draw(st.permutations([1, *draw(st.lists(st.integers(1, 3), max_size=2))]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    dims = [draw(st.integers(1, 4)) for _ in factors]
+    maps = [
+        torch.randn(2, f * grid, f * grid, d, generator=generator, dtype=torch.float64)
+        for f, d in zip(factors, dims, strict=True)
+    ]
+    return maps, draw(st.integers(1, 7))
+
+
+@few
+@given(stage_maps())
+def test_packed_maps_are_unpacked(pair):
+    maps, _ = pair
+    encoder_out = stages.pack(maps)
+    grid = min(m.shape[1] for m in maps)
+    assert encoder_out.shape[:3] == (2, grid, grid)
+    factors = [m.shape[1] // grid for m in maps]
+    unpacked = stages.unpack(encoder_out, [m.shape[3] for m in maps], factors)
+    for one, other in zip(unpacked, maps, strict=True):
+        assert torch.equal(one, other.flatten(1, 2))
+
+
+@few
+@given(stage_maps(), st.booleans(), st.integers(0, 99))
+def test_several_stages_are_one_map_of_all_their_values(pair, normalize, seed):
+    """The oracle's annotation vectors: each stage's, normalised, brought to the attention's grid,
+    one behind the other."""
+    maps, size = pair
+    grid = min(m.shape[1] for m in maps)
+    encoder_out = stages.pack(maps)
+    torch.manual_seed(seed)
+    decoder = DecoderWithAttention(
+        LSTMConfig(
+            V,
+            encoder_out.shape[3],
+            A,
+            E,
+            H,
+            encoded_image_size=size,
+            stage_dims=tuple(m.shape[3] for m in maps),
+            stage_factors=tuple(m.shape[1] // grid for m in maps),
+            feature_norm="layer" if normalize else "none",
+        )
+    )
+    decoder = decoder.double().eval()
+    for name, p in decoder.named_parameters():
+        if "norms" in name:
+            nn.init.uniform_(p, 0.5, 1.5)
+    p = dict(decoder.state_dict())
+    joined = []
+    for i, m in enumerate(maps):
+        if normalize:
+            mean, var = m.mean(3, keepdim=True), m.var(3, unbiased=False, keepdim=True)
+            m = (m - mean) / (var + 1e-5).sqrt()
+            m = m * p[f"attention.norms.{i}.weight"] + p[f"attention.norms.{i}.bias"]
+        pooled = F.adaptive_avg_pool2d(m.permute(0, 3, 1, 2), size)
+        joined.append(pooled.permute(0, 2, 3, 1))
+    captions = torch.tensor([[1, 4, 2, 0], [3, 5, 6, 7]])
+    scores, _, alphas = decoder(encoder_out, captions, torch.tensor([3, 4]))
+    scores, _ = pad_packed_sequence(scores, batch_first=True)
+    for i, caption in enumerate(([1, 4, 2], [3, 5, 6, 7])):
+        expected = textbook(p, torch.cat(joined, dim=3)[i], caption)
+        close(scores[i, : len(caption) - 1], expected[0])
+        close(alphas[i, : len(caption) - 1], expected[1])
+
+
+def test_a_stage_whose_grid_is_no_multiple_is_pooled_to_the_nearest():
+    maps = [torch.rand(1, 17, 17, 2), torch.rand(1, 8, 8, 3)]
+    fine, coarse = stages.unpack(stages.pack(maps), (2, 3), (2, 1))
+    pooled = F.adaptive_avg_pool2d(maps[0].permute(0, 3, 1, 2), 16)
+    close(fine, pooled.flatten(2).permute(0, 2, 1))
+    assert torch.equal(coarse, maps[1].flatten(1, 2))
