@@ -7,7 +7,13 @@ import socket
 from pathlib import Path
 
 from groundwork.errors import UserError, run
-from groundwork.options import Parser, add_decoding_options, add_device_options, number
+from groundwork.options import (
+    Parser,
+    add_decoding_options,
+    add_device_options,
+    add_model_option,
+    number,
+)
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it would tell its makers of each start
 PHOTOGRAPH = 640  # pixels along the longer side, as shown
@@ -16,7 +22,7 @@ PHOTOGRAPH = 640  # pixels along the longer side, as shown
 def parse_arguments():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--model", nargs="+", help="checkpoints; None: the newest BEST checkpoint under data/")
+    add_model_option(parser, "or several; None: the newest under data/", nargs="+")
     add("--word_map", help="WORDMAP file, for checkpoints that hold no word map")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     port = number(int, above=0, below=2**16)
@@ -39,7 +45,8 @@ def main():
     import report
     from captioner import Captioner
 
-    paths = options.model or [checkpoints.newest_best_checkpoint("data")]
+    named = map(checkpoints.find_checkpoint, options.model or [])
+    paths = list(named) or [checkpoints.newest_best_checkpoint("data")]
     models = {
         name: Captioner.load(path, options.device, options.amp, options.word_map)
         for name, path in zip(names(paths), paths, strict=True)

@@ -1,12 +1,18 @@
 """Captions image files and draws where the model looked for each word."""
 
 import json
-import sys
 from pathlib import Path
 
 from groundwork.errors import UserError, printable, run
 from groundwork.files import atomic_write, make_folder
-from groundwork.options import Parser, add_decoding_options, add_device_options, number
+from groundwork.options import (
+    Parser,
+    add_decoding_options,
+    add_device_options,
+    add_model_option,
+    number,
+)
+from groundwork.wording import Complaints, counted
 
 
 def parse_arguments():
@@ -14,7 +20,7 @@ def parse_arguments():
     positive = number(int, above=0)
     add = parser.add_argument
     add("--img", required=True, nargs="+", help="image files, or folders of them")
-    add("--model", help="a checkpoint; None: the newest BEST checkpoint under data/")
+    add_model_option(parser, "None: the newest under data/")
     add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
     add("--beam_size", type=positive, default=5, help="partial captions kept at each step")
     add("--batch_size", type=positive, default=32, help="images captioned together")
@@ -54,7 +60,7 @@ def main():
         print(json.dumps(records, indent=2))
     if unreadable:
         raise UserError(
-            f"{len(unreadable)} of {len(paths)} images cannot be read (named above): "
+            f"{len(unreadable)} of {counted(len(paths), 'image')} cannot be read (named above): "
             "mend them or leave them out of --img"
         )
 
@@ -78,19 +84,20 @@ def find_images(arguments):
 
 
 def open_images(paths, read, unreadable):
-    """Yields the images' pictures, and adds each path to one of the lists. What cannot be read is
-    named on stderr, and the others get their captions."""
+    """Yields the images' pictures, and adds each path to one of the lists. The first that cannot
+    be read are named on stderr, and the others get their captions."""
     from groundwork.images import open_image
 
-    for path in paths:
-        try:
-            picture = open_image(path)
-        except UserError as error:
-            unreadable.append(path)
-            print(error, file=sys.stderr)
-        else:
-            read.append(path)
-            yield picture
+    with Complaints() as complaints:
+        for path in paths:
+            try:
+                picture = open_image(path)
+            except UserError as error:
+                unreadable.append(path)
+                complaints.add(error)
+            else:
+                read.append(path)
+                yield picture
 
 
 def name_pictures(paths, folder):

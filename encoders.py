@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
+from groundwork import kinds
 from groundwork.errors import UserError
+from groundwork.files import check_readable
 
 OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # needs no download: a package carries its weights
 
@@ -281,23 +283,32 @@ def _unknown_encoder(name):
 
 def _read_state(path):
     """The state dict in a file of PyTorch's or of safetensors, and the file's path."""
-    if not Path(path).is_file():
-        raise EncoderError(f"there is no file of weights {path}: check --encoder_weights")
+    check_readable(path, f"there is no file of weights {path}: check --encoder_weights")
+    kind = kinds.kind_of(path)
+    if kind == kinds.SAFETENSORS or Path(path).suffix == ".safetensors":
+        return _read_safetensors(path), path
+    if kind is not None:
+        raise EncoderError(f"{path} is {kind}, no file of weights: check --encoder_weights")
     try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path), path
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise EncoderError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # both raise many classes for files that are no state dict
+    except Exception as error:  # torch.load raises many classes for files that are no state dict
         raise EncoderError(
             f"{path}: not a readable state dict of PyTorch or safetensors ({type(error).__name__})"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise EncoderError(f"{path}: holds no state dict (a dict of names and tensors)")
     return state, path
+
+
+def _read_safetensors(path):
+    try:
+        from safetensors.torch import load_file  # here, as it comes with timm and may be missing
+    except ImportError as error:
+        raise EncoderError(f"{path} needs the package safetensors: install it with pip") from error
+    try:
+        return load_file(path)
+    except Exception as error:  # SafetensorError, and whatever PyTorch makes of odd contents
+        raise EncoderError(f"{path}: damaged, or no state dict of safetensors ({error})") from error
 
 
 def _load_state(model, state, source):

@@ -17,6 +17,7 @@ from groundwork.options import (
     MAX_GRID,
     Parser,
     add_device_options,
+    add_model_option,
     add_workers_option,
     as_flags,
     interval,
@@ -48,7 +49,7 @@ def make_parser():
     add("--data_name", help="base name of the data set, where the folder holds several")
     add(
         "--output_folder",
-        help="for checkpoints, log and curves; None: the data folder, or that of --checkpoint",
+        help="for checkpoints, log and curves; None: the data folder, or that of --model",
     )
     add(
         "--karpathy_json",
@@ -98,7 +99,8 @@ def make_parser():
     add("--dropout", type=share, help="probability, before the vocabulary layer")
     add("--embed_dropout", type=share, help="probability, on the words' embeddings")
 
-    add = parser.add_argument_group("training").add_argument
+    training = parser.add_argument_group("training")
+    add = training.add_argument
     add(
         "--stage",
         choices=["decoder", "finetune", "both"],
@@ -106,9 +108,8 @@ def make_parser():
         help="the decoder alone, fine-tuning the encoder with it from the best checkpoint, or "
         "one after the other",
     )
-    add(
-        "--checkpoint",
-        help="continue from this one, with its model, whatever the model options but dropout",
+    add_model_option(
+        training, "to continue from, with its model, whatever the model options but dropout"
     )
     add(
         "--resume",
@@ -196,7 +197,9 @@ def train(parser, options, device):
         parser.set_defaults(**DEMO_DEFAULTS)
         options = parser.parse_args()
     torch.manual_seed(options.seed)
-    own_folder = Path(options.checkpoint).parent if options.checkpoint else options.data_folder
+    if options.model:
+        options.model = str(checkpoints.find_checkpoint(options.model))
+    own_folder = Path(options.model).parent if options.model else options.data_folder
     options.output_folder = make_folder(options.output_folder or own_folder)
 
     newest = checkpoints.checkpoint_path(options.output_folder, base)
@@ -249,7 +252,7 @@ def run_stages(options, base, device):
             karpathy_json=options.karpathy_json,
             prune=options.prune_features,
         )
-        source = options.checkpoint or files.newest
+        source = options.model or files.newest
         anew = checkpoint is None or is_elsewhere(options)
         training.run(stages, checkpoint, source, anew)
 
@@ -315,7 +318,7 @@ def starting_point(options, base):
     """The checkpoint to go on from, None to start anew; never over another run's files unasked."""
     import checkpoints
 
-    path, folder = options.checkpoint, options.output_folder
+    path, folder = options.model, options.output_folder
     newest, best = (checkpoints.checkpoint_path(folder, base, best=best) for best in (False, True))
     if options.resume:
         checkpoint = resumed(options, base, newest, best)
@@ -339,8 +342,8 @@ def resumed(options, base, newest, best):
     """The checkpoint that --resume goes on from; None where the run or stage 2 is to start."""
     import checkpoints
 
-    if options.checkpoint is not None or options.overwrite:
-        raise UserError("--resume goes without --checkpoint and --overwrite")
+    if options.model is not None or options.overwrite:
+        raise UserError("--resume goes without --model and --overwrite")
     keys = checkpoints.RUN_KEYS
     path, checkpoint = checkpoints.newest_whole_checkpoint([newest, best], keys) or (None, None)
     if checkpoint is None and (newest.exists() or best.exists()):
@@ -362,7 +365,7 @@ def to_finetune(options, base, newest, best):
     if not best.exists():
         raise UserError(
             f"--stage finetune starts from a trained decoder, and {best} is missing: "
-            "train with --stage decoder first, or name one with --checkpoint"
+            "train with --stage decoder first, or name one with --model"
         )
     latest = checkpoints.load_checkpoint(newest if newest.exists() else best, keys)
     if latest["stage"] == "finetune" and not options.overwrite:
@@ -377,8 +380,8 @@ def to_finetune(options, base, newest, best):
 
 
 def is_elsewhere(options):
-    """Whether --checkpoint is another folder's, whose run goes on in the output folder."""
-    path, folder = options.checkpoint, options.output_folder
+    """Whether --model is another folder's, whose run goes on in the output folder."""
+    path, folder = options.model, options.output_folder
     return path is not None and Path(path).resolve().parent != folder.resolve()
 
 
@@ -395,7 +398,7 @@ def checked(path, checkpoint, options):
     fixed = [name for name in of_model if now[name] != before.get(name, now[name])]
     if fixed:
         print(f"the model is the checkpoint's: {as_flags({n: before[n] for n in fixed})}")
-    apart = {"checkpoint", "resume", "overwrite", "output_folder", "data_folder", "tensorboard"}
+    apart = {"model", "resume", "overwrite", "output_folder", "data_folder", "tensorboard"}
     apart.add("karpathy_json")
     apart.update(of_model)
     other = {n: now[n] for n in now if n not in apart and now[n] != before.get(n, now[n])}

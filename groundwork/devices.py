@@ -21,7 +21,7 @@ def choose_device(name=None):
             raise RuntimeError("the CPU is one device, cpu")
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
 
 

@@ -6,12 +6,12 @@ import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from groundwork.errors import UserError
+from groundwork.files import check_readable
 from groundwork.progress import progress
 
 _opening = threading.Lock()  # the filters of warnings are all threads' own
@@ -40,10 +40,7 @@ def open_image(path):
     an image of `FORMATS`, damaged, has more than `MAX_PIXELS`, or is over `MAX_ASPECT` times as
     long as wide.
     """
-    if not Path(path).exists():
-        raise UserError(f"there is no image {path}")
-    if not Path(path).is_file():  # opening a pipe would wait for ever
-        raise UserError(f"cannot read image {path}: it is no file")
+    check_readable(path, f"there is no image {path}")
     try:
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes earlier

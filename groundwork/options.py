@@ -57,6 +57,21 @@ def as_flags(options):
     )
 
 
+def add_model_option(add_to, otherwise, **options):
+    """Which trained model, for every script: `--checkpoint` is its older name.
+
+    Args:
+        add_to: a parser, or a group of one.
+        otherwise: what is done without it, for --help.
+    """
+    add_to.add_argument(
+        "--model",
+        "--checkpoint",
+        help=f"a checkpoint, or a folder, for the BEST checkpoint in it, {otherwise}",
+        **options,
+    )
+
+
 def add_device_options(parser):
     """Where and how precisely to compute, for every script."""
     add = parser.add_argument

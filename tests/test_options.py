@@ -34,6 +34,6 @@ def test_choose_device():
     assert devices.choose_device("cpu") == torch.device("cpu")
     assert devices.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu7", "", "cuda:999", "cpu:3", "meta"):
-        with pytest.raises(UserError, match=f"--device {name} cannot be used") as error:
+        with pytest.raises(UserError, match=f"device {name} cannot be used") as error:
             devices.choose_device(name)
         assert "\n" not in str(error.value)
