@@ -23,7 +23,7 @@ THUMBNAIL = 256  # pixels along a side, at most
 EXAMPLES = 3  # best, worst and random ones
 
 
-def write(folder, word_map, data, captions, beams, about, scores, log):
+def write(folder, word_map, data, captions, beams, about, scores, log, trained_on=True):
     """Writes `index.html`, which holds all that it shows, pictures too.
 
     Args:
@@ -36,6 +36,7 @@ def write(folder, word_map, data, captions, beams, about, scores, log):
         about: lines on where the captions come from.
         scores: `evaluation.Scores`, with all tables that the page is to have.
         log: records of the training, one an epoch; may be empty.
+        trained_on: whether the data set is the model's, whose training captions tell what is new.
 
     Returns:
         its path.
@@ -62,7 +63,9 @@ def write(folder, word_map, data, captions, beams, about, scores, log):
         about=about,
         scores=scores,
         curves=_picture(pictures.curves(log)) if log else None,
-        language=language(texts, references, training_captions(data), word_map),
+        language=language(
+            texts, references, training_captions(data) if trained_on else None, word_map
+        ),
         lengths=_picture(draw_lengths(texts, references)),
         rank=rank,
         groups={

@@ -158,7 +158,7 @@ def report(model, data, count, split, beam_size, search, path):
         split: its name, for people.
         beam_size: width of the beam.
         search: a `SearchConfig`.
-        path: of the picture, a PNG.
+        path: of the picture, a PNG, or None for none.
     """
     count = min(count, len(data))
     outcome = caption(model, data, count, beam_size, search)
@@ -167,6 +167,8 @@ def report(model, data, count, split, beam_size, search, path):
     references = [reference["captions"] for reference in data.references[:count]]
     _print_protocol(model, data, references, split, beam_size)
     print_table(table(outcome, references))
+    if path is None:
+        return
     index = choose(outcome.captions, references)
     source = prepare(model, *(tensor[None] for tensor in data[index]), [index])
     captions = {name: texts[index] for name, texts in outcome.captions.items()}
@@ -241,8 +243,8 @@ nltk's BLEU and COCO's CIDEr-D in per cent against all human captions, Δ from t
 are
 same: captions word for word as of these; loss: −log p a word of the human captions, teacher-forced
 noise and ε on a scale of 0 to 1; crops are central, and blown up again
-FGSM: x + ε sign ∇J, clipped, not rounded; J is the loss over each image's \
-{data.captions.shape[1]} captions, in float32
+FGSM: x + ε sign ∇J, clipped, not rounded; J is the loss over each image's human captions, \
+{len(data[0][1])} at most, in float32
 {sided} of {len(texts)} human captions say left or right, which a mirror image belies"""
     )
 

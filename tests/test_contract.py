@@ -162,7 +162,8 @@ def test_it_is_evaluated_and_reported_without_attention(
     assert "no attention report: this decoder has no attention" in process.stdout
     (nltk_table,) = tables(process.stdout)
     assert float(nltk_table["beam 3"]["BLEU-1"]) > 0
-    results = json.loads((tmp_path / f"results_test_beam3_{tiny_data[1]}.json").read_text())
+    path = tmp_path / f"results_test_beam3_checkpoint_{tiny_data[1]}.json"
+    results = json.loads(path.read_text())
     assert len({result["caption"] for result in results}) == 1  # it does not see the image
 
     page.goto((tmp_path / "page" / "index.html").as_uri())

@@ -66,7 +66,10 @@ def test_on_a_full_disk_nothing_is_lost(case, trained, scenes, tmp_path):
         ],
         "features": ["train.py", "--data_folder", folder, *TRAIN, "--overwrite"],
         "checkpoint": ["train.py", "--data_folder", folder, *TRAIN, "--epochs", 2, "--resume"],
-        "results": ["eval.py", "--checkpoint", best, "--data_folder", folder, "--beam_size", 1],
+        "results": [
+            "eval.py", "--model", best, "--data_folder", folder, "--output_folder", folder,
+            "--beam_size", 1,
+        ],
         "picture": [
             "caption.py", "--model", best, "--img", next((scenes / "images").iterdir()),
             "--output_folder", folder, "--beam_size", 1,

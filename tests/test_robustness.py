@@ -271,7 +271,8 @@ def test_the_table_has_a_row_a_perturbation_and_starts_from_the_captions_of_the_
     assert list(table) == list(robustness.PERTURBATIONS)
     assert "the first 5 of 8 images of the test split, 96×96 pixels, beam 2" in printed
     folder, base = tiny_data
-    results = json.loads((output / f"results_test_beam2_{base}.json").read_text())[:5]
+    path = output / f"results_test_beam2_BEST_checkpoint_{base}.json"
+    results = json.loads(path.read_text())[:5]
     references = json.loads((folder / f"TEST_REFERENCES_{base}.json").read_text())[:5]
     expected = corpus_bleu(
         [[utils.tokenize(text) for text in r["captions"]] for r in references],
@@ -302,7 +303,7 @@ def test_batches_of_another_size_give_the_same_captions(model, tiny_data, monkey
 
 def test_the_picture_is_drawn(evaluated, tiny_data):
     output, printed = evaluated
-    path = output / f"robustness_test_{tiny_data[1]}.png"
+    path = output / f"robustness_test_BEST_checkpoint_{tiny_data[1]}.png"
     assert f"picture: {path}, of " in printed
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -319,7 +320,7 @@ def test_two_processes_give_the_table_of_one(evaluated, tiny_data, checkpoint, t
         assert float(two[name]["loss"]) == pytest.approx(float(row["loss"]), abs=0.02)
         for column in ("BLEU-1", "BLEU-4", "same"):
             assert two[name][column] == row[column], name
-    assert (tmp_path / f"robustness_test_{tiny_data[1]}.png").exists()
+    assert (tmp_path / f"robustness_test_BEST_checkpoint_{tiny_data[1]}.png").exists()
 
 
 def test_robustness_is_refused_for_captions_of_other_systems():
