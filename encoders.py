@@ -283,7 +283,10 @@ def _unknown_encoder(name):
 
 def _read_state(path):
     """The state dict in a file of PyTorch's or of safetensors, and the file's path."""
-    check_readable(path, f"there is no file of weights {path}: check --encoder_weights")
+    try:
+        check_readable(path, f"there is no file of weights {path}: check --encoder_weights")
+    except UserError as error:
+        raise EncoderError(str(error)) from error
     kind = kinds.kind_of(path)
     if kind == kinds.SAFETENSORS or Path(path).suffix == ".safetensors":
         return _read_safetensors(path), path
