@@ -7,6 +7,7 @@ from datasets import CaptionDataset, LengthSampler
 from features import cache_features, other_features
 from groundwork import distributed
 from groundwork.devices import loader_options
+from groundwork.wording import size_of
 
 VAL_BATCH = 50  # images
 
@@ -96,7 +97,7 @@ def _prune(files, folder, remove):
     if not files:
         return
     total = sum(path.stat().st_size for path in files)
-    what = f"{total / 1e9:.2f} GB of features of other encoders or views in {folder}"
+    what = f"{size_of(total)} of features of other encoders or views in {folder}"
     if remove:
         for path in files:
             path.unlink()
