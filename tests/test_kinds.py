@@ -128,7 +128,7 @@ def test_weights_that_cannot_be_read_are_one_line(weights, damage, tmp_path):
     elif damage != "missing":
         path.write_bytes(whole[: {"cut": len(whole) // 2, "beginning cut": 5}[damage]])
     words = {"missing": "no file of weights", "picture": "is a picture", "folder": "no file"}
-    with pytest.raises(UserError, match=words.get(damage, "damaged, or no file of safe")) as error:
+    with pytest.raises(UserError, match=words.get(damage, "damaged, or no state dict of")) as error:
         Encoder("squeezenet1_1", 3, str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
