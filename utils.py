@@ -434,5 +434,7 @@ def _print_summary(summary):
         )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
         print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")
-    left_out = (counted(n, what[:-1]) for what, n in summary["left_out"].items())
+    one = {"images without captions": "image without captions"}  # the others lose an s
+    left_out = summary["left_out"].items()
+    left_out = [counted(n, one.get(what, what.removesuffix("s")), what) for what, n in left_out]
     print("left out: " + ", ".join(left_out))
