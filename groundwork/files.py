@@ -1,5 +1,6 @@
 """Files written whole or not at all, locks on them, folders, and reading what may be damaged."""
 
+import errno
 import glob
 import json
 import os
@@ -47,6 +48,20 @@ def atomic_write(path):
         flush(temporary)
         os.replace(temporary, path)
         flush_folder(path.parent)
+
+
+def check_writable(path):
+    """Finds out whether `atomic_write` could write `path`, whose folder is made; an older file
+    stays as it is. For before the work whose result it is to take.
+
+    Raises UserError if it could not.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    with temporaries([path], path) as [temporary]:
+        temporary.touch()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
 
 
 @contextmanager
