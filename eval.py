@@ -3,12 +3,12 @@
 With --results and --references it scores captions that any other system made.
 """
 
-import tempfile
+from functools import partial
 from pathlib import Path
 
 from config import SearchConfig
 from groundwork.errors import UserError, run
-from groundwork.files import make_folder, os_errors_as_user_errors
+from groundwork.files import check_writable, make_folder
 from groundwork.options import (
     Parser,
     add_decoding_options,
@@ -72,6 +72,7 @@ def evaluate(options):
     """Captions the split and says all that was asked for."""
     import checkpoints
     import evaluation
+    import report
     import robustness
     from captioner import Captioner
     from groundwork import distributed
@@ -84,11 +85,13 @@ def evaluate(options):
     data = open_split(path, model, options)
     folder = make_folder(options.results_folder or path.parent)
 
-    log = []
-    if options.report is not None:  # what may keep it from being written is found out here
-        with os_errors_as_user_errors(options.report):
-            tempfile.TemporaryFile(dir=make_folder(options.report)).close()
-        log = training_log(path, model.about)
+    # what may keep them from being written is found out here
+    page = log = None
+    if options.report is not None:
+        page, log = report.page_path(options.report), training_log(path, model.about)
+    picture = folder / f"robustness_{options.split}_{data.base}.png"
+    if options.robustness:
+        check_writable(picture)
 
     search = SearchConfig(
         options.max_len, options.length_penalty, options.batch_size, options.workers
@@ -96,18 +99,26 @@ def evaluate(options):
     whole = options.report is not None
     captions, beams = evaluation.caption_split(model, data, options.beam_size, search, whole)
     if distributed.is_main:
-        write_and_print(path, model, data, captions, beams, folder, log, options)
+        about, scores = write_and_print(path, model, data, captions, folder, options)
+        if page:  # before what may take long or fail
+            write_page = partial(
+                report.write, page, model.word_map, data, captions, beams, about, scores, log
+            )
+            write_page()
+            print(f"report: {page}")
     if options.robustness:
-        picture = folder / f"robustness_{options.split}_{data.base}.png"
-        robustness.report(
+        changed = robustness.report(
             model, data, options.robustness, options.split, options.beam_size[0], search, picture
         )
+        if page and distributed.is_main:
+            write_page(changed)
+            print(f"report, with these: {page}")
 
 
-def write_and_print(path, model, data, captions, beams, folder, log, options):
-    """The captions as files, and all that is said of them."""
+def write_and_print(path, model, data, captions, folder, options):
+    """The captions as files, and all that is said of them: returns lines on where they come from,
+    and their scores."""
     import evaluation
-    import report
     from coco_results import write_results
     from groundwork import provenance
 
@@ -133,11 +144,7 @@ def write_and_print(path, model, data, captions, beams, folder, log, options):
         scores = scores._replace(left_out=left_out)
     print("\n".join(about))
     print_tables(scores.references, scores.tables, scores.left_out)
-    if options.report is not None:
-        page = report.write(
-            options.report, model.word_map, data, captions, beams, about, scores, log
-        )
-        print(f"report: {page}")
+    return about, scores
 
 
 def training_log(path, about):
