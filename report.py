@@ -99,7 +99,7 @@ def _template():
 
 def totals(columns):
     """A line on which scores of the split are means of the captions' own, in `columns`."""
-    counted = " and ".join(["BLEU", *(name for name in columns if name == "METEOR")])
+    counted = "BLEU-1 to BLEU-4" + (" and METEOR" if "METEOR" in columns else "")
     means = [name for name in columns if name in ("CIDEr-D", "ROUGE-L", "SPICE")]
     line = f"{counted} of a split are worked out from counts over all its captions"
     line += ": they are not the means of single captions' scores"

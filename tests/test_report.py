@@ -73,6 +73,7 @@ def test_the_page_has_the_figures_that_are_printed(opened):
     assert len(shown) > 3
     assert shown == printed_rows
     assert {row[0] for row in shown[1:]} >= {"beam 1", "beam 3"}
+    assert page.locator("h2:text('Scores') ~ .note", has_text="they are not the means").count() == 1
     about = " ".join(page.locator(".about").all_inner_texts())
     assert "stage " in about and "train.py" in about and "length penalty 0" in about
 
@@ -468,6 +469,7 @@ def test_photographs_keep_their_proportions(tmp_path, page, monkeypatch):
         path.write_text(json.dumps(older))
 
 
+@pytest.mark.slow
 @needs_java
 def test_the_page_says_which_scores_of_a_split_are_means(tiny_data, tmp_path, page):
     references = files.read_json(utils.input_path(*tiny_data, "REFERENCES", "TEST"))
