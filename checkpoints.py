@@ -64,6 +64,7 @@ def is_log(value):
         _is_texts(line)
         and line.get("stage") in STAGES
         and all(_is_number(line.get(key)) for key in numbers)
+        and _is_number(line.get("encoder_lr", 0.0))
         for line in value
     )
 

@@ -14,9 +14,10 @@ from groundwork import distributed
 from groundwork.errors import UserError
 from groundwork.files import check_listable, read_json
 from groundwork.hdf5 import open_hdf5, read_item
+from groundwork.images import unsqueeze
 from groundwork.options import MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
-from utils import are_boxes, check_word_map, input_path, read_split
+from utils import are_boxes, check_word_map, input_path, is_size, read_split
 
 
 def find_data(data_folder, base=None):
@@ -219,10 +220,11 @@ def _read_numbers(path, dimensions):
 
 
 def read_references(path):
-    """The images' file names, ids and human captions. Raises UserError if they are unusable."""
+    """The images' file names, ids and human captions, and their widths and heights where they are
+    known. Raises UserError if they are unusable."""
     references = read_json(path)
     if not isinstance(references, list) or not all(map(_is_reference, references)):
-        raise UserError(f"{path} is no list of file names, ids and captions")
+        raise UserError(f"{path} is no list of file names, ids, captions and sizes")
     return references
 
 
@@ -287,7 +289,23 @@ def _is_reference(value):
         and value["captions"]
         and all(isinstance(caption, str) for caption in value["captions"])
         and are_boxes(value.get("boxes", {}))
+        and (
+            not value.keys() & {"width", "height"}  # of older files
+            or is_size(value.get("width"), value.get("height"))
+        )
     )
+
+
+def proportions(reference):
+    """Width and height of a photograph, pixels, by its entry of the REFERENCES; (1, 1) where it
+    does not tell, as in older files."""
+    return reference.get("width", 1), reference.get("height", 1)
+
+
+def as_photographed(square, reference):
+    """An image of the input files, uint8 (3, S, S), as an RGB PIL.Image in the proportions of its
+    photograph, by its entry of the REFERENCES."""
+    return unsqueeze(square, *proportions(reference))
 
 
 def make_view(image, view, seed=()):

@@ -5,6 +5,7 @@ With --results and --references it scores captions that any other system made.
 
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from config import SearchConfig
@@ -100,7 +101,10 @@ def evaluate(options):
     part, source = file_name_parts(path, model, data, options)
     paths = {k: folder / f"results_{part}_beam{k}_{source}.json" for k in options.beam_size}
     results = Place(next(iter(paths.values())), CAPTION * len(data), asked)
-    page = options.report and Place(Path(options.report) / "index.html", PICTURE * len(data))
+    page = options.report and Place(report.page_path(options.report), PICTURE * len(data))
+    picture = options.robustness and Place(
+        folder / f"robustness_{part}_{source}.png", PICTURE, asked
+    )
 
     search = SearchConfig(
         options.max_len, options.length_penalty, options.batch_size, options.workers
@@ -112,19 +116,25 @@ def evaluate(options):
             with results.writing():
                 write_captions(paths, data, captions)
         about, scores = print_scores(path, model, data, captions, options)
-        if whole:
+        if whole:  # before what may take long or fail
+            write_page = partial(
+                report.write, page.path, model.word_map, data, captions, beams, about, scores, log,
+                data.is_of_training,
+            )  # fmt: skip
             with page.writing():
-                index = report.write(
-                    page.path.parent, model.word_map, data, captions, beams, about, scores, log,
-                    data.is_of_training,
-                )  # fmt: skip
-                print(f"report: {index}")
+                write_page()
+                print(f"report: {page.path}")
     if options.robustness:
-        picture = folder / f"robustness_{part}_{source}.png" if results.is_open else None
         count, width = options.robustness, options.beam_size[0]
-        with results.writing():
-            robustness.report(model, data, count, options.split, width, search, picture)
-    if any(place.asked and not place.is_open for place in (results, page) if place):
+        shown = picture.path if picture.is_open else None
+        with picture.writing():
+            changed = robustness.report(model, data, count, options.split, width, search, shown)
+        if distributed.is_main and whole and picture.is_open:
+            with page.writing():
+                write_page(changed)
+                print(f"report, with these: {page.path}")
+    places = (place for place in (results, page, picture) if place)
+    if any(place.asked and not place.is_open for place in places):
         sys.exit(1)
 
 

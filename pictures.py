@@ -39,7 +39,8 @@ def curves(records):
 
     Args:
         records: dicts, one an epoch, with `stage`, `loss`, `val_loss`, `bleu1` to `bleu4` (0 to 1)
-            and `lr`; epochs of stage "finetune" that follow others are shaded.
+            and `lr`, and where the encoder is trained, too, `encoder_lr`; epochs of stage
+            "finetune" that follow others are shaded.
     """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
@@ -47,17 +48,21 @@ def curves(records):
     _plot(loss, records, "loss", {"training": "loss", "validation": "val_loss"})
     scores = {f"BLEU-{n}": f"bleu{n}" for n in range(1, 5)}
     _plot(bleu, records, "validation BLEU (%)", scores, scale=100)
-    _plot(rate, records, "learning rate (10⁻⁴)", {"decoder": "lr"}, scale=1e4)
+    rates = {"decoder": "lr"}
+    if any("encoder_lr" in record for record in records):
+        rates["encoder"] = "encoder_lr"
+    _plot(rate, records, "learning rate (10⁻⁴)", rates, scale=1e4)
     for axes in (bleu, rate):
         axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
     return figure
 
 
 def _plot(axes, records, title, curves, scale=1):
-    """Plots each label's key of the records against the epochs, counted over all stages."""
+    """Plots each label's key of the records, where they have it, against the epochs, counted over
+    all stages."""
     end = len(records) + 0.5
     for label, key in curves.items():
-        values = [scale * record[key] for record in records]
+        values = [scale * record.get(key, math.nan) for record in records]
         axes.plot(range(1, len(records) + 1), values, ".-", label=label)
     stages = [record["stage"] for record in records]
     if len(set(stages)) > 1:

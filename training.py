@@ -63,11 +63,12 @@ class Training:
             source: its path, beside which its run's best may be.
             anew: whether what an earlier run left in the folder is given up.
         """
+        if distributed.is_main:  # before features are cached, and an older run is given up
+            self.reports.check_writable()
         try:
             for stage in stages:
                 self._begin(stage)
                 if stage == stages[0] and anew and distributed.is_main:
-                    self.reports.check_writable()  # else nothing is given up
                     self.files.clear()
                 if checkpoint and stage == checkpoint["stage"]:
                     self._restore(checkpoint, source)
@@ -114,11 +115,9 @@ class Training:
         )
         while state.epoch < config.epochs and state.waited < config.stop_after:
             started = time.perf_counter() - state.seconds
-            record = {
-                "stage": state.stage,
-                "epoch": state.epoch + 1,
-                "lr": state.optimizer.param_groups[0]["lr"],
-            }
+            rates = [group["lr"] for group in state.optimizer.param_groups]
+            record = {"stage": state.stage, "epoch": state.epoch + 1}
+            record |= zip(("lr", "encoder_lr"), rates, strict=False)  # the second in fine-tuning
             record |= self._train_epoch(started)
             scores, captions = self._validate()
             record |= scores

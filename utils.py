@@ -26,7 +26,7 @@ from groundwork.files import (
     temporaries,
 )
 from groundwork.hdf5 import new_hdf5
-from groundwork.images import read_images
+from groundwork.images import MAX_ASPECT, read_images
 from groundwork.wording import Complaints, counted, size_of
 
 # ------------------------------------------------------------------------------------ captions
@@ -103,7 +103,7 @@ class _Sample:
 
     path: Path
     captions: list[list[str]]  # words; wordless and too long captions left out
-    reference: dict  # its entry in the REFERENCES file
+    reference: dict  # its entry in the REFERENCES file, to which reading adds width and height
 
 
 def create_input_files(
@@ -207,6 +207,15 @@ def are_boxes(value):
     return isinstance(value, dict) and all(
         isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
         for box in value.values()
+    )
+
+
+def is_size(width, height):
+    """Whether two values are width and height of a picture, pixels."""
+    return (
+        type(width) is type(height) is int
+        and min(width, height) > 0
+        and max(width, height) <= MAX_ASPECT * min(width, height)
     )
 
 
@@ -366,7 +375,8 @@ def _write_images(path, samples, pictures, size, captions_per_image, complaints)
             if isinstance(picture, str):
                 complaints.add(picture)
             else:
-                images[len(readable)] = picture
+                images[len(readable)], width, height = picture
+                sample.reference |= {"width": width, "height": height}
                 readable.append(sample)
         images.resize(len(readable), axis=0)
     return readable

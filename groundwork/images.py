@@ -92,8 +92,17 @@ def squeeze(image, size):
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+def unsqueeze(square, width, height):
+    """A `squeeze`d image (3, S, S) as an RGB PIL.Image as long and wide as one of width × height,
+    its longer side S pixels."""
+    image = Image.fromarray(np.ascontiguousarray(square.transpose(1, 2, 0)))
+    scale = image.width / max(width, height)
+    return image.resize([max(1, round(scale * side)) for side in (width, height)])
+
+
 def read_images(paths, size, workers):
-    """Yields what read_image() makes of each path, or the line that says why it cannot, in order.
+    """Yields each path's picture, `squeeze`d, with its width and height as it stands upright, or
+    the line that says why it cannot be read, in order.
 
     `workers` threads read ahead, since Pillow decodes and resizes beside Python's other threads,
     but no further than a few images each.
@@ -104,7 +113,8 @@ def read_images(paths, size, workers):
 
     def read(path):
         try:
-            return read_image(path, size)
+            image = open_image(path)
+            return squeeze(image, size), *image.size
         except UserError as error:
             return str(error)
 

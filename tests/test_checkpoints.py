@@ -320,6 +320,7 @@ def endless():
         ({"partial": {"count": 2, "sums": {"loss": "1"}}}, "partial cannot be"),
         ({"log": endless()}, "log cannot be"),
         ({"log": [{}]}, "log cannot be"),
+        ({"log": [tiny_checkpoint()["log"][0] | {"encoder_lr": "x"}]}, "log cannot be"),
         ({"records": [{}]}, "records cannot be"),
         ({"word_map": None}, "word_map cannot be"),
     ],

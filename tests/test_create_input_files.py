@@ -116,6 +116,8 @@ def test_files_hold_what_the_source_says(source):
                 "filename": entry["filename"],
                 "id": entry["imgid"],
                 "captions": [s["raw"] for s in entry["sentences"]],
+                "width": SIZE,
+                "height": SIZE,
             }
             for entry in entries
         ]
@@ -161,7 +163,22 @@ def test_references_keep_boxes_and_do_without_raw_and_id(source):
     del source.entries[-1]["sentences"][0]["raw"]
     source.create()
     reference = {"filename": "4.png", "id": 4, "captions": ["a dog"], "boxes": boxes}
-    assert source.read("REFERENCES", "VAL")[1] == reference
+    assert source.read("REFERENCES", "VAL")[1] == reference | {"width": SIZE, "height": SIZE}
+
+
+def test_references_have_the_photographs_sizes_as_they_stand_upright(source):
+    """Whatever the JSON says, and without the images that are left out."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter
+    Image.new("RGB", (30, 20)).save(source.images / "0.png", exif=turned)
+    Image.new("RGB", (40, 10)).save(source.images / "2.png")
+    source.entries[2] |= {"width": 1, "height": 1}
+    source.add("4.png", "train", "a dog")
+    (source.images / "4.png").write_text("no image")
+    source.add("5.png", "train", "a dog")
+    source.create(skip_bad_images=True)
+    found = {r["filename"]: (r["width"], r["height"]) for r in source.read("REFERENCES", "TRAIN")}
+    assert found == {"0.png": (20, 30), "2.png": (40, 10), "5.png": (SIZE, SIZE)}
 
 
 @pytest.mark.parametrize("ids", [(7.0, 8.0), (None, None), ("a", "7")])

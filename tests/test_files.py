@@ -30,6 +30,22 @@ def test_atomic_write(tmp_path):
         t.write_text("new")
 
 
+def test_what_cannot_be_written_is_found_out_without_writing(tmp_path):
+    path = tmp_path / "new" / "file"
+    files.check_writable(path)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new"]
+    path.write_text("old")
+    files.check_writable(path)
+    assert path.read_text() == "old"
+    with pytest.raises(UserError, match="cannot write .*new: Is a directory"):
+        files.check_writable(tmp_path / "new")
+    with pytest.raises(UserError, match="file"):
+        files.check_writable(path / "below a file")
+    with pytest.raises(UserError, match="File name too long"):
+        files.check_writable(tmp_path / ("x" * 250))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new", path]
+
+
 @pytest.mark.parametrize("kind", [UserError, encoders.EncoderError])
 def test_run_ends_with_the_line_of_an_error(kind):
     def main():

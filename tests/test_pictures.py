@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from groundwork.errors import UserError
-from pictures import draw_attention, draw_curves
+from pictures import curves, draw_attention, draw_curves
 
 # ----------------------------------------------------------------------------------------- curves
 
@@ -54,6 +54,29 @@ def test_curves_shade_the_epochs_of_fine_tuning(tmp_path):
     assert none == only  # nothing to tell apart; the pixels are those of the grid and of letters
     shares = np.array(areas) - none
     np.testing.assert_allclose(shares / shares[0], [1, 3], rtol=0.1)
+
+
+@pytest.mark.parametrize("older", [0, 2])
+def test_curves_show_both_learning_rates_of_fine_tuning(older):
+    """Of the encoder from where it is trained on; logs of older runs have none."""
+    scores = dict.fromkeys(["loss", "val_loss", "bleu1", "bleu2", "bleu3", "bleu4"], 0.5)
+    log = [scores | {"stage": "decoder", "epoch": 1, "lr": 4e-4}]
+    log += [scores | {"stage": "finetune", "epoch": i, "lr": 3e-4} for i in range(1, 4)]
+    for record in log[1 + older :]:
+        record["encoder_lr"] = 1e-4 / record["epoch"]
+    *_, rates = curves(log).axes
+    decoder, encoder = rates.get_lines()
+    assert (decoder.get_label(), encoder.get_label()) == ("decoder", "encoder")
+    np.testing.assert_allclose(decoder.get_ydata(), [4, 3, 3, 3])
+    expected = [np.nan, 1, 1 / 2, 1 / 3]
+    expected[1 : 1 + older] = [np.nan] * older
+    np.testing.assert_allclose(encoder.get_ydata(), expected)
+    assert rates.get_ylim() == pytest.approx((0, 4.2))
+    labels = [text.get_text() for text in rates.get_legend().get_texts()]
+    assert labels == ["decoder", "encoder", "fine-tuning"]
+    for record in log:
+        record.pop("encoder_lr", None)
+    assert len(curves(log).axes[-1].get_lines()) == 1
 
 
 def test_curves_that_cannot_be_written(tmp_path):
