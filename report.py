@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 import metrics
 import pictures
 from datasets import as_photographed, read_references
-from groundwork.files import atomic_write
+from groundwork.files import atomic_write, make_folder
 from utils import input_path, tokenize
 
 WEB = Path(__file__).parent / "web"
@@ -27,22 +27,11 @@ def page_path(folder):
     return Path(folder) / "index.html"
 
 
-def write(
-    path,
-    word_map,
-    data,
-    captions,
-    beams,
-    about,
-    scores,
-    log,
-    trained_on=True,
-    changed=None,
-):
+def write(path, word_map, data, captions, beams, about, scores, log, trained=True, changed=None):
     """Writes the page, which holds all that it shows, pictures too.
 
     Args:
-        path: from `page_path`.
+        path: from `page_path`; its folder is made if it is missing.
         word_map: word -> index, of the model.
         data: `datasets.CaptionDataset` of the split, from images.
         captions: beam_size -> for each image its best `captioner.Caption`. The page shows those of
@@ -51,7 +40,7 @@ def write(
         about: lines on where the captions come from.
         scores: `evaluation.Scores`, with all tables that the page is to have.
         log: records of the training, one an epoch; may be empty.
-        trained_on: whether the data set is the model's, whose training captions tell what is new.
+        trained: whether the data set is the model's, whose training captions tell what is new.
         changed: `robustness.Findings`, what the model makes of changed images, if it is known.
 
     Raises:
@@ -78,7 +67,7 @@ def write(
         totals=totals(columns),
         curves=_picture(pictures.curves(log)) if log else None,
         language=language(
-            texts, references, training_captions(data) if trained_on else None, word_map
+            texts, references, training_captions(data) if trained else None, word_map
         ),
         lengths=_picture(draw_lengths(texts, references)),
         changed=changed,
@@ -91,6 +80,7 @@ def write(
         },
         contents={"columns": columns, "rank": rank, "examples": examples},
     )
+    make_folder(path.parent)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

@@ -509,20 +509,22 @@ def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypa
     assert "87.5%" in lines[3]  # all but one
 
 
-def test_what_cannot_be_written_is_named_before_captioning(checkpoint, tiny_data, tmp_path):
+def test_what_cannot_be_written_is_named_and_costs_no_scores(checkpoint, tiny_data, tmp_path):
     """A folder that is a file, a page that is a folder, a picture that is one."""
-    picture = f"robustness_test_{tiny_data[1]}.png"
+    picture = f"robustness_test_{checkpoint.name.removesuffix('.pth.tar')}.png"
     (tmp_path / "file").write_text("")
     (tmp_path / "page" / "index.html").mkdir(parents=True)
     (tmp_path / "results" / picture).mkdir(parents=True)
-    run = ["eval.py", "--checkpoint", checkpoint, "--data_folder", tiny_data[0]]
-    run += ["--results_folder", tmp_path / "results"]
-    assert "file" in failure(run_here(*run, "--report", tmp_path / "file"))
-    line = failure(run_here(*run, "--report", tmp_path / "page"))
-    assert line.endswith(f"cannot write {tmp_path / 'page' / 'index.html'}: Is a directory")
-    line = failure(run_here(*run, "--robustness", 2))
-    assert line.endswith(f"cannot write {tmp_path / 'results' / picture}: Is a directory")
-    assert not list(tmp_path.rglob("*.json"))
+    run = ["eval.py", "--model", checkpoint, "--data_folder", tiny_data[0]]
+    run += ["--output_folder", tmp_path / "results"]
+    for options, path, reason in (
+        (["--report", tmp_path / "file"], tmp_path / "file", "Not a directory|File exists"),
+        (["--report", tmp_path / "page"], tmp_path / "page" / "index.html", "Is a directory"),
+        (["--robustness", 2], tmp_path / "results" / picture, "Is a directory"),
+    ):
+        process = run_here(*run, *options)
+        assert re.search(f"{re.escape(str(path))}.*({reason})", failure(process))
+        assert "BLEU-4" in process.stdout
 
 
 def test_a_damaged_log_is_named_before_captioning(checkpoint, tiny_data, tmp_path):
