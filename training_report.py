@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 import pictures
+from attention_pictures import draw_attention
 from config import ModelConfig, TrainingConfig
 from datasets import open_images
 from groundwork import distributed, tensorboard_log
@@ -101,12 +102,12 @@ class Reports:
         return len(self.state.log) * self.data.caption_count + self.data.captions_in(steps)
 
     def _examples(self, captions):
-        """(file name, a human caption, the model's, figure of its attention) of the examples."""
+        """(file name, a human caption, the model's, picture of its attention) of the examples."""
         for i in self.shown():
             image = Image.fromarray(np.ascontiguousarray(self.images[i].transpose(1, 2, 0)))
             reference, (words, alphas) = self.data.references[i], captions[i]
-            figure = pictures.attention_figure(image, words, alphas)
-            yield reference["filename"], reference["captions"][0], " ".join(words), figure
+            picture = draw_attention(image, words, alphas)
+            yield reference["filename"], reference["captions"][0], " ".join(words), picture
 
 
 MEASURES = {"bleu4": "BLEU-4", "cider": "CIDEr-D", "loss": "validation loss"}  # of the best epoch
