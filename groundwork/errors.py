@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 
 
@@ -30,12 +31,12 @@ def run(main):
         finally:
             sys.stdout.flush()  # here, and not when Python ends and would complain
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)  # as the shell says of what SIGPIPE has ended
-        raise  # it was another pipe
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        if not poll.poll(0):
+            raise  # it was another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as the shell says of what SIGPIPE has ended
 
 
 def _run(main):

@@ -1,10 +1,13 @@
 """Files written whole or not at all, locks on them, folders, and reading what may be damaged."""
 
+import errno
 import glob
 import json
 import os
 import platform
+import tempfile
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -134,6 +137,34 @@ def make_folder(path):
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {_reason(error)}") from error
     return Path(path)
+
+
+def check_writable(path):
+    """Raises UserError where a file of that path cannot be written: before hours of work."""
+    path = Path(path)
+    with os_errors_as_user_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "")
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def write_new(path, contents):
+    """Writes bytes to a new file, whole or not at all, and returns its path: where a file of the
+    name is there, the next free one of `name_2.png`, `name_3.png` and so on."""
+    path = Path(path)
+    stem = path.stem
+    with temporaries([path], path) as [temporary]:
+        temporary.write_bytes(contents)
+        flush(temporary)
+        for number in count(2):
+            try:
+                path.touch(exist_ok=False)  # so that no other process takes the name
+                break
+            except FileExistsError:
+                path = path.with_name(f"{stem}_{number}{path.suffix}")
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    return path
 
 
 def read_json(path):
