@@ -90,7 +90,7 @@ def find_images(arguments, recursive):
     for argument in arguments:
         for path in read_list() if argument == "-" else [argument]:
             paths += images_in(path, recursive) if Path(path).is_dir() else [path]
-    return list(dict.fromkeys(paths))
+    return list({Path(path): path for path in paths}.values())
 
 
 def read_list():
@@ -122,6 +122,8 @@ def images_in(folder, recursive):
         if not recursive:
             other["folders (--recursive takes them)"] += len(folders)
             break
+        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
+        other["links to folders"] += sum(1 for _ in links)
     kinds = ", ".join(f"{count} {kind}" for kind, count in other.most_common() if count)
     if other.keys() & set(HEIC):
         kinds += " (HEIC: pip install pillow-heif)"
@@ -156,6 +158,7 @@ def caption_all(model, paths, options):
             found = [keep(path, *pair, options) for pair in zip(captions, pictures, strict=True)]
             records.append({"image": path, **found[0], "captions": found})
             bar.update(len(records) + len(unreadable) - bar.n)
+        bar.update(len(paths) - bar.n)
     return records, len(unreadable)
 
 

@@ -65,6 +65,10 @@ def test_a_folder_is_taken_alone_or_with_its_folders_and_the_rest_is_counted(cap
     images = [r["image"] for r in records_of(process)]
     assert images == ["in/a.bmp", "in/a.jpg", "in/deep/a.jpg"]
     assert "--recursive" not in process.stderr
+    (photographs / "deep" / "up").symlink_to("..")
+    process = caption("--img", photographs, "./in/a.jpg", "--no_pictures", "--json", "--recursive")
+    assert [Path(r["image"]).as_posix() for r in records_of(process)] == images
+    assert "1 links to folders" in process.stderr
 
 
 def test_a_folder_without_images_says_what_it_holds(caption, photographs):
@@ -107,7 +111,7 @@ def test_paths_on_standard_input(photographs, checkpoint):
 
 def test_behind_head_it_ends_quietly(photographs, checkpoint):
     """Of images without end, one line is read, then none."""
-    images = [f"in/{'./' * i}a.jpg" for i in range(400)]
+    images = [f"in/{'../in/' * i}a.jpg" for i in range(400)]
     command = [sys.executable, ROOT / "caption.py", "--img", *images, "--no_pictures"]
     with subprocess.Popen(
         [*command, "--model", checkpoint, "--beam_size", "1"],
