@@ -1,5 +1,6 @@
 """The captioning command: what it takes, prints and writes."""
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 from captioner import Captioner
+from coco_results import image_ids
 
 
 @pytest.fixture
@@ -91,24 +93,21 @@ def test_an_address_costs_its_own_line(caption, photographs):
     assert "in/a.jpg: " in process.stdout
 
 
-def test_paths_on_standard_input(photographs, checkpoint):
+def test_paths_on_standard_input(caption, photographs, monkeypatch):
     os.rename(os.fsencode(photographs / "a.bmp"), b"in/\xff a.bmp")
-    process = subprocess.run(
-        [sys.executable, ROOT / "caption.py", "--img", "-", "--no_pictures", "--model", checkpoint],
-        input=b"in/\xff a.bmp\r\n\nin/deep\n",
-        capture_output=True,
-        check=False,
-    )
+
+    def given(lines):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        return caption("--img", "-", "--no_pictures")
+
+    process = given(b"in/\xff a.bmp\r\n\nin/deep\n")
     assert process.returncode == 0, process.stderr
-    lines = process.stdout.decode(errors="surrogateescape").splitlines()
+    lines = process.stdout.splitlines()
     assert [line.split(": ")[0] for line in lines] == ["in/\\udcff a.bmp", "in/deep/a.jpg"]
-    process = subprocess.run(
-        [sys.executable, ROOT / "caption.py", "--img", "-"], input=b"\n", capture_output=True,
-        text=False, check=False,
-    )  # fmt: skip
-    assert b"standard input names no image" in process.stderr and process.returncode == 1
+    assert "standard input names no image" in failure(given(b"\n"))
 
 
+@pytest.mark.slow
 def test_behind_head_it_ends_quietly(photographs, checkpoint):
     """Of images without end, one line is read, then none."""
     images = [f"in/{'../in/' * i}a.jpg" for i in range(400)]
@@ -243,16 +242,13 @@ def test_results_are_scored_by_evaluation(caption, scenes, photographs):
         (["a.jpg"], {"a.jpg": "x", "b.jpg": 3}, ["x"]),
     ],
 )
-def test_ids_of_results(caption, photographs, names, ids, expected):
-    for name in names:
-        shutil.copy(photographs / "a.jpg", name)
-    more = []
+def test_ids_of_results(tmp_path, names, ids, expected):
+    source = None
     if ids is not None:
-        Path("ids.json").write_text(json.dumps(ids))
-        more = ["--ids", "ids.json"]
-    process = caption("--img", *names, "--no_pictures", "--results", "r.json", *more)
-    assert process.returncode == 0, process.stderr
-    assert [r["image_id"] for r in json.loads(Path("r.json").read_text())] == expected
+        source = tmp_path / "ids.json"
+        source.write_text(json.dumps(ids))
+    paths = [f"in/{name}" for name in names]
+    assert image_ids(paths, source) == dict(zip(paths, expected, strict=True))
 
 
 @pytest.mark.parametrize(
