@@ -41,10 +41,11 @@ def draw_attention(image, words, alphas):
     if alphas is None:
         return canvas
     small = _resize(photo, panels[-1])
-    small = _brighten(np.asarray(small, dtype=np.float32) / 255)
+    bright = _brighten(np.asarray(small, dtype=np.float32) / 255)
+    dim = 0.4 * bright @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
     alphas = torch.as_tensor(alphas).detach().float().cpu().numpy()
     for word, alpha, box in zip(words, alphas, panels, strict=True):
-        panel = _panel(small, alpha, 4 * grid.strip / 72 * _DPI)
+        panel = _panel(bright, dim, alpha, 4 * grid.strip / 72 * _DPI)
         canvas.paste(panel, _pixels(*box[:2]))
         above = (box[0], box[1] - 0.22 * grid.strip)
         _write(canvas, above, word, 40 * grid.strip, box[2] + 0.1)
@@ -52,19 +53,19 @@ def draw_attention(image, words, alphas):
     return canvas
 
 
-def _panel(photo, alpha, width):
-    """The photograph (h, w, 3), 0..1, with where the decoder looked and a line of some pixels'
-    width around it."""
+def _panel(bright, dim, alpha, width):
+    """The photograph (h, w, 3), 0..1, in full where the decoder looked, `dim` (h, w, 1) elsewhere,
+    with a line of some pixels' width between."""
     size = math.isqrt(len(alpha))
-    attention = _smooth(alpha.reshape(size, size), photo.shape[:2])
-    pixels = _spotlight(photo, attention)
+    attention = _smooth(alpha.reshape(size, size), bright.shape[:2])
+    pixels = dim + (attention**0.8)[..., None] * (bright - dim)
+    panel = Image.fromarray((255 * pixels + 0.5).astype(np.uint8))
     if attention.min() < 0.5:
         # by the slope, how many pixels away the attention is half
         slope = np.hypot(*np.gradient(attention)) + 1e-9
-        line = np.clip(width / 2 + 0.5 - abs(attention - 0.5) / slope, 0, 1)[..., None]
-        colour = np.array(Image.new("RGB", (1, 1), LINE), dtype=np.float32) / 255
-        pixels += line * (colour - pixels)
-    return Image.fromarray((255 * pixels + 0.5).astype(np.uint8))
+        line = np.clip(width / 2 + 0.5 - abs(attention - 0.5) / slope, 0, 1)
+        panel.paste(LINE, mask=Image.fromarray((255 * line + 0.5).astype(np.uint8)))
+    return panel
 
 
 _DPI, _MARGIN, _LEGEND = 110, 0.25, 0.15  # dots per inch, inches, inches for the legend
@@ -200,9 +201,3 @@ def _smooth(grid, shape):
 
     smooth = weights(shape[0]) @ grid @ weights(shape[1]).T
     return smooth / smooth.max()
-
-
-def _spotlight(photo, attention):
-    """The photograph (h, w, 3) in full where attention (h, w) is 1, dim and gray where it is 0."""
-    dim = 0.4 * photo @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
-    return dim + attention[..., None] ** 0.8 * (photo - dim)
