@@ -24,7 +24,7 @@ from groundwork.isolation import own_modules
 with own_modules():  # a user's process may have other modules of these names
     import checkpoints
     import decoding
-    import pictures
+    from attention_pictures import draw_attention
     from contract import Decoder
     from encoders import Encoder
     from groundwork import images as image_files
@@ -56,7 +56,7 @@ class Caption:
         Returns:
             RGB PIL.Image, 1320 pixels wide or less.
         """
-        return pictures.draw_attention(to_picture(image), self.words, self.alphas)
+        return draw_attention(to_picture(image), self.words, self.alphas)
 
 
 @dataclass

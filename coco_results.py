@@ -1,5 +1,6 @@
 """Captions and references as files: COCO results, COCO annotations, Karpathy's JSON."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,3 +194,49 @@ def write_results(path, references, texts):
         for reference, text in zip(references, texts, strict=True)
     ]
     write_json(path, results)
+
+
+def image_ids(paths, source=None):
+    """Path -> the id that results name the image by: that of `source`; without one COCO's number in
+    the file's name, or the name.
+
+    Args:
+        paths: of image files.
+        source: a JSON file: COCO's, with "images" that have "file_name" and "id", Karpathy's, or
+            file name -> id.
+
+    Raises:
+        UserError: an image has no id there, or two images have the same.
+    """
+    known = {} if source is None else _read_ids(source)
+    ids, images = {}, {}
+    for path in paths:
+        name = Path(path).name
+        if source is not None and name not in known:
+            raise UserError(f"{source} has no id for {path}: add it, or leave the image out")
+        number = re.search(r"(?:^|_)(\d{12})\.\w+$", name)
+        id_ = known[name] if source is not None else int(number[1]) if number else name
+        if id_ in images:
+            raise UserError(f"{path} and {images[id_]} have the same id, {id_}: name ids by --ids")
+        ids[path], images[id_] = id_, path
+    return ids
+
+
+def _read_ids(path):
+    """File name -> id."""
+    contents = read_json(path)
+    images = contents.get("images") if isinstance(contents, dict) else None
+    if images is None:
+        pairs = list(contents.items()) if isinstance(contents, dict) else [(None, None)]
+    elif isinstance(images, list) and all("file_name" in i for i in images if isinstance(i, dict)):
+        images = [image if isinstance(image, dict) else {} for image in images]
+        pairs = [(image.get("file_name"), image.get("id")) for image in images]
+    else:
+        pairs = [(image["filename"], image["imgid"]) for image in read_karpathy(path)]
+    ids = {}
+    for name, id_ in pairs:
+        if not isinstance(name, str) or type(id_) not in (int, str):
+            raise UserError(f"{path} is no list of images with file names and ids")
+        if ids.setdefault(name, id_) != id_:
+            raise UserError(f"{path} has two ids for {name}, {ids[name]} and {id_}")
+    return ids

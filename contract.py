@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from groundwork.devices import shapes_only
+
 DECODERS: dict[str, type["Decoder"]] = {}  # by the name that --decoder takes and checkpoints keep
 
 
@@ -128,7 +130,7 @@ def build_decoder(name, config, state=None):
     if state is None:
         return DECODERS[name](config)
     try:
-        with torch.device("meta"):  # no memory yet: the sizes may be anything
+        with shapes_only():  # no memory yet: the sizes may be anything
             shapes = DECODERS[name](config)
         own = {key: tensor.float().contiguous() for key, tensor in state.items()}
         shapes.load_state_dict(own, assign=True)

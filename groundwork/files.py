@@ -7,6 +7,7 @@ import os
 import platform
 import stat
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -177,6 +178,25 @@ def check_listable(folder):
         raise UserError(f"cannot read the folder {folder}: {_reason(error)}") from error
     except OSError:  # it is not there, or no folder, which others say better
         pass
+
+
+def write_new(path, contents):
+    """Writes bytes to a new file, whole or not at all, and returns its path: where a file of the
+    name is there, the next free one of `name_2.png`, `name_3.png` and so on."""
+    path = Path(path)
+    stem = path.stem
+    with temporaries([path], path) as [temporary]:
+        temporary.write_bytes(contents)
+        flush(temporary)
+        for number in count(2):
+            try:
+                path.touch(exist_ok=False)  # so that no other process takes the name
+                break
+            except FileExistsError:
+                path = path.with_name(f"{stem}_{number}{path.suffix}")
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    return path
 
 
 def read_json(path):

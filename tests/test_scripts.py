@@ -397,8 +397,7 @@ def test_names_of_files_may_hold_anything(checkpoint, scenes, tmp_path):
     assert "line\\nbreak.png: " in process.stdout and "日本 ünï.png: " in process.stdout
     assert "bro\\nken.png" in process.stderr
     for name in names:
-        picture = name.removesuffix(".png") + "_attention.png"
-        Image.open(tmp_path / "out" / picture).verify()
+        Image.open(tmp_path / "out" / f"{name}_attention.png").verify()
 
 
 @pytest.mark.parametrize("contents", ["truncated", "state dict", "text"])

@@ -103,9 +103,9 @@ except SystemExit as exit:
 
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
-    "models kernels encoders contract decoding",
+    "models kernels encoders efficientnet_lite contract decoding",
     "utils datasets features demo",
-    "pictures metrics coco_results evaluation evaluation_data robustness report "
+    "pictures attention_pictures metrics coco_results evaluation evaluation_data robustness report "
     "textbook benchmark_data",
     "config engine objectives checkpoints run_state training_data training_report training",
     "captioner hubconf benchmark_parts benchmark_report",
