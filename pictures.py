@@ -1,5 +1,6 @@
 """Training curves, and text and pixels of other figures by matplotlib."""
 
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
