@@ -7,6 +7,7 @@ from pathlib import Path
 from groundwork.errors import UserError, printable, run
 from groundwork.files import atomic_write, make_folder
 from groundwork.options import Parser, add_decoding_options, add_device_options, number
+from groundwork.wording import counted
 
 
 def parse_arguments():
@@ -54,7 +55,7 @@ def main():
         print(json.dumps(records, indent=2))
     if unreadable:
         raise UserError(
-            f"{len(unreadable)} of {len(paths)} images cannot be read (named above): "
+            f"{len(unreadable)} of {counted(len(paths), 'image')} cannot be read (named above): "
             "mend them or leave them out of --img"
         )
 

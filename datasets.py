@@ -15,6 +15,7 @@ from groundwork.errors import UserError
 from groundwork.files import read_json
 from groundwork.hdf5 import open_hdf5, read_item
 from groundwork.options import MAX_IMAGE_SIZE
+from groundwork.wording import counted
 from utils import are_boxes, check_word_map, input_path, read_split
 
 
@@ -87,7 +88,8 @@ class CaptionDataset(Dataset):
         ):
             raise UserError(
                 f"the {split} files of {base} in {data_folder} do not belong together "
-                f"({images[0]} images, {len(captions)} captions, {len(lengths)} lengths): run "
+                f"({counted(images[0], 'image')}, {counted(len(captions), 'caption')}, "
+                f"{counted(len(lengths), 'length')}): run "
                 "create_input_files.py again"
             )
         self.captions = captions.view(images[0], -1, captions.shape[1])
@@ -99,8 +101,8 @@ class CaptionDataset(Dataset):
             self.references = references_without_file(self, path, split, word_map, karpathy_json)
         if len(self.references) != images[0]:
             raise UserError(
-                f"{path} has references of {len(self.references)} images, not of {images[0]}: run "
-                "create_input_files.py again"
+                f"{path} has references of {counted(len(self.references), 'image')}, not of "
+                f"{images[0]}: run create_input_files.py again"
             )
         self._data = None
         if features is not None:
@@ -153,8 +155,8 @@ class LengthSampler(Sampler):
         self.total = -(-len(lengths) // batch_size)
         if len(lengths) // self.total < world_size:
             raise UserError(
-                f"{len(lengths)} images in batches of {batch_size} at most leave some of "
-                f"{world_size} processes without an image: use a larger --batch_size"
+                f"{counted(len(lengths), 'image')} in batches of {batch_size} at most leave some "
+                f"of {world_size} processes without one: use a larger --batch_size"
             )
         self.views, self.seed, self.epoch, self.start = views, seed, 0, 0
         self.share = slice(rank, None, world_size)

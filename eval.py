@@ -17,6 +17,7 @@ from groundwork.options import (
     number,
 )
 from groundwork.tables import print_tables
+from groundwork.wording import counted
 
 
 def parse_arguments():
@@ -120,7 +121,7 @@ def write_and_print(path, model, data, captions, beams, folder, log, options):
         f"{path}, stage {model.about['stage']}, epoch {model.about['epoch']}",
         *provenance.lines(model.about.get("records", [])),
         f"{data.base}, {options.split} split; length penalty {options.length_penalty:g}, "
-        f"{options.max_len} words at most",
+        f"{counted(options.max_len, 'word')} at most",
     ]
     scores = evaluation.score(texts, [reference["captions"] for reference in data.references])
     if evaluation.has_attention(captions):
@@ -178,13 +179,14 @@ def score_results(options):
     captions = read_results(options.results)
     if unknown := captions.keys() - references.keys():
         raise UserError(
-            f"{options.results} has {len(unknown)} images that {options.references} has not in its "
-            f"{options.split} split, {min(unknown, key=str)} among them: check --split"
+            f"{options.results} has {counted(len(unknown), 'image')} that {options.references} has "
+            f"not in its {options.split} split, {min(unknown, key=str)} among them: check --split"
         )
     if missing := references.keys() - captions.keys():
         raise UserError(
-            f"{options.results} has no caption for {len(missing)} of {len(references)} images of "
-            f"{options.references}, {min(missing, key=str)} among them"
+            f"{options.results} has no caption for {len(missing)} of "
+            f"{counted(len(references), 'image')} of {options.references}, "
+            f"{min(missing, key=str)} among them"
         )
     print(f"{options.results} against {options.references}")
     texts = {"results": [captions[id_] for id_ in references]}

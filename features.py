@@ -17,6 +17,7 @@ from groundwork.errors import UserError
 from groundwork.files import flush, os_errors_as_user_errors, reserve, temporary_path
 from groundwork.hdf5 import new_hdf5, read_item
 from groundwork.progress import progress
+from groundwork.wording import counted
 from utils import input_path
 
 
@@ -52,7 +53,8 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
     size = 2 * count * views * grid.numel()
     free = shutil.disk_usage(data_folder).free
     print(
-        f"caching {split} features, {count} images × {views} views: {size / 1e9:.2f} GB in {path}"
+        f"caching {split} features, {counted(count, 'image')} × {counted(views, 'view')}: "
+        f"{size / 1e9:.2f} GB in {path}"
     )
     partial = path.with_suffix(".part")
     if partial.exists() and not _can_go_on(partial, (count, views, *grid)):

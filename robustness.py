@@ -24,6 +24,7 @@ from groundwork.devices import loader_options
 from groundwork.files import atomic_write
 from groundwork.progress import progress
 from groundwork.tables import print_table
+from groundwork.wording import counted
 from models import caption_loss
 from pictures import show_pixels, write_text
 from utils import tokenize
@@ -234,7 +235,7 @@ def _print_protocol(model, data, references, split, beam_size):
     sided = sum("left" in words or "right" in words for words in texts)
     print(
         f"""
-robustness: the first {len(references)} of {len(data)} images of the {split} split, \
+robustness: the first {len(references)} of {counted(len(data), "image")} of the {split} split, \
 {data.image_size}×{data.image_size} pixels, beam {beam_size}, \
 {"bfloat16" if model.amp else "float32"}
 nltk's BLEU and COCO's CIDEr-D in per cent against all human captions, Δ from the images as they \

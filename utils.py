@@ -19,6 +19,7 @@ from groundwork.errors import UserError
 from groundwork.files import flush, make_folder, read_json, sole_writer, temporaries
 from groundwork.hdf5 import new_hdf5
 from groundwork.images import read_images
+from groundwork.wording import counted
 
 # ------------------------------------------------------------------------------------ captions
 
@@ -349,8 +350,8 @@ def _unreadable(samples, readable, skip_bad_images):
     count = total - sum(map(len, readable.values()))
     if count and not skip_bad_images:
         raise UserError(
-            f"{count} of {total} images cannot be read (named above), so nothing was written: "
-            "mend them or leave them out with --skip_bad_images"
+            f"{count} of {counted(total, 'image')} cannot be read (named above), so nothing was "
+            "written: mend them or leave them out with --skip_bad_images"
         )
     for split, items in readable.items():
         if not items:
@@ -375,15 +376,17 @@ def _print_summary(summary):
     for split in dict.fromkeys(SPLITS.values()):
         if counts := summary["splits"].get(split):
             print(
-                f"{split}: {counts['images']} images, {counts['captions']} captions, "
+                f"{split}: {counted(counts['images'], 'image')}, "
+                f"{counted(counts['captions'], 'caption')}, "
                 f"{counts['unknown']:.2%} of their words <unk>"
             )
         else:
             print(f"{split}: no images, so no {split} files")
     print(f"vocabulary: {summary['vocabulary']} words, the {len(SPECIAL_WORDS)} special included")
     if summary["by_tokens"]:
+        are = "is scored by its" if summary["by_tokens"] == 1 else "are scored by their"
         print(
-            f"{summary['by_tokens']} captions are scored by their tokens, since what is written is "
+            f"{counted(summary['by_tokens'], 'caption')} {are} tokens, since what is written is "
             "not split into them by lower case, no punctuation and blanks"
         )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):

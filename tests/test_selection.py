@@ -22,7 +22,7 @@ from run_state import RunState
 def state_of(**config):
     """A `RunState` without a model, in its first stage."""
     config = TrainingConfig(**config)
-    state = RunState(None, config, "x", WORDS, 64, {}, [{}], stage="decoder")
+    state = RunState(None, config, "x", WORDS, {}, [{}], stage="decoder")
     state.optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
     state.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
         state.optimizer, "max", 0.5, config.patience - 1, 0

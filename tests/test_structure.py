@@ -86,7 +86,8 @@ FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork i
     "models kernels encoders contract decoding",
     "utils datasets features demo",
     "pictures metrics coco_results evaluation robustness report textbook benchmark_data",
-    "config engine objectives checkpoints run_state training_data training_report training",
+    "config engine objectives checkpoints run_state training_data training_report training "
+    "continuation",
     "captioner hubconf",
 ]
 

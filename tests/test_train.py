@@ -81,11 +81,8 @@ def test_a_run_goes_on_in_another_folder_with_another_learning_rate(tiny_data, t
 def test_resuming_names_what_it_takes_and_what_it_cannot(tiny_data, tmp_path):
     _, base = tiny_data
     rates(tiny_data, tmp_path, "--epochs", 1)
-    found, printed = rates(
-        tiny_data, tmp_path, "--epochs", 2, "--resume", "--decoder_dim", 9, "--alpha_c", 0.5
-    )
+    found, printed = rates(tiny_data, tmp_path, "--epochs", 2, "--resume", "--alpha_c", 0.5)
     assert len(found) == 2
-    assert "the model is the checkpoint's: --decoder_dim 8" in printed
     (line,) = [line for line in printed.splitlines() if "other options than its run had" in line]
     assert line.endswith(": --epochs 2 --alpha_c 0.5")
 
