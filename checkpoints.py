@@ -5,7 +5,6 @@ and what it holds is checked before anything uses it.
 """
 
 import io
-import sys
 from pathlib import Path
 
 import torch
@@ -213,20 +212,6 @@ def _read(path):
             return published.read(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     return published.read(path)
-
-
-def newest_whole_checkpoint(paths, keys=MODEL_KEYS):
-    """Path and contents of the newest of some checkpoints that is undamaged, None if none is.
-
-    Says on stderr which were passed over.
-    """
-    there = [path for path in paths if path.is_file()]
-    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            return path, load_checkpoint(path, keys)
-        except UserError as error:
-            print(f"passed over: {error}", file=sys.stderr)
-    return None
 
 
 def newest_best_checkpoint(folder):

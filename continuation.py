@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and what must not be lost by it."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +72,29 @@ def _load(path):
     return Start(path, checkpoint, path.stat().st_mtime_ns)
 
 
+def _latest(newest, best):
+    """Where the run of a folder has come to, None where neither of its checkpoints is whole.
+
+    That is its newest checkpoint, but where a kill came between the writing of the two. Their times
+    do not tell, as copying changes them.
+    """
+    found = {}
+    for path in filter(Path.is_file, (newest, best)):
+        try:
+            found[path] = _load(path)
+        except UserError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+    if len(found) == 2:
+        (log, starts), (further, theirs) = (
+            (start.checkpoint["log"], start.checkpoint.get("records", []))
+            for start in found.values()
+        )
+        # of the same start of training: another one may have given that best epoch up
+        if len(further) > len(log) and _begins_with(further, log) and len(theirs) >= len(starts):
+            return found[best]
+    return next(iter(found.values()), None)
+
+
 def _in_folder(request, data_folder):
     """The newest checkpoint of a run in the output folder, or, to fine-tune from, its best."""
     folder = Path(request.output_folder or request.data_folder or data_folder)
@@ -79,15 +103,14 @@ def _in_folder(request, data_folder):
         base = find_data(request.data_folder or data_folder)
     newest, best = checkpoint_paths(folder, base or "")
     if request.resume and (newest.exists() or best.exists()):
-        found = checkpoints.newest_whole_checkpoint([newest, best], KEYS)
-        if found is None:
+        start = _latest(newest, best)
+        if start is None:
             raise UserError(
                 f"no checkpoint of {base} in {folder} can be continued: start anew with "
                 "--overwrite, or in another --output_folder"
             )
-        path, checkpoint = found
-        if (checkpoint["stage"], request.stage) != ("decoder", "finetune"):
-            return Start(path, checkpoint, path.stat().st_mtime_ns)
+        if (start.checkpoint["stage"], request.stage) != ("decoder", "finetune"):
+            return start
     if request.stage != "finetune":
         return None
     if base is None or not best.exists():
@@ -148,9 +171,9 @@ def check_nothing_is_lost(start, request, folder, base):
         raise UserError(f"another run has written {start.path} just now: call again")
     if request.resume and not start.finetunes:
         return start
-    _, latest = checkpoints.newest_whole_checkpoint([newest, best], KEYS) or (None, None)
-    if latest is None:
+    if (latest := _latest(newest, best)) is None:
         return start
+    latest = latest.checkpoint
     if not request.overwrite and _would_lose(start, latest, best):
         kind = "fine-tuning" if latest["stage"] == "finetune" else "training"
         raise UserError(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -374,6 +375,64 @@ def test_a_second_run_into_the_folder_is_refused(tiny_data, tmp_path):
     assert not path.exists()
     process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 1)
     assert process.returncode == 0, process.stderr
+
+
+def usage(free):
+    return lambda _: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+
+
+def test_a_folder_without_room_for_a_checkpoint_is_found_at_the_start(
+    tiny_data, tmp_path, monkeypatch
+):
+    process, path = run_tiny(tiny_data, tmp_path / "first", "--epochs", 1)
+    assert process.returncode == 0 and process.stderr == ""
+    size, before = path.stat().st_size, path.read_bytes()
+
+    monkeypatch.setattr(shutil, "disk_usage", usage(int(0.9 * size)))
+    process, other = run_tiny(tiny_data, tmp_path / "second", "--epochs", 1)
+    assert process.returncode == 1 and "stage decoder" not in process.stdout
+    line = process.stderr.splitlines()[-1]
+    assert str(tmp_path / "second") in line and "--output_folder" in line
+    assert float(line.split("takes ")[1].split(" MB")[0]) == pytest.approx(size / 1e6, rel=0.05)
+    assert not list(other.parent.glob("*.pth.tar"))
+    # a run that goes on keeps its two checkpoints meanwhile; one that is given up makes room
+    process, _ = run_tiny(tiny_data, path.parent, "--epochs", 2, "--resume")
+    assert process.returncode == 1 and "MB free" in process.stderr
+    assert path.read_bytes() == before
+    process, _ = run_tiny(tiny_data, path.parent, "--epochs", 1, "--overwrite")
+    assert process.returncode == 0, process.stderr
+    assert "two are kept, and a third is written beside them" in process.stderr
+
+    monkeypatch.setattr(shutil, "disk_usage", usage(int(3.1 * size)))
+    process, _ = run_tiny(tiny_data, tmp_path / "third", "--epochs", 1)
+    assert process.returncode == 0 and process.stderr == ""
+
+
+def test_room_for_fine_tuning_is_looked_for_at_the_start(tiny_data, tmp_path, monkeypatch):
+    """Adam's means of the encoder come on top."""
+    process, decoder = run_tiny(tiny_data, tmp_path, "--epochs", 1)
+    assert process.returncode == 0, process.stderr
+    monkeypatch.setattr(shutil, "disk_usage", usage(int(1.5 * decoder.stat().st_size)))
+    process, _ = run_tiny(tiny_data, tmp_path / "both", "--epochs", 1, "--stage", "both")
+    assert process.returncode == 1 and "stage decoder" not in process.stdout
+    assert "MB free" in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts as root")
+def test_a_folder_that_is_read_only_is_found_at_the_start(tiny_data, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(output)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        process, _ = run_tiny(tiny_data, output, "--epochs", 1)
+    finally:
+        subprocess.run(["umount", str(output)], check=True)
+    assert process.returncode == 1
+    line = process.stderr.splitlines()[-1]
+    assert "Read-only file system" in line and str(output) in line
+    assert "stage decoder" not in process.stdout and "caching" not in process.stdout
 
 
 def test_the_optimizer_of_another_model_is_refused(tiny_data, tmp_path):
