@@ -125,6 +125,7 @@ def test_cider_is_chosen_and_computed_without_java(tiny_data, tmp_path, monkeypa
     assert process.stdout.count("CIDEr-D") >= 2
 
 
+@pytest.mark.slow  # for Java
 def test_cider_of_words_is_the_official_one_of_the_same_words():
     """Tokens of the official tokenizer are those of plain lower-case text without punctuation."""
     references = [["a red circle", "one circle"], ["two blue squares on red"], ["a star"]]
