@@ -390,7 +390,7 @@ def test_a_folder_without_room_for_a_checkpoint_is_found_at_the_start(
 
     monkeypatch.setattr(shutil, "disk_usage", usage(int(0.9 * size)))
     process, other = run_tiny(tiny_data, tmp_path / "second", "--epochs", 1)
-    assert process.returncode == 1 and "stage decoder" not in process.stdout
+    assert process.returncode == 1 and "stage decoder:" not in process.stdout
     line = process.stderr.splitlines()[-1]
     assert str(tmp_path / "second") in line and "--output_folder" in line
     assert float(line.split("takes ")[1].split(" MB")[0]) == pytest.approx(size / 1e6, rel=0.05)
@@ -414,7 +414,7 @@ def test_room_for_fine_tuning_is_looked_for_at_the_start(tiny_data, tmp_path, mo
     assert process.returncode == 0, process.stderr
     monkeypatch.setattr(shutil, "disk_usage", usage(int(1.5 * decoder.stat().st_size)))
     process, _ = run_tiny(tiny_data, tmp_path / "both", "--epochs", 1, "--stage", "both")
-    assert process.returncode == 1 and "stage decoder" not in process.stdout
+    assert process.returncode == 1 and "stage decoder:" not in process.stdout
     assert "MB free" in process.stderr.splitlines()[-1]
 
 
@@ -432,7 +432,7 @@ def test_a_folder_that_is_read_only_is_found_at_the_start(tiny_data, tmp_path):
     assert process.returncode == 1
     line = process.stderr.splitlines()[-1]
     assert "Read-only file system" in line and str(output) in line
-    assert "stage decoder" not in process.stdout and "caching" not in process.stdout
+    assert "stage decoder:" not in process.stdout and "caching" not in process.stdout
 
 
 def test_the_optimizer_of_another_model_is_refused(tiny_data, tmp_path):
