@@ -126,8 +126,11 @@ def _in_folder(request, data_folder):
 
 def _only_run(request, folder, data_folder):
     """The data set of the one run in a folder, None where there is none."""
-    names = {path.name.removeprefix("BEST_") for path in folder.glob("*checkpoint_*.pth.tar")}
-    bases = {name.removeprefix("checkpoint_").removesuffix(".pth.tar") for name in names}
+    bases = {
+        path.name.removeprefix(prefix).removesuffix(".pth.tar")
+        for prefix in ("checkpoint_", "BEST_checkpoint_")
+        for path in folder.glob(f"{prefix}*.pth.tar")
+    }
     near = {base for base in bases if has_data(request.data_folder or data_folder, base)}
     if near or request.data_folder is not None:  # whose data it is about
         bases = near
