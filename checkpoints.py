@@ -236,20 +236,6 @@ def _read(path):
     return published.read(path)
 
 
-def newest_whole_checkpoint(paths, keys=MODEL_KEYS):
-    """Path and contents of the newest of some checkpoints that is undamaged, None if none is.
-
-    Says on stderr which were passed over.
-    """
-    there = [path for path in paths if path.is_file()]
-    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            return path, load_checkpoint(path, keys)
-        except UserError as error:
-            print(f"passed over: {error}", file=sys.stderr)
-    return None
-
-
 def best_checkpoints(folder):
     """Paths of the BEST checkpoints in a folder and below it."""
     return sorted(filter(os.path.isfile, Path(folder).glob("**/BEST_checkpoint_*.pth.tar")))

@@ -156,7 +156,7 @@ class LengthSampler(Sampler):
         if len(lengths) // self.total < world_size:
             raise UserError(
                 f"{counted(len(lengths), 'image')} in batches of {batch_size} at most leave some "
-                f"of {world_size} processes without an image: use a larger --batch_size"
+                f"of {world_size} processes without one: use a larger --batch_size"
             )
         self.views, self.seed, self.epoch, self.start = views, seed, 0, 0
         self.share = slice(rank, None, world_size)

@@ -20,6 +20,7 @@ from groundwork.options import (
     number,
 )
 from groundwork.tables import print_tables
+from groundwork.wording import counted
 
 
 def parse_arguments():
@@ -207,7 +208,6 @@ def print_scores(path, model, data, captions, options):
     """Prints where the captions come from and their scores, and returns both."""
     import evaluation
     from groundwork import provenance
-    from groundwork.wording import counted
 
     texts = {f"beam {k}": [caption.text for caption in found] for k, found in captions.items()}
     about = [

@@ -88,10 +88,8 @@ def score(captions, references):
     left_out = coco.left_out
     if any(coco.corpus.values()) and not metrics.are_english(references):
         left_out = [*left_out, "COCO's tokenizer and METEOR are for English, these words are not"]
-    against = (
-        f"{counted(len(references), 'image')}, {counted(count, 'human caption')}, all of them "
-        "references"
-    )
+    images, texts = counted(len(references), "image"), counted(count, "human caption")
+    against = f"{images}, {texts}, all of them references"
     return Scores(f"{against}; in per cent", tables, left_out, coco.each)
 
 

@@ -14,6 +14,7 @@ import metrics
 import pictures
 from datasets import as_photographed, read_references
 from groundwork.files import atomic_write, make_folder
+from groundwork.wording import counted
 from utils import input_path, tokenize
 
 WEB = Path(__file__).parent / "web"
@@ -61,7 +62,7 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
     order = sorted(range(len(data)), key=lambda i: each[rank][i], reverse=True)
     page = _template().render(
         viewer=VIEWER.read_text(encoding="utf-8"),
-        title=f"{data.base}: {len(data)} captions, {name}",
+        title=f"{data.base}: {counted(len(data), 'caption')}, {name}",
         about=about,
         scores=scores,
         totals=totals(columns),

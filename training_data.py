@@ -7,7 +7,8 @@ from datasets import CaptionDataset, LengthSampler
 from features import cache_features, other_features
 from groundwork import distributed
 from groundwork.devices import loader_options
-from groundwork.wording import size_of
+from groundwork.options import as_flags
+from groundwork.wording import counted, size_of
 
 VAL_BATCH = 50  # images
 
@@ -60,7 +61,8 @@ class TrainingData:
         if distributed.is_main:
             _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
         captions = config.finetune_batch_size if finetune else config.batch_size
-        images = max(1, captions // train.captions.shape[1])
+        self.finetune, self.captions_per_image = finetune, train.captions.shape[1]
+        images = max(1, captions // self.captions_per_image)
         self.sampler = LengthSampler(
             train.lengths,
             images,
@@ -71,11 +73,14 @@ class TrainingData:
         )
         # a generator of their own: making an iterator draws a number
         common = loader_options(network.device, workers) | {"generator": torch.Generator()}
+        # spawned workers take seconds to start: once a stage, not once an epoch
+        common["persistent_workers"] = common["num_workers"] > 0
         share = distributed.share(len(val))
         self.train = DataLoader(train, batch_sampler=self.sampler, **common)
         self.val = DataLoader(val, batch_size=VAL_BATCH, sampler=share, **common)
         self.references = val.references
         self.image_count, self.caption_count = len(train), train.lengths.numel()
+        self.image_size = val.image_size  # pixels
         self.steps = self.sampler.total  # of an epoch
 
     def order(self):
@@ -86,6 +91,25 @@ class TrainingData:
             "seed": self.sampler.seed,
             "processes": distributed.world_size,
         }
+
+    def differences(self, order, options):
+        """What has to be typed for an earlier run's order of the batches, "" where it is this one.
+
+        Args:
+            order: of the earlier run, from `order`.
+            options: name -> number or text, of the earlier run.
+        """
+        own, wanted = self.order(), {}
+        differ = {name for name in own if order.get(name) != own[name]}
+        if "images" in differ:
+            name = "finetune_batch_size" if self.finetune else "batch_size"
+            images = order.get("images")
+            wanted[name] = options.get(name, images and images * self.captions_per_image)
+        wanted |= {name: order.get(name) for name in ("views", "seed") if name in differ}
+        parts = [as_flags(wanted)]
+        if (count := order.get("processes")) and "processes" in differ:
+            parts.append(f"{counted(count, 'process')} (torchrun --nproc_per_node {count})")
+        return " and ".join(filter(None, parts)) or ("the options of its run" if differ else "")
 
     def captions_in(self, steps):
         """Captions of so many steps of an epoch."""

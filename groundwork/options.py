@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 
 from groundwork import __version__
 
@@ -18,6 +19,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+    def typed(self, arguments=None):
+        """Name -> value of the options that a command line has, without the defaults.
+
+        Args:
+            arguments: list of text, None for those of this process.
+        """
+        unset = object()
+        names = vars(self.parse_args([]))
+        found = self.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, unset)))
+        return {name: value for name, value in vars(found).items() if value is not unset}
 
 
 def number(kind, above=None, least=None, below=None):
@@ -50,10 +62,20 @@ def interval(text):
         raise argparse.ArgumentTypeError(f"{text}: give minutes as 10m or steps as 500") from None
 
 
+def as_arguments(options):
+    """A dict of options as a list of arguments; those that are None are left out."""
+    return [
+        f"--{name}={value}" if not isinstance(value, bool) else f"--{'' if value else 'no-'}{name}"
+        for name, value in options.items()
+        if value is not None
+    ]
+
+
 def as_flags(options):
-    """A dict of options as they are typed: `--name value …`."""
+    """The same as they are typed: `--name value …`."""
+    pairs = (argument.partition("=") for argument in as_arguments(options))
     return " ".join(
-        f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items()
+        f"{name} {shlex.quote(value)}" if equals else name for name, equals, value in pairs
     )
 
 

@@ -160,9 +160,9 @@ def trained(tiny_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     run = ["train.py", "--data_folder", folder, "--output_folder", output, *LEARN]
     tune = ["--finetune_batch_size", 40, "--encoder_lr", 1e-5, "--decoder_lr", 1e-4]
-    decoder = run_script(*run, "--stage", "decoder", "--epochs", 25)
+    decoder = run_here(*run, "--stage", "decoder", "--epochs", 25)
     assert decoder.returncode == 0, decoder.stderr
-    finetune = run_script(*run, *tune, "--stage", "finetune", "--epochs", 2)
+    finetune = run_here(*run, *tune, "--stage", "finetune", "--epochs", 2)
     assert finetune.returncode == 0, finetune.stderr
     return output, base, decoder.stdout + finetune.stdout
 

@@ -3,6 +3,7 @@
 The largest file that a process may write stands for the room that is left.
 """
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -76,10 +77,18 @@ def test_on_a_full_disk_nothing_is_lost(case, trained, scenes, tmp_path):
         ],
     }[case]  # fmt: skip
     before = contents(folder)
-    process = subprocess.run(
-        [sys.executable, "-c", LIMITED, *map(str, [limit, *command])],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    if case in ("input files", "features"):  # HDF5 does not forget a file that failed
+        process = subprocess.run(
+            [sys.executable, "-c", LIMITED, *map(str, [limit, *command])],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    else:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            process = run_here(*command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     line = failure(process)
     assert "cannot write" in line and "too large" in line.lower()
     assert name in line or str(folder) in line

@@ -20,13 +20,13 @@ import utils
 
 @needs_java
 def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
-    trained, tiny_data, scenes
+    trained, tiny_data, scenes, monkeypatch
 ):
     folder, _ = tiny_data
     output, base, _ = trained
     # not the best checkpoint, which is the first whose greedy captions are right, by a hair maybe
     newest = checkpoints.checkpoint_path(output, base)
-    process = run_script(
+    process = run_here(
         "eval.py",
         "--data_folder",
         folder,
@@ -56,13 +56,14 @@ def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
     assert {"METEOR", "ROUGE-L", "CIDEr-D"} < coco_table["beam 1"].keys()
     assert "PTB tokenizer" in process.stdout and "without brevity penalty" in process.stdout
 
-    # the same captions, scored as those of another system
-    process = run_script(
+    # the same captions, scored as those of another system; without Java, which takes seconds
+    monkeypatch.setenv("PATH", "")
+    process = run_here(
         "eval.py", "--results", path, "--references", scenes / "karpathy.json",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    again = tables(process.stdout)
-    assert [table["results"] for table in again] == [nltk_table["beam 5"], coco_table["beam 5"]]
+    [again] = tables(process.stdout)
+    assert again["results"] == nltk_table["beam 5"]
 
 
 def tables(printed):
@@ -106,11 +107,14 @@ def test_fine_tuning_changes_the_late_stages_of_the_encoder_alone(trained):
     assert not any(name.startswith(early) or "running" in name for name in changed)
 
 
-def test_captioning_prints_the_learned_captions_and_draws_pictures(trained, scenes, tmp_path):
+def test_captioning_prints_the_learned_captions_and_draws_pictures(
+    trained, scenes, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     images = sorted((scenes / "images").iterdir())
-    process = run_script(
+    process = run_here(
         "caption.py", "--img", *images[:2], scenes / "images", "--model", best(trained), "--json",
-        "--beam_size", 1, "--amp", "off", cwd=tmp_path,
+        "--beam_size", 1, "--amp", "off",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     records = json.loads(process.stdout)
@@ -126,10 +130,10 @@ def test_captioning_prints_the_learned_captions_and_draws_pictures(trained, scen
 
 
 def test_a_run_goes_on_from_a_checkpoint_where_it_stood(tiny_data, tmp_path):
-    """Three epochs, then a fourth from the checkpoint, equal four epochs in one go."""
+    """An epoch, then a second from the checkpoint, equal two epochs in one go."""
     folder, base = tiny_data
     weights = {}
-    for name, epochs in (("whole", [4]), ("halves", [3, 4])):
+    for name, epochs in (("whole", [2]), ("halves", [1, 2])):
         for i, last in enumerate(epochs):
             output = tmp_path / name
             checkpoint = checkpoints.checkpoint_path(output, base)
@@ -140,7 +144,7 @@ def test_a_run_goes_on_from_a_checkpoint_where_it_stood(tiny_data, tmp_path):
             )  # fmt: skip
             assert process.returncode == 0, process.stderr
         weights[name] = checkpoints.load_checkpoint(checkpoint)["decoder"]
-        assert len((output / f"log_{base}.jsonl").read_text().splitlines()) == 4
+        assert len((output / f"log_{base}.jsonl").read_text().splitlines()) == 2
     for name, tensor in weights["whole"].items():
         assert torch.equal(tensor, weights["halves"][name]), name
 

@@ -107,7 +107,8 @@ FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork i
     "utils datasets features demo",
     "pictures attention_pictures metrics coco_results evaluation evaluation_data robustness report "
     "textbook benchmark_data",
-    "config engine objectives checkpoints run_state training_data training_report training",
+    "config engine objectives checkpoints run_state training_data training_report training "
+    "continuation",
     "captioner hubconf benchmark_parts benchmark_report",
 ]
 
