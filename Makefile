@@ -9,7 +9,7 @@ DEMO := demo_5_cap_per_img_5_min_word_freq
 demo: $(VENV)/ready
 	$(PYTHON) create_input_files.py --dataset demo
 	$(PYTHON) train.py --data_name $(DEMO) --overwrite
-	$(PYTHON) eval.py --checkpoint data/BEST_checkpoint_$(DEMO).pth.tar --beam_size 1 3 5 \
+	$(PYTHON) eval.py --model data/BEST_checkpoint_$(DEMO).pth.tar --beam_size 1 3 5 \
 		--attention_report --report report
 	$(PYTHON) caption.py --model data/BEST_checkpoint_$(DEMO).pth.tar \
 		--img data/demo/images/test_0000[0-5].jpg

@@ -4,10 +4,17 @@ import html
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 from groundwork.errors import UserError, run
-from groundwork.options import Parser, add_decoding_options, add_device_options, number
+from groundwork.options import (
+    Parser,
+    add_decoding_options,
+    add_device_options,
+    add_model_option,
+    number,
+)
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # it would tell its makers of each start
 PHOTOGRAPH = 640  # pixels along the longer side, as shown
@@ -16,7 +23,7 @@ PHOTOGRAPH = 640  # pixels along the longer side, as shown
 def parse_arguments():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--model", nargs="+", help="checkpoints; None: the newest BEST checkpoint under data/")
+    add_model_option(parser, "or several; None: the newest under data/", nargs="+")
     add("--word_map", help="WORDMAP file, for checkpoints that hold no word map")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     port = number(int, above=0, below=2**16)
@@ -32,14 +39,15 @@ def main():
 
     # what follows takes seconds to import
     try:
-        import gradio as gr
+        import gradio  # noqa: F401
     except ImportError as error:
         raise UserError("the web demo needs Gradio: pip install -r requirements-dev.txt") from error
     import checkpoints
     import report
     from captioner import Captioner
 
-    paths = options.model or [checkpoints.newest_best_checkpoint("data")]
+    named = list(map(checkpoints.find_checkpoint, options.model or []))
+    paths = distinct(named or [checkpoints.newest_best_checkpoint("data")])
     models = {
         name: Captioner.load(path, options.device, options.amp, options.word_map)
         for name, path in zip(names(paths), paths, strict=True)
@@ -53,7 +61,7 @@ def main():
             quiet=True,
             max_file_size="64mb",
             head=f"<script>{report.VIEWER.read_text(encoding='utf-8')}</script>",
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            theme=make_theme(),
             css=STYLE,
             footer_links=[],
         )
@@ -61,6 +69,17 @@ def main():
         raise UserError(f"no free port: name one with --port ({error})") from error
     print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
+
+
+def make_theme():
+    """Gradio's own, which is light or dark as the system is, with the system's fonts, and small
+    print that is legible."""
+    import gradio as gr
+
+    small = {"block_info_text_color": "*neutral_600", "body_text_color_subdued": "*neutral_600"}
+    small |= {f"{name}_dark": "*neutral_300" for name in small}
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
+    return gr.themes.Default(**fonts).set(**small)
 
 
 def check_address(host, port):
@@ -72,10 +91,31 @@ def check_address(host, port):
         raise UserError(f"cannot serve at {where}: {error.strerror or error}") from error
 
 
+def distinct(paths):
+    """The paths, each file once, whatever the ways to name it; says which are left out."""
+    found = {}
+    for path in paths:
+        file = Path(path).resolve()
+        if file in found:
+            line = f"--model {path} is the same file as {found[file]}: it is shown once"
+            print(line, file=sys.stderr)
+        else:
+            found[file] = path
+    return list(found.values())
+
+
 def names(paths):
-    """A short name for each checkpoint: its path from the folder that holds them all."""
-    folder = os.path.commonpath([Path(path).absolute().parent for path in paths])
-    return [os.path.relpath(path, folder).removesuffix(".pth.tar") for path in paths]
+    """A short name for each checkpoint: the shortest end of its path that no other path has."""
+    ending = ".pth.tar"
+    whole = [os.path.abspath(path) for path in paths]
+    without = [path.removesuffix(ending) for path in whole]
+    parts = [Path(path).parts for path in (without if len(set(without)) == len(paths) else whole)]
+
+    def ends(path, count):
+        return [other[-count:] for other in parts].count(path[-count:])
+
+    counts = [next(n for n in range(1, len(own) + 1) if ends(own, n) == 1) for own in parts]
+    return [str(Path(*own[-n:])) for own, n in zip(parts, counts, strict=True)]
 
 
 def build_page(models, max_length, length_penalty):
@@ -98,10 +138,13 @@ def build_page(models, max_length, length_penalty):
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 photograph = gr.File(label="photograph", file_types=["image"], height=150)
-                beam_size = gr.Slider(1, min(20, words), min(5, words), step=1, label="beam size")
-                temperature = gr.Slider(
+                beam_size = make_slider(
+                    1, min(20, max(words, 2)), min(5, words), step=1, label="beam size",
+                    info="partial captions kept at each step; an empty field is 1",
+                )  # fmt: skip
+                temperature = make_slider(
                     0, 2, 0, step=0.1, label="temperature",
-                    info="0: beam search; above: as many captions drawn at random",
+                    info="0: beam search; above: as many captions drawn at random; empty: 0",
                 )  # fmt: skip
                 chosen = gr.CheckboxGroup(
                     list(models), value=list(models), label="models", visible=len(models) > 1
@@ -126,14 +169,33 @@ def build_page(models, max_length, length_penalty):
                 message = str(error).replace(f"{Path(path).parent}{os.sep}", "")  # Gradio's folder
                 raise gr.Error(message, print_exception=False) from error
 
-        gr.on(
-            [photograph.change, beam_size.release, temperature.release, chosen.change, again.click],
+        gr.on(  # a slider's change, not its release alone: keys move it, too
+            [photograph.change, beam_size.change, temperature.change, chosen.change, again.click],
             show,
             [photograph, beam_size, temperature, chosen],
             found,
             trigger_mode="always_last",
         )
     return page
+
+
+def make_slider(*bounds, **options):
+    """A gr.Slider whose empty field counts as the minimum, and of which a number out of bounds is
+    a line on the page, without Gradio's traceback in the terminal."""
+    import gradio as gr
+
+    slider = gr.Slider(*bounds, **options)
+    preprocess = slider.preprocess
+
+    def checked(value):
+        value = slider.minimum if value is None else value
+        if not slider.minimum <= value <= slider.maximum:
+            message = f"{slider.label} {value} is not from {slider.minimum} to {slider.maximum}"
+            raise gr.Error(message, print_exception=False)
+        return preprocess(value)
+
+    slider.preprocess = checked  # for a class of our own Gradio would write an app.pyi
+    return slider
 
 
 STYLE = """

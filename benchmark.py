@@ -29,7 +29,7 @@ def main():
     from benchmark_parts import SHARES, growth
     from benchmark_report import describe, draw
     from groundwork.devices import choose_device, has_fast_bfloat16
-    from groundwork.files import atomic_write, make_folder
+    from groundwork.files import atomic_write, check_writable, make_folder
     from groundwork.progress import progress
     from groundwork.timing import measure_speeds
 
@@ -37,6 +37,7 @@ def main():
     amp = options.amp == "auto" and has_fast_bfloat16(device)
     settings = Settings(options.geometry, device, amp, options.rounds, options.slow_rounds)
     folder = make_folder(options.output_folder)
+    check_writable(folder / f"benchmark_{options.geometry}.md")  # better now than in an hour
     speeds = measure_speeds(device, {False, amp})
     rows = []
     # `smoothing=0`: what is left follows from all that has been, as the parts differ much

@@ -36,6 +36,7 @@ from groundwork.timing import (
     forget_peak,
     process_peak,
 )
+from groundwork.wording import size_of
 from models import caption_loss
 
 WORDS = 11  # of a caption that is searched for
@@ -243,7 +244,7 @@ def peak_memory(settings):
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
             theirs, ours = pool.map(partial(_peak_of_step, settings), ("textbook", "ours"))
-    sizes = f"{theirs / 2**20:.0f} / {ours / 2**20:.0f} MiB"
+    sizes = f"{size_of(theirs)} / {size_of(ours)}"
     yield Row(f"peak memory of a training step, {sizes}", 3, theirs, ours)
 
 

@@ -5,13 +5,15 @@ import textwrap
 import torch
 from matplotlib.figure import Figure
 
+from groundwork.wording import counted
+
 
 def describe(settings, speeds, rows):
     """The table in Markdown, and what it was measured on."""
     device = (
         torch.cuda.get_device_name(settings.device)
         if settings.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
+        else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     )
     products = ", ".join(
         f"{flops / 1e9:,.0f} GFLOP/s in {'bfloat16' if amp else 'float32'}"

@@ -1,29 +1,56 @@
 """Captions image files and draws where the model looked for each word."""
 
+import io
 import json
+import os
 import sys
+from collections import Counter, deque
 from pathlib import Path
 
 from groundwork.errors import UserError, printable, run
-from groundwork.files import atomic_write, make_folder
-from groundwork.options import Parser, add_decoding_options, add_device_options, number
+from groundwork.files import check_writable, make_folder, write_json, write_new
+from groundwork.options import (
+    Parser,
+    add_decoding_options,
+    add_device_options,
+    add_model_option,
+    number,
+)
+from groundwork.wording import Complaints, counted
 
 
 def parse_arguments():
     parser = Parser(description=__doc__)
     positive = number(int, above=0)
     add = parser.add_argument
-    add("--img", required=True, nargs="+", help="image files, or folders of them")
-    add("--model", help="a checkpoint; None: the newest BEST checkpoint under data/")
+    add("--img", required=True, nargs="+", help="image files, folders of them; -: a list on stdin")
+    add("--recursive", action="store_true", help="take the folders in the folders, too")
+    add_model_option(parser, "None: the newest under data/")
     add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
     add("--beam_size", type=positive, default=5, help="partial captions kept at each step")
+    add("--n", type=positive, default=1, help="captions of an image, the likeliest of the beam")
+    add(
+        "--temperature",
+        type=number(float, least=0, below=1e6),
+        default=0.0,
+        help="above 0: the captions are drawn at random by p^(1 / temperature), not searched for",
+    )
+    add("--seed", type=number(int, least=0, below=2**63), help="of what is drawn")
     add("--batch_size", type=positive, default=32, help="images captioned together")
-    add("--output_folder", default="captions", help="for the pictures, one an image")
-    add("--json", action="store_true", help="print a JSON list instead of lines")
+    add("--output_folder", default="captions", help="for the pictures, one a caption")
+    add("--no_pictures", action="store_true", help="draw none, which is faster")
+    add("--json", nargs="?", const="-", metavar="FILE", help="for all captions; -: print, no lines")
+    add("--results", metavar="FILE", help="for the best captions as COCO results JSON")
+    add("--ids", metavar="JSON", help="--results: COCO's or Karpathy's images, or name -> id")
     add("--show", action="store_true", help="open the pictures")
     add_decoding_options(parser)
     add_device_options(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.show and options.no_pictures:
+        parser.error("--show opens the pictures that --no_pictures leaves out")
+    if options.ids and not options.results:
+        parser.error("--ids are for --results")
+    return options
 
 
 def main():
@@ -32,92 +59,183 @@ def main():
     # what follows takes seconds to import
     import checkpoints
     from captioner import Captioner
+    from coco_results import image_ids, write_results
 
-    paths = find_images(options.img)
+    paths = find_images(options.img, options.recursive)
+    ids = image_ids(paths, options.ids) if options.results else {}
+    for file in (options.json, options.results):
+        if file not in (None, "-"):
+            check_writable(file)
+    if not options.no_pictures:
+        make_folder(options.output_folder)
     path = options.model or checkpoints.newest_best_checkpoint("data")
     model = Captioner.load(path, options.device, options.amp, options.word_map)
     model.check_beam_size(options.beam_size)
-    pictures = name_pictures(paths, make_folder(options.output_folder))
 
-    read, unreadable, records = [], [], []
-    captions = model.caption(
-        open_images(paths, read, unreadable),
-        options.beam_size,
-        max_length=options.max_len,
-        length_penalty=options.length_penalty,
-        batch_size=options.batch_size,
-    )
-    for i, caption in enumerate(captions):
-        path = read[i]
-        records.append(report(path, caption, pictures[path], options))
-    if options.json:
+    records, unreadable = caption_all(model, paths, options)
+    if options.json == "-":
         print(json.dumps(records, indent=2))
+    elif options.json:
+        write_json(options.json, records, indent=2)
+    if options.results:
+        references = [{"id": ids[record["image"]]} for record in records]
+        write_results(options.results, references, [record["caption"] for record in records])
     if unreadable:
         raise UserError(
-            f"{len(unreadable)} of {len(paths)} images cannot be read (named above): "
+            f"{unreadable} of {counted(len(paths), 'image')} cannot be read (named above): "
             "mend them or leave them out of --img"
         )
 
 
-def find_images(arguments):
-    """The files named, and those in the folders named that have an image's ending, sorted."""
-    from groundwork.images import endings
+# ------------------------------------------------------------------------------- images
 
+
+def find_images(arguments, recursive):
+    """The files named, and those in the folders named that have an image's ending, sorted. What
+    else a folder holds is counted on stderr."""
     paths = []
-    for argument in map(Path, arguments):
-        if argument.is_dir():
-            found = sorted(
-                p for p in argument.iterdir() if p.suffix.lower() in endings() and p.name[0] != "."
-            )
-            if not found:
-                raise UserError(f"--img {argument}: no image in this folder")
-            paths += found
+    for argument in arguments:
+        for path in read_list() if argument == "-" else [argument]:
+            paths += images_in(path, recursive) if Path(path).is_dir() else [path]
+    return list({Path(path): path for path in paths}.values())
+
+
+def read_list():
+    """The paths on standard input, one a line."""
+    lines = [os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer]
+    paths = [line for line in lines if line.strip()]
+    if not paths:
+        raise UserError("--img -: standard input names no image, one a line")
+    return paths
+
+
+def images_in(folder, recursive):
+    """Paths of the images in a folder. Raises UserError where it has none, or cannot be read."""
+    from groundwork.images import HEIC, endings
+
+    known, found, other = endings(), [], Counter()
+
+    def refuse(error):
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in sorted(name for name in files if name[0] != "."):
+            ending = Path(name).suffix.lower()
+            if ending in known:
+                found.append(os.path.join(place, name))
+            else:
+                other[ending or "without an ending"] += 1
+        if not recursive:
+            other["folders (--recursive takes them)"] += len(folders)
+            break
+        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
+        other["links to folders"] += sum(1 for _ in links)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in other.most_common() if count)
+    if other.keys() & set(HEIC):
+        kinds += " (HEIC: pip install pillow-heif)"
+    if not found:
+        raise UserError(f"--img {folder}: no image in this folder{kinds and f', but {kinds}'}")
+    if kinds:
+        print(printable(f"{folder}: passed over {kinds}"), file=sys.stderr)
+    return found
+
+
+# ----------------------------------------------------------------------------- captions
+
+
+def caption_all(model, paths, options):
+    """Captions, draws and prints: the records for --json, and how many images cannot be read."""
+    from groundwork.images import in_threads
+    from groundwork.progress import progress
+
+    def draw(item):
+        """The item, with its captions' pictures as PNG."""
+        path, image, captions = item
+        return path, captions, [draw_png(caption, image) for caption in captions]
+
+    records, unreadable = [], []
+    with progress(total=len(paths), desc="captions", unit="image") as bar:
+        captioned = caption_images(model, paths, unreadable, options)
+        if options.no_pictures:
+            drawn = ((path, captions, [None] * len(captions)) for path, _, captions in captioned)
         else:
-            paths.append(argument)
-    return list(dict.fromkeys(paths))
+            drawn = in_threads(draw, captioned)
+        for path, captions, pictures in drawn:
+            found = [keep(path, *pair, options) for pair in zip(captions, pictures, strict=True)]
+            records.append({"image": path, **found[0], "captions": found})
+            bar.update(len(records) + len(unreadable) - bar.n)
+        bar.update(len(paths) - bar.n)
+    return records, len(unreadable)
 
 
-def open_images(paths, read, unreadable):
-    """Yields the images' pictures, and adds each path to one of the lists. What cannot be read is
-    named on stderr, and the others get their captions."""
-    from groundwork.images import open_image
+def caption_images(model, paths, unreadable, options):
+    """Yields each image's path, itself in a size to draw, and its captions. What cannot be read is
+    named on stderr and added to the list, and the others get their captions."""
+    from groundwork.images import in_threads, open_image, squeeze
+    from groundwork.progress import say
 
-    for path in paths:
+    waiting = deque()
+
+    def read(path):
         try:
-            picture = open_image(path)
+            image = open_image(path)
         except UserError as error:
-            unreadable.append(path)
-            print(error, file=sys.stderr)
-        else:
-            read.append(path)
-            yield picture
+            return str(error)
+        square = squeeze(image, model.image_size).transpose(1, 2, 0)
+        image.thumbnail((1320, 1320))  # as large as it is drawn at most: many wait
+        return square, image
+
+    def squares():
+        with Complaints(lambda line: say(line, sys.stderr)) as complaints:
+            for path, outcome in zip(paths, in_threads(read, paths), strict=True):
+                if isinstance(outcome, str):
+                    unreadable.append(path)
+                    complaints.add(outcome)
+                else:
+                    square, image = outcome
+                    waiting.append((path, image))
+                    yield square
+
+    for captions in model.caption(
+        squares(),
+        options.beam_size,
+        options.n,
+        options.temperature,
+        options.max_len,
+        options.length_penalty,
+        options.batch_size,
+        options.seed,
+    ):
+        yield *waiting.popleft(), captions
 
 
-def name_pictures(paths, folder):
-    """Path of each image's picture; files of the same name get numbers."""
-    pictures, taken = {}, set()
-    for path in paths:
-        names = (f"{path.stem}{number}_attention.png" for number in ["", *range(2, len(paths) + 1)])
-        pictures[path] = folder / next(name for name in names if name not in taken)
-        taken.add(pictures[path].name)
-    return pictures
+def draw_png(caption, image):
+    contents = io.BytesIO()
+    caption.draw(image).save(contents, format="PNG", compress_level=1)  # others take twice as long
+    return contents.getvalue()
 
 
-def report(path, caption, picture, options):
-    """Draws and prints an image's caption; returns what --json prints of it."""
-    drawn = caption.draw(path)
-    with atomic_write(picture) as temporary:
-        drawn.save(temporary, format="PNG")
-    if not options.json:
-        line = f"{path}: {caption.text} (log p {caption.log_prob:.2f}, attention in {picture})"
-        print(printable(line))
+def keep(path, caption, png, options):
+    """Writes a caption's picture and prints its line; returns what --json has of it."""
+    from groundwork.progress import say
+
+    about, picture = f"log p {caption.log_prob:.2f}", None
+    if png is not None:
+        name = os.fsdecode(os.fsencode(Path(path).name)[:180])  # systems allow 255 bytes
+        picture = str(write_new(Path(options.output_folder, f"{name}_attention.png"), png))
+        about += f", attention in {picture}"
+    if options.json != "-":
+        say(f"{path}: {caption.text} ({about})")
     if options.show:
-        drawn.show()
+        from PIL import Image
+
+        Image.open(io.BytesIO(png)).show()
     return {
-        "image": str(path),
         "caption": caption.text,
+        "words": caption.words,
         "log_prob": round(caption.log_prob, 4),
-        "picture": str(picture),
+        "picture": picture,
     }
 
 

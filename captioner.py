@@ -24,13 +24,14 @@ from groundwork.isolation import own_modules
 with own_modules():  # a user's process may have other modules of these names
     import checkpoints
     import decoding
-    import pictures
+    from attention_pictures import draw_attention
     from contract import Decoder
     from encoders import Encoder
     from groundwork import images as image_files
     from groundwork.devices import autocast, choose_device, has_fast_bfloat16
     from groundwork.errors import UserError
     from groundwork.files import read_json
+    from groundwork.wording import counted
     from utils import SPECIAL_WORDS, check_word_map
 
 
@@ -55,7 +56,7 @@ class Caption:
         Returns:
             RGB PIL.Image, 1320 pixels wide or less.
         """
-        return pictures.draw_attention(to_picture(image), self.words, self.alphas)
+        return draw_attention(to_picture(image), self.words, self.alphas)
 
 
 @dataclass
@@ -75,10 +76,12 @@ class Captioner:
         """The model of a checkpoint file.
 
         Args:
-            path: written by train.py, or of the older published form.
+            path: written by train.py, or of the older published form; of a folder, for the BEST
+                checkpoint in it.
             device: "cuda", "cuda:1", "cpu"; None: CUDA when present, else the CPU.
             amp: "auto" computes in bfloat16 where the device is faster in it, "off" in float32.
-            word_map: path of a WORDMAP file, for a checkpoint that holds no word map.
+            word_map: path of a WORDMAP file, for a checkpoint that holds no word map; of one that
+                does it must be the same.
 
         Raises:
             UserError: a file is missing or damaged, or the word map is of another vocabulary.
@@ -90,18 +93,7 @@ class Captioner:
         device = choose_device(device)
         checkpoint = checkpoints.load_checkpoint(path)
         encoder, decoder = checkpoints.build_models(checkpoint)
-        words, source = checkpoint.get("word_map"), path
-        if words is None:
-            if word_map is None:
-                raise UserError(f"{path} holds no word map: name its WORDMAP file with --word_map")
-            words, source = read_json(word_map), word_map
-        check_word_map(words, source)
-        if len(words) != decoder.config.vocab_size:
-            raise UserError(
-                f"{source} is of another vocabulary ({len(words)} words) than the decoder of "
-                f"{path} ({decoder.config.vocab_size})"
-            )
-        words = dict(sorted(words.items(), key=itemgetter(1)))
+        words = _words(path, checkpoint.get("word_map"), word_map, decoder.config.vocab_size)
         encoder.to(device, memory_format=torch.channels_last).fold_batch_norm()
         amp = amp == "auto" and has_fast_bfloat16(device)
         weights = ("encoder", "decoder", "optimizer")
@@ -152,7 +144,7 @@ class Captioner:
             _check("seed", seed, int, 0, 2**63 - 1)
         if n is not None and not 1 <= n <= (beam_size if temperature == 0 else n):
             raise UserError(
-                f"a beam of {beam_size} has no {n} captions: widen it, or ask for fewer"
+                f"a beam of {beam_size} has no {counted(n, 'caption')}: widen it, or ask for fewer"
             )
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
 
@@ -189,7 +181,7 @@ class Captioner:
         words = len(self.word_map) - len(SPECIAL_WORDS)
         if beam_size > words:
             raise UserError(
-                f"--beam_size {beam_size} is larger than the vocabulary of {words} words"
+                f"beam_size {beam_size} is larger than the vocabulary of {counted(words, 'word')}"
             )
 
     def autocast(self):
@@ -262,6 +254,33 @@ class Captioner:
             sorted(islice(captions, n), key=lambda caption: -caption.log_prob)
             for _ in range(len(features))
         ]
+
+
+def _words(path, own, named, count):
+    """Word -> index in the order of the indices, of a checkpoint.
+
+    Args:
+        own: what the checkpoint at `path` holds, or None.
+        named: path of a WORDMAP file, or None.
+        count: of the words that its decoder can say.
+
+    Raises:
+        UserError: there is none, it is of another vocabulary, or the two differ.
+    """
+    if own is None and named is None:
+        raise UserError(f"{path} holds no word map: name its WORDMAP file by word_map (--word_map)")
+    words, source = (own, path) if named is None else (read_json(named), named)
+    check_word_map(words, source)
+    if len(words) != count:
+        raise UserError(
+            f"{source} is of another vocabulary ({counted(len(words), 'word')}) than the decoder "
+            f"of {path} ({count})"
+        )
+    if own not in (None, words):
+        raise UserError(
+            f"{named} is of another vocabulary than {path}, which holds its own: leave it out"
+        )
+    return dict(sorted(words.items(), key=itemgetter(1)))
 
 
 def _in_words(caption, words):

@@ -5,6 +5,7 @@ and what it holds is checked before anything uses it.
 """
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from torch import Tensor
 
 import contract
 from encoders import Encoder, encoder_shapes
-from groundwork import provenance, published, torch_files
+from groundwork import kinds, provenance, published, torch_files
 from groundwork.errors import UserError
-from groundwork.files import atomic_write
+from groundwork.files import atomic_write, check_listable, check_readable
 from groundwork.options import MAX_GRID, MAX_IMAGE_SIZE
+from groundwork.wording import counted, some
 from models import DecoderWithAttention
 
 # ------------------------------------------------------------------------------------- contents
@@ -73,6 +75,7 @@ def is_log(value):
         _is_texts(line)
         and line.get("stage") in STAGES
         and all(_is_number(line.get(key)) for key in numbers)
+        and _is_number(line.get("encoder_lr", 0.0))
         for line in value
     )
 
@@ -118,7 +121,7 @@ MODEL_KEYS = {
     "decoder_name": lambda value: isinstance(value, str),
     "decoder_config": lambda value: value is None or _is_choices(value),
     "base": _is_file_name,
-    "options": lambda value: _is_choices(value) and isinstance(value.get("data_folder"), str),
+    "options": lambda value: _is_texts(value) and isinstance(value.get("data_folder"), str),
     "stage": lambda value: value in STAGES,
     "epoch": _is_count,
     "scores": _is_texts,
@@ -202,16 +205,20 @@ def load_checkpoint(path, keys=MODEL_KEYS):
     Of a checkpoint of the older published form, whole modules, what captioning needs.
 
     Args:
+        path: of the file, or of a folder, for the BEST checkpoint in it.
         keys: that it must have: `MODEL_KEYS`, or `RUN_KEYS` to continue its run.
 
     Raises:
-        UserError: the file is missing, damaged, or no checkpoint, or its contents are unfit.
+        UserError: the file is missing, damaged, not to be read, or no checkpoint, or its contents
+            are unfit.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}")
+    path = find_checkpoint(path)
+    check_readable(path, f"there is no checkpoint {path}")
     try:
         checkpoint = _read(path)
     except Exception as error:  # of many classes, for files that are no checkpoints
+        if kind := kinds.kind_of(path):
+            raise UserError(_of_another_kind(path, kind)) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is damaged or no checkpoint of train.py: {reason}") from error
     if isinstance(checkpoint, dict):
@@ -219,6 +226,20 @@ def load_checkpoint(path, keys=MODEL_KEYS):
     if fault := _fault(checkpoint, keys):
         raise UserError(f"{path} {fault}")
     return checkpoint
+
+
+def _of_another_kind(path, kind):
+    """What to say of a file that is no checkpoint, but what `kinds.kind_of` tells."""
+    way_out = "name a checkpoint_….pth.tar that train.py has written, or its folder"
+    if kind.startswith(kinds.PICTURE):
+        way_out += "; pictures to caption are named apart, by caption.py --img"
+    elif kind == kinds.SAFETENSORS:
+        way_out += "; an encoder's weights are for train.py --encoder_weights"
+    elif kind.startswith(kinds.PACKED):
+        way_out = "unpack it first"
+    elif kind == "empty":
+        way_out = "copy it again, or train again"
+    return f"{path} is {kind}, no checkpoint of train.py: {way_out}"
 
 
 def _read(path):
@@ -232,26 +253,42 @@ def _read(path):
     return published.read(path)
 
 
-def newest_whole_checkpoint(paths, keys=MODEL_KEYS):
-    """Path and contents of the newest of some checkpoints that is undamaged, None if none is.
+def best_checkpoints(folder):
+    """Paths of the BEST checkpoints in a folder and below it."""
+    return sorted(filter(os.path.isfile, Path(folder).glob("**/BEST_checkpoint_*.pth.tar")))
 
-    Says on stderr which were passed over.
-    """
-    there = [path for path in paths if path.is_file()]
-    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            return path, load_checkpoint(path, keys)
-        except UserError as error:
-            print(f"passed over: {error}", file=sys.stderr)
-    return None
+
+def find_checkpoint(path):
+    """Path of a model that a user has named: of a folder, the BEST checkpoint in it or, where there
+    is none, below it. Raises UserError where there are none or several."""
+    path = Path(path)
+    if not os.path.isdir(path):  # Path's own raises an error where the folder above is closed
+        return path
+    check_listable(path)
+    found = best_checkpoints(path)
+    found = [file for file in found if file.parent == path] or found
+    if not found:
+        raise UserError(
+            f"no BEST checkpoint in the folder {path}: train with train.py, or name a file"
+        )
+    if len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} models, name one: {some(found)}")
+    return found[0]
 
 
 def newest_best_checkpoint(folder):
-    """Path of the newest BEST checkpoint in a folder or below it. Raises UserError."""
-    found = filter(Path.is_file, Path(folder).glob("**/BEST_checkpoint_*.pth.tar"))
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        raise UserError(f"no BEST checkpoint under {folder}/: train with train.py, or name one")
+    """Path of the newest BEST checkpoint in a folder or below it, for who has named none; says on
+    stderr which it is where there are several. Raises UserError."""
+    check_listable(folder)
+    found = best_checkpoints(folder)
+    if not found:
+        raise UserError(
+            f"no BEST checkpoint under {folder}/: train with train.py, or name one with --model"
+        )
+    newest, *others = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    if others:
+        older = counted(len(others), "older one", "older ones")
+        print(f"taking {newest}; {older}, for --model: {some(others)}", file=sys.stderr)
     return newest
 
 

@@ -8,8 +8,8 @@ class ModelConfig:
     """Encoder and decoder. Which of the sizes and choices a decoder has, its own `Config` tells."""
 
     encoder: str = "resnet101"  # a torchvision model or timm:NAME
-    encoder_stages: tuple = ("last",)  # "last" alone is the paper's; or strides, as "16"
-    feature_norm: str = "auto"  # "layer" a LayerNorm for each stage, "none"; or by the stages
+    encoder_stages: str = "last"  # which alone is the paper's; or strides, as "16 32"
+    feature_norm: str | None = None  # "layer": a LayerNorm for each stage; "none"; or by the stages
     encoded_image_size: int = 14  # side of the attention's grid
     decoder: str = "lstm"  # of `contract.DECODERS`
     gate: str = "scalar"  # one β_t, or one for each "channel"

@@ -5,10 +5,13 @@ A variant is a class derived from `Decoder` with a `Config`, and a line `@regist
 """
 
 import dataclasses
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from groundwork.devices import shapes_only
 
 DECODERS: dict[str, type["Decoder"]] = {}  # by the name that --decoder takes and checkpoints keep
 
@@ -50,6 +53,17 @@ class Decoder(nn.Module):
     def prepare(self, encoder_out: Tensor) -> Selectable:
         """The memory: everything that the steps share, from (I, g, g, D) of any grid g."""
         raise NotImplementedError
+
+    @contextmanager
+    def prepared(self, encoder_out: Tensor):
+        """For the block `prepare` gives the memory of `encoder_out`, made once for all that ask for
+        it: the forward pass, and a search over the same images."""
+        memory = self.prepare(encoder_out)
+        self.prepare = lambda _: memory  # hides the class's own
+        try:
+            yield
+        finally:
+            del self.prepare
 
     def init_state(self, memory: Selectable) -> Selectable:
         """The state before the first word, a row per image."""
@@ -134,7 +148,7 @@ def build_decoder(name, config, state=None):
     if state is None:
         return DECODERS[name](config)
     try:
-        with torch.device("meta"):  # no memory yet: the sizes may be anything
+        with shapes_only():  # no memory yet: the sizes may be anything
             shapes = DECODERS[name](config)
         own = {key: tensor.float().contiguous() for key, tensor in state.items()}
         shapes.load_state_dict(own, assign=True)

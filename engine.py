@@ -48,6 +48,14 @@ class Network:
         captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
         return self.decoder(features, captions, lengths.flatten())
 
+    def trained(self, finetune):
+        """The parameters that training changes, as lists: the decoder's, and the encoder's, too,
+        where it is fine-tuned."""
+        self.tunes_encoder = finetune
+        self.encoder.fine_tune(finetune)
+        tuned = [p for p in self.encoder.parameters() if p.requires_grad]
+        return [list(self.decoder.parameters()), *([tuned] if finetune else [])]
+
 
 class Means:
     """Means of loss and top-5 accuracy over words."""
@@ -76,6 +84,11 @@ class Means:
 
     def __getitem__(self, name):
         return self.sums[name] / self.count if self.count else math.nan
+
+
+def parameters(optimizer):
+    """The list of those that an optimizer changes."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 # ------------------------------------------------------------------------------------- training
@@ -125,16 +138,16 @@ def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
     top5 = metrics.top5_accuracy(scores.data, targets.data)
     optimizer.zero_grad(set_to_none=True)
     _backward(loss)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    distributed.add_up_gradients(parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    trained = parameters(optimizer)
+    distributed.add_up_gradients(trained)
+    gradients = [p.grad for p in trained if p.grad is not None]
     largest = nn.utils.get_total_norm(gradients, math.inf)
-    # in one message for all, as the host waits for the device here
-    news = torch.stack([loss.detach(), largest, *loss.new_tensor(flags)])
-    value, largest, *flags = distributed.add_up(news).tolist()
+    news = distributed.add_up(torch.stack([loss.detach(), largest, *loss.new_tensor(flags)]))
+    # in one message, as the host waits for the device here
+    value, largest, *flags, top5 = torch.cat([news, top5.unsqueeze(0)]).tolist()
     fault = None
     if math.isfinite(value) and math.isfinite(largest):
-        nn.utils.clip_grad_value_(parameters, grad_clip)
+        nn.utils.clip_grad_value_(trained, grad_clip)
         optimizer.step()
         means.add(len(targets.data), loss=value, top5=top5)
     else:
@@ -182,10 +195,11 @@ def validate(network, batches, objective, word_map, with_alphas=()):
     for source, *truth in batches:
         with network.autocast():
             features = network.encode(source)
-            scores, targets, alphas = network.read(features, *truth)
+            with network.decoder.prepared(features):
+                scores, targets, alphas = network.read(features, *truth)
+                decoded = decoding.greedy(network.decoder, features, word_map)
             sums += objective.sums(scores, targets, alphas)
-            decoded = decoding.greedy(network.decoder, features, word_map)
-        right += len(targets.data) * metrics.top5_accuracy(scores.data, targets.data)
+        right += len(targets.data) * metrics.top5_accuracy(scores.data, targets.data).item()
         for caption in decoded:
             # the number that `distributed.share` gives it
             image = distributed.rank + distributed.world_size * len(captions)

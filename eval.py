@@ -3,34 +3,50 @@
 With --results and --references it scores captions that any other system made.
 """
 
-import tempfile
+import sys
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from config import SearchConfig
 from groundwork.errors import UserError, run
-from groundwork.files import make_folder, os_errors_as_user_errors
+from groundwork.files import check_writable
 from groundwork.options import (
     Parser,
     add_decoding_options,
     add_device_options,
+    add_model_option,
     add_workers_option,
     number,
 )
 from groundwork.tables import print_tables
+from groundwork.wording import counted
 
 
 def parse_arguments():
     parser = Parser(description=__doc__)
     positive = number(int, above=0)
     add = parser.add_argument
-    add("--checkpoint", help="None: the newest BEST checkpoint under --data_folder, or data/")
+    add_model_option(
+        parser, "None: the one in --output_folder, or the newest under --data_folder or data/"
+    )
     add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
     add("--data_folder", help="with the input files; None: the one that the model was trained on")
+    add("--data_name", help="base name of the data set; None: the model's own, or the only one")
     add("--karpathy_json", help="the data set's, where the input files have no REFERENCES")
-    add("--split", choices=["test", "val"], default="test")
+    add("--split", choices=["test", "val", "train"], default="test")
+    add(
+        "--subset",
+        help="of the split: so many images, from the first, or those whose ids or names a file "
+        "lists, one a line or as JSON, COCO results among it",
+    )
     add("--beam_size", type=positive, nargs="+", default=[5], help="one, or several to compare")
     add("--batch_size", type=positive, default=50, help="images")
-    add("--results_folder", help="for the captions; None: the checkpoint's folder")
+    add(
+        "--output_folder",
+        "--results_folder",
+        help="for the captions; None: the checkpoint's, if it can be written in",
+    )
     add("--attention_report", action="store_true", help="measure where the model looked, too")
     add("--report", metavar="FOLDER", help="for a page with scores, curves and all captions")
     add(
@@ -54,7 +70,7 @@ def main():
     if (options.results is None) != (options.references is None):
         raise UserError("--results and --references go together")
     if options.results is not None:
-        for name in ("report", "robustness", "attention_report"):
+        for name in ("model", "report", "robustness", "attention_report"):
             if getattr(options, name):
                 raise UserError(f"--{name} is about a model: it goes without --results")
         score_results(options)
@@ -70,57 +86,135 @@ def main():
 
 def evaluate(options):
     """Captions the split and says all that was asked for."""
-    import checkpoints
     import evaluation
+    import report
     import robustness
     from captioner import Captioner
     from groundwork import distributed
 
-    path = Path(
-        options.checkpoint or checkpoints.newest_best_checkpoint(options.data_folder or "data")
-    )
+    path = find_model(options)
     model = Captioner.load(path, options.device, options.amp, options.word_map)
     model.check_beam_size(max(options.beam_size))
     data = open_split(path, model, options)
-    folder = make_folder(options.results_folder or path.parent)
-
-    log = []
-    if options.report is not None:  # what may keep it from being written is found out here
-        with os_errors_as_user_errors(options.report):
-            tempfile.TemporaryFile(dir=make_folder(options.report)).close()
-        log = training_log(path, model.about)
+    log = training_log(path, model.about) if options.report is not None else []
+    asked = options.output_folder is not None
+    folder = Path(options.output_folder if asked else path.parent)
+    part, source = file_name_parts(path, model, data, options)
+    paths = {k: folder / f"results_{part}_beam{k}_{source}.json" for k in options.beam_size}
+    results = Place(next(iter(paths.values())), CAPTION * len(data), asked)
+    page = options.report and Place(report.page_path(options.report), PICTURE * len(data))
+    picture = options.robustness and Place(
+        folder / f"robustness_{part}_{source}.png", PICTURE, asked
+    )
 
     search = SearchConfig(
         options.max_len, options.length_penalty, options.batch_size, options.workers
     )
-    whole = options.report is not None
+    whole = bool(page) and page.is_open
     captions, beams = evaluation.caption_split(model, data, options.beam_size, search, whole)
     if distributed.is_main:
-        write_and_print(path, model, data, captions, beams, folder, log, options)
+        if results.is_open:
+            with results.writing():
+                write_captions(paths, data, captions)
+        about, scores = print_scores(path, model, data, captions, options)
+        if whole:  # before what may take long or fail
+            write_page = partial(
+                report.write, page.path, model.word_map, data, captions, beams, about, scores, log,
+                data.is_of_training,
+            )  # fmt: skip
+            with page.writing():
+                write_page()
+                print(f"report: {page.path}")
     if options.robustness:
-        picture = folder / f"robustness_{options.split}_{data.base}.png"
-        robustness.report(
-            model, data, options.robustness, options.split, options.beam_size[0], search, picture
-        )
+        count, width = options.robustness, options.beam_size[0]
+        shown = picture.path if picture.is_open else None
+        with picture.writing():
+            changed = robustness.report(model, data, count, options.split, width, search, shown)
+        if distributed.is_main and whole and picture.is_open:
+            with page.writing():
+                write_page(changed)
+                print(f"report, with these: {page.path}")
+    places = (place for place in (results, page, picture) if place)
+    if any(place.asked and not place.is_open for place in places):
+        sys.exit(1)
 
 
-def write_and_print(path, model, data, captions, beams, folder, log, options):
-    """The captions as files, and all that is said of them."""
-    import evaluation
-    import report
+def find_model(options):
+    """Path of the checkpoint asked for, or of the one that there is."""
+    import checkpoints
+
+    if options.model is not None:
+        return checkpoints.find_checkpoint(options.model)
+    if options.output_folder is not None and checkpoints.best_checkpoints(options.output_folder):
+        return checkpoints.find_checkpoint(options.output_folder)
+    return checkpoints.newest_best_checkpoint(options.data_folder or "data")
+
+
+# Bytes on the disk, at most as a rule: a caption of an image, and an image in the report
+CAPTION, PICTURE = 200, 30_000
+
+
+class Place:
+    """Where a file is to be written, tried before hours of work. What cannot be written is one line
+    on stderr, and the scores come all the same.
+
+    Args:
+        path: of the file.
+        size: bytes, about.
+        asked: whether the user has named its folder: then the script ends with status 1.
+    """
+
+    def __init__(self, path, size, asked=True):
+        from groundwork import distributed
+
+        self.path, self.asked, self.fault = path, asked, None
+        if distributed.is_main:
+            with self.writing():
+                check_writable(path, size)
+
+    @property
+    def is_open(self):
+        return self.fault is None
+
+    @contextmanager
+    def writing(self):
+        """Catches what keeps the block from writing, and says it."""
+        try:
+            yield
+        except UserError as error:
+            self.fault = error
+            kind = "error" if self.asked else "not written"
+            print(f"{kind}: {error}; the scores are printed all the same", file=sys.stderr)
+
+
+def file_name_parts(path, model, data, options):
+    """What tells the files of one evaluation from another's: which part of the data it is of, and
+    the checkpoint, with the data set where it is another than the model's."""
+    subset = f"_subset_{Path(options.subset).stem}" if options.subset is not None else ""
+    other = f"_on_{data.base}" if data.base != model.about["base"] else ""
+    return options.split + subset, path.name.removesuffix(".pth.tar") + other
+
+
+def write_captions(paths, data, captions):
+    """The captions of each width of the beam as COCO results."""
     from coco_results import write_results
+
+    for beam_size, found in captions.items():
+        write_results(paths[beam_size], data.references, [caption.text for caption in found])
+        print(f"captions: {paths[beam_size]}")
+
+
+def print_scores(path, model, data, captions, options):
+    """Prints where the captions come from and their scores, and returns both."""
+    import evaluation
     from groundwork import provenance
 
     texts = {f"beam {k}": [caption.text for caption in found] for k, found in captions.items()}
-    for beam_size in captions:
-        results = folder / f"results_{options.split}_beam{beam_size}_{data.base}.json"
-        write_results(results, data.references, texts[f"beam {beam_size}"])
-        print(f"captions: {results}")
     about = [
         f"{path}, stage {model.about['stage']}, epoch {model.about['epoch']}",
         *provenance.lines(model.about.get("records", [])),
-        f"{data.base}, {options.split} split; length penalty {options.length_penalty:g}, "
-        f"{options.max_len} words at most",
+        f"{data.description}; length penalty {options.length_penalty:g}, "
+        f"{counted(options.max_len, 'word')} at most",
     ]
     scores = evaluation.score(texts, [reference["captions"] for reference in data.references])
     if evaluation.has_attention(captions):
@@ -133,11 +227,7 @@ def write_and_print(path, model, data, captions, beams, folder, log, options):
         scores = scores._replace(left_out=left_out)
     print("\n".join(about))
     print_tables(scores.references, scores.tables, scores.left_out)
-    if options.report is not None:
-        page = report.write(
-            options.report, model.word_map, data, captions, beams, about, scores, log
-        )
-        print(f"report: {page}")
+    return about, scores
 
 
 def training_log(path, about):
@@ -153,42 +243,33 @@ def training_log(path, about):
 
 
 def open_split(path, model, options):
-    """The data set that a checkpoint was trained on. Raises UserError if it is not at hand."""
-    from datasets import CaptionDataset, find_data, read_word_map
-    from utils import input_path
+    """The `EvaluationData` asked for. Raises UserError."""
+    from coco_results import read_subset
+    from evaluation_data import EvaluationData, find_data_set
 
-    folder = options.data_folder or model.about["options"]["data_folder"]
-    base = find_data(folder, model.about["base"] or None)
-    if base is None:
-        raise UserError(f"no data set in {folder}: name its folder with --data_folder")
-    if read_word_map(folder, base) != model.word_map:
-        raise UserError(f"{path} is of another vocabulary than {base} in {folder}")
     split = options.split.upper()
-    if not input_path(folder, base, "IMAGES", split).exists():
-        raise UserError(f"{base} in {folder} has no {options.split} split: choose another --split")
-    return CaptionDataset(folder, base, split, karpathy_json=options.karpathy_json)
+    folder, base = find_data_set(path, model.about, options.data_folder, options.data_name, split)
+    data = EvaluationData(folder, base, split, model, options.karpathy_json)
+    if options.subset is not None:
+        data.keep(read_subset(options.subset), options.subset)
+    return data
 
 
 def score_results(options):
     """Prints the scores of captions that another system made."""
     import evaluation
-    from coco_results import read_references, read_results
+    from coco_results import choose, match, read_references, read_results, read_subset
 
     references = read_references(options.references, options.split)
     captions = read_results(options.results)
-    if unknown := captions.keys() - references.keys():
-        raise UserError(
-            f"{options.results} has {len(unknown)} images that {options.references} has not in its "
-            f"{options.split} split, {min(unknown, key=str)} among them: check --split"
-        )
-    if missing := references.keys() - captions.keys():
-        raise UserError(
-            f"{options.results} has no caption for {len(missing)} of {len(references)} images of "
-            f"{options.references}, {min(missing, key=str)} among them"
-        )
+    wanted = list(references.captions)
+    if options.subset is not None:
+        subset = read_subset(options.subset)
+        wanted = choose(subset, wanted, references.names, options.subset, options.references)
+    pairs = match(captions, references, wanted, (options.results, options.references))
     print(f"{options.results} against {options.references}")
-    texts = {"results": [captions[id_] for id_ in references]}
-    scores = evaluation.score(texts, list(references.values()))
+    texts, people = zip(*pairs, strict=True)
+    scores = evaluation.score({"results": list(texts)}, list(people))
     print_tables(scores.references, scores.tables, scores.left_out)
 
 

@@ -11,6 +11,7 @@ import metrics
 from groundwork import distributed
 from groundwork.devices import loader_options
 from groundwork.progress import progress
+from groundwork.wording import counted, figure
 
 
 @torch.inference_mode()
@@ -19,7 +20,7 @@ def caption_split(model, data, beam_sizes, search, whole=False):
 
     Args:
         model: a `captioner.Captioner`.
-        data: a `datasets.CaptionDataset`, from images.
+        data: an `evaluation_data.EvaluationData`, or a `datasets.CaptionDataset` from images.
         beam_sizes: widths of the beam.
         search: a `SearchConfig`.
         whole: whether to keep all captions of the widest beam.
@@ -87,7 +88,8 @@ def score(captions, references):
     left_out = coco.left_out
     if any(coco.corpus.values()) and not metrics.are_english(references):
         left_out = [*left_out, "COCO's tokenizer and METEOR are for English, these words are not"]
-    against = f"{len(references)} images, {count} human captions, all of them references"
+    images, texts = counted(len(references), "image"), counted(count, "human caption")
+    against = f"{images}, {texts}, all of them references"
     return Scores(f"{against}; in per cent", tables, left_out, coco.each)
 
 
@@ -98,8 +100,10 @@ def pointing_tables(captions, data):
     rows = []
     for beam_size, found in looks(captions).items():
         game = metrics.pointing_game(found, boxes, demo.SHAPES)
-        share = f"{game.hits / max(game.words, 1):.1%} of {game.words}"
-        rows.append({"": f"beam {beam_size}", "hits": share, "random point": f"{game.chance:.1%}"})
+        hits, chance = (game.hits / game.words, game.chance) if game.words else (math.nan,) * 2
+        share = f"{figure(hits, '.1%')} of {game.words}"
+        row = {"": f"beam {beam_size}", "hits": share, "random point": figure(chance, ".1%")}
+        rows.append(row)
     title = "pointing game: the attention's peak for a shape word lies in that object's box"
     return [(title, rows)]
 
@@ -110,13 +114,13 @@ def attention_tables(captions, data):
     boxes, rows, parts = boxes_of(data), [], []
     for beam_size, found in captions.items():
         name = {"": f"beam {beam_size}"}
-        [(entropy, _)] = metrics.attention_entropy(found).values()
+        entropy, _ = metrics.attention_entropy(found).get("all", (math.nan, 0))  # of no word at all
         uneven, least = metrics.coverage(found)
-        row = name | {"entropy": f"{entropy:.2f}", "(1 - Σα)²": f"{uneven:.3f}"}
+        row = name | {"entropy": figure(entropy, ".2f"), "(1 - Σα)²": f"{uneven:.3f}"}
         row["least possible"] = f"{least:.3f}"
         if boxes:
             mass, area = metrics.mass_in_boxes(found, boxes, demo.SHAPES)
-            row |= {"in the box": f"{mass:.1%}", "if even": f"{area:.1%}"}
+            row |= {"in the box": figure(mass, ".1%"), "if even": figure(area, ".1%")}
             kinds = metrics.attention_entropy(found, demo.part_of_speech)
             row_of_parts = {
                 part: f"{kinds[part][0]:.2f} of {kinds[part][1]}" if part in kinds else ""

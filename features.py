@@ -18,6 +18,7 @@ from groundwork.errors import UserError
 from groundwork.files import flush, os_errors_as_user_errors, reserve, temporary_path
 from groundwork.hdf5 import new_hdf5, open_hdf5, read_item
 from groundwork.progress import progress
+from groundwork.wording import counted, size_of
 from utils import input_path
 
 
@@ -56,17 +57,15 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
     size = 2 * math.prod(shape)
     free = shutil.disk_usage(data_folder).free
     print(
-        f"caching {split} features, {len(source)} images × {views} views: {size / 1e9:.2f} GB in "
-        f"{path}"
+        f"caching {split} features, {counted(len(source), 'image')} × {counted(views, 'view')}: "
+        f"{size_of(size)} in {path}"
     )
     if partial.exists() and not _can_go_on(partial, shape, first):
         print(f"{partial} is damaged or of another encoder: starting anew")
         partial.unlink()
     if not partial.exists():
         if free < 1.1 * size:
-            print(
-                f"not cached, as only {free / 1e9:.2f} GB are free: the encoder runs in every epoch"
-            )
+            print(f"not cached, as only {size_of(free)} are free: the encoder runs in every epoch")
             return None
         try:
             with os_errors_as_user_errors(partial):
@@ -114,7 +113,7 @@ def _can_go_on(path, shape, first):
         with h5py.File(path, "r") as file:
             features, done = file["features"], int(file["done"][()])
             whole = features.shape == shape and 0 <= done <= shape[0]
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # not damaged: filling it says what is the matter
         return True
     except Exception:  # as in `open_hdf5`
         return False

@@ -10,7 +10,8 @@ dependencies += ["timm", "tqdm"]
 
 
 def captioner(checkpoint, device=None, amp="auto", word_map=None):
-    """A trained model that captions images: see `Captioner.load` and `Captioner.caption`.
+    """A trained model that captions images: see `Captioner.load` and `Captioner.caption`. The
+    checkpoint is a file, or the folder of its run.
 
     model = torch.hub.load("path/to/the/clone", "captioner", "BEST_….pth.tar", source="local")
     for caption in model.caption(["x.jpg"]):

@@ -16,6 +16,7 @@ from pathlib import Path
 from groundwork.errors import UserError, run
 from groundwork.options import Parser
 from groundwork.tables import print_table
+from groundwork.wording import counted, figure
 
 # In per cent, by Hessel et al. (2021), tables 1 and 2
 PUBLISHED = {
@@ -52,16 +53,21 @@ def main():
         )
     for name, (path, read, variant) in there.items():
         found, count, left_out = correlate(read(path), captions, variant, path)
-        print(f"\n{path.name}: {count} judgments; Kendall's τ-{variant} × 100")
+        print(f"\n{path.name}: {counted(count, 'judgment')}; Kendall's τ-{variant} × 100")
         rows = [
-            {"": metric, "here": f"{100 * tau:.1f}", "published": f"{PUBLISHED[name][metric]}"}
+            {
+                "": metric,
+                "here": figure(100 * tau, ".1f"),
+                "published": f"{PUBLISHED[name][metric]}",
+            }
             for metric, tau in found.items()
             if metric in PUBLISHED[name]
         ]
         if not rows:
             raise UserError("; ".join(left_out))
         print_table(rows)
-        print("\n".join(left_out))
+        for line in left_out:
+            print(line)
 
 
 def read_captions(path):
@@ -113,7 +119,8 @@ def _number(text, path, line):
 
 
 def correlate(judgments, captions, variant, path):
-    """Metric -> Kendall's τ, how many judgments counted, and what the metrics left out.
+    """Metric -> Kendall's τ, NaN where it is undefined; how many judgments counted; and lines on
+    what is undefined or left out.
 
     Args:
         judgments: (image, caption's id, judgment).
@@ -148,11 +155,14 @@ def correlate(judgments, captions, variant, path):
         raise UserError(f"{path} holds no judgment that counts")
     _, texts, references = zip(*pairs.values(), strict=True)
     found = metrics.coco_scores(references, {"judged": texts})
-    taus = {
-        metric: kendalltau([each[i] for i in places], people, variant=variant).statistic
-        for metric, each in found.each["judged"].items()
-    }
-    return taus, len(people), found.left_out
+    taus, lines = {}, []
+    for metric, each in found.each["judged"].items():
+        values = [each[i] for i in places]
+        taus[metric] = kendalltau(values, people, variant=variant).statistic
+        if math.isnan(taus[metric]):
+            reason = "judgments are equal" if len(set(people)) == 1 else "captions score the same"
+            lines.append(f"no τ of {metric}: all {reason}")
+    return taus, len(people), [*lines, *found.left_out]
 
 
 if __name__ == "__main__":

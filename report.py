@@ -9,12 +9,12 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 import metrics
 import pictures
-from datasets import read_references
+from datasets import as_photographed, read_references
 from groundwork.files import atomic_write, make_folder
+from groundwork.wording import counted
 from utils import input_path, tokenize
 
 WEB = Path(__file__).parent / "web"
@@ -23,11 +23,16 @@ THUMBNAIL = 256  # pixels along a side, at most
 EXAMPLES = 3  # best, worst and random ones
 
 
-def write(folder, word_map, data, captions, beams, about, scores, log):
-    """Writes `index.html`, which holds all that it shows, pictures too.
+def page_path(folder):
+    """Path of the page in the report's folder."""
+    return Path(folder) / "index.html"
+
+
+def write(path, word_map, data, captions, beams, about, scores, log, trained=True, changed=None):
+    """Writes the page, which holds all that it shows, pictures too.
 
     Args:
-        folder: made if it is missing.
+        path: from `page_path`; its folder is made if it is missing.
         word_map: word -> index, of the model.
         data: `datasets.CaptionDataset` of the split, from images.
         captions: beam_size -> for each image its best `captioner.Caption`. The page shows those of
@@ -36,14 +41,13 @@ def write(folder, word_map, data, captions, beams, about, scores, log):
         about: lines on where the captions come from.
         scores: `evaluation.Scores`, with all tables that the page is to have.
         log: records of the training, one an epoch; may be empty.
-
-    Returns:
-        its path.
+        trained: whether the data set is the model's, whose training captions tell what is new.
+        changed: `robustness.Findings`, what the model makes of changed images, if it is known.
 
     Raises:
         UserError: it cannot be written.
     """
-    folder, beam_size = make_folder(folder), max(captions)
+    beam_size = max(captions)
     name, captions = f"beam {beam_size}", captions[beam_size]
     references = [reference["captions"] for reference in data.references]
     texts = [caption.text for caption in captions]
@@ -58,12 +62,17 @@ def write(folder, word_map, data, captions, beams, about, scores, log):
     order = sorted(range(len(data)), key=lambda i: each[rank][i], reverse=True)
     page = _template().render(
         viewer=VIEWER.read_text(encoding="utf-8"),
-        title=f"{data.base}: {len(data)} captions, {name}",
+        title=f"{data.base}: {counted(len(data), 'caption')}, {name}",
         about=about,
         scores=scores,
+        totals=totals(columns),
         curves=_picture(pictures.curves(log)) if log else None,
-        language=language(texts, references, training_captions(data), word_map),
+        language=language(
+            texts, references, training_captions(data) if trained else None, word_map
+        ),
         lengths=_picture(draw_lengths(texts, references)),
+        changed=changed,
+        changed_picture=changed and _data_url("image/png", changed.picture.read_bytes()),
         rank=rank,
         groups={
             "Best": order[:EXAMPLES],
@@ -72,10 +81,9 @@ def write(folder, word_map, data, captions, beams, about, scores, log):
         },
         contents={"columns": columns, "rank": rank, "examples": examples},
     )
-    path = folder / "index.html"
+    make_folder(path.parent)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return path
 
 
 def _template():
@@ -88,11 +96,20 @@ def _template():
     ).get_template("report.html")
 
 
+def totals(columns):
+    """A line on which scores of the split are means of the captions' own, in `columns`."""
+    counted = "BLEU-1 to BLEU-4" + (" and METEOR" if "METEOR" in columns else "")
+    means = [name for name in columns if name in ("CIDEr-D", "ROUGE-L", "SPICE")]
+    line = f"{counted} of a split are worked out from counts over all its captions"
+    line += ": they are not the means of single captions' scores"
+    return f"{line}; {' and '.join(means)} are." if means else f"{line}."
+
+
 def example(data, i, beam, scores):
     """What the page shows of image i, whose best caption is the beam's first, for JSON."""
     image, *_ = data[i]
-    image = Image.fromarray(np.ascontiguousarray(image.numpy().transpose(1, 2, 0)))
     reference = data.references[i]
+    image = as_photographed(image.numpy(), reference)
     return {
         "file": reference["filename"],
         "view": attention_view(image, beam[:1], THUMBNAIL),
@@ -140,9 +157,9 @@ def _data_url(kind, contents):
 
 
 def _picture(figure):
-    """A matplotlib figure as the address of an SVG."""
+    """A matplotlib figure as the address of an SVG, on the page's own background."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None})
+    figure.savefig(picture, format="svg", metadata={"Date": None}, transparent=True)
     return _data_url("image/svg+xml", picture.getvalue())
 
 

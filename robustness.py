@@ -8,6 +8,7 @@ control.
 
 import io
 import textwrap
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 import metrics
+from datasets import proportions
 from groundwork import distributed
 from groundwork.devices import loader_options
 from groundwork.files import atomic_write
@@ -148,6 +150,15 @@ class Outcome(NamedTuple):
     losses: dict[str, float]  # mean of -log p over the words of the human captions
 
 
+class Findings(NamedTuple):
+    """What was found out, for people."""
+
+    protocol: list[str]  # lines
+    rows: list[dict]  # of the table, column -> text
+    picture: Path
+    filename: str  # of the image in it
+
+
 def report(model, data, count, split, beam_size, search, path):
     """Prints the table and draws the picture; several processes share the work.
 
@@ -158,20 +169,29 @@ def report(model, data, count, split, beam_size, search, path):
         split: its name, for people.
         beam_size: width of the beam.
         search: a `SearchConfig`.
-        path: of the picture, a PNG.
+        path: of the picture, a PNG, or None for none.
+
+    Returns:
+        what it prints: `Findings`; None where another process is the main one.
     """
     count = min(count, len(data))
     outcome = caption(model, data, count, beam_size, search)
     if not distributed.is_main:
-        return
+        return None
     references = [reference["captions"] for reference in data.references[:count]]
-    _print_protocol(model, data, references, split, beam_size)
-    print_table(table(outcome, references))
+    protocol = _protocol(model, data, references, split, beam_size)
+    rows = table(outcome, references)
+    print("", *protocol, sep="\n")
+    print_table(rows)
+    if path is None:
+        return None
     index = choose(outcome.captions, references)
     source = prepare(model, *(tensor[None] for tensor in data[index]), [index])
     captions = {name: texts[index] for name, texts in outcome.captions.items()}
-    draw(source, captions, references[index][0], path)
-    print(f"picture: {path}, of {data.references[index]['filename']}")
+    own = data.references[index]
+    draw(source, captions, own, path)
+    print(f"picture: {path}, of {own['filename']}")
+    return Findings(protocol, rows, path, own["filename"])
 
 
 def caption(model, data, count, beam_size, search):
@@ -229,22 +249,23 @@ def table(outcome, references):
     return rows
 
 
-def _print_protocol(model, data, references, split, beam_size):
+def _protocol(model, data, references, split, beam_size):
+    """Lines on what the table's numbers are."""
     texts = [tokenize(text) for texts in references for text in texts]
     sided = sum("left" in words or "right" in words for words in texts)
-    print(
-        f"""
-robustness: the first {len(references)} of {len(data)} images of the {split} split, \
-{data.image_size}×{data.image_size} pixels, beam {beam_size}, \
-{"bfloat16" if model.amp else "float32"}
-nltk's BLEU and COCO's CIDEr-D in per cent against all human captions, Δ from the images as they \
-are
-same: captions word for word as of these; loss: −log p a word of the human captions, teacher-forced
-noise and ε on a scale of 0 to 1; crops are central, and blown up again
-FGSM: x + ε sign ∇J, clipped, not rounded; J is the loss over each image's \
-{data.captions.shape[1]} captions, in float32
-{sided} of {len(texts)} human captions say left or right, which a mirror image belies"""
-    )
+    return [
+        f"robustness: the first {len(references)} of {len(data)} images of the {split} split, "
+        f"{data.image_size}×{data.image_size} pixels, beam {beam_size}, "
+        f"{'bfloat16' if model.amp else 'float32'}",
+        "nltk's BLEU and COCO's CIDEr-D in per cent against all human captions, Δ from the images "
+        "as they are",
+        "same: captions word for word as of these; loss: −log p a word of the human captions, "
+        "teacher-forced",
+        "noise and ε on a scale of 0 to 1; crops are central, and blown up again",
+        "FGSM: x + ε sign ∇J, clipped, not rounded; J is the loss over each image's human "
+        f"captions, {len(data[0][1])} at most, in float32",
+        f"{sided} of {len(texts)} human captions say left or right, which a mirror image belies",
+    ]
 
 
 # ------------------------------------------------------------------------------------- picture
@@ -269,7 +290,8 @@ def choose(captions, references):
 
 
 _DPI, _COLUMNS = 110, 3
-_MARGIN, _SIDE, _APART, _GAP = 0.2, 1.32, 0.05, 0.3  # inches: an image, what was changed beside it
+# inches: an image's longer side, what was changed beside it
+_MARGIN, _SIDE, _APART, _GAP = 0.2, 1.32, 0.05, 0.3
 _PAIR, _TITLE, _LINE = 2 * _SIDE + _APART, 0.3, 0.165  # a pair's width, heights of text
 _HEAD = (
     "Beside each image: what changed, amplified as stated, around gray. Below: the caption, gray "
@@ -277,31 +299,33 @@ _HEAD = (
 )
 
 
-def draw(source, captions, human, path):
+def draw(source, captions, reference, path):
     """Draws an image perturbed in several ways, beside it what was changed, below it the caption.
 
     Args:
         source: the `Source` of the image alone.
         captions: of the image, by the perturbation's name.
-        human: a human caption of it.
+        reference: its entry of the REFERENCES, with human captions and maybe the size.
         path: the PNG to write.
 
     Raises:
         UserError: the PNG cannot be written.
     """
     texts = [textwrap.wrap(captions[name], 42) for name in SHOWN]
-    people = textwrap.wrap(f"human: {human}", 42)
+    people = textwrap.wrap(f"human: {reference['captions'][0]}", 42)
+    sides = proportions(reference)
+    width, height = (_SIDE * side / max(sides) for side in sides)  # of an image
     lines = [len(text) for text in texts]
     lines[0] += len(people)
     rows = [max(lines[i : i + _COLUMNS]) for i in range(0, len(lines), _COLUMNS)]
-    bottoms = np.cumsum([2 * _MARGIN, *(_TITLE + _SIDE + _LINE * (n + 1.5) for n in rows)])
-    width = 2 * _MARGIN + _COLUMNS * (_PAIR + _GAP) - _GAP
-    figure = Figure(figsize=(width, bottoms[-1]), dpi=_DPI)
-    write_text(figure, (_MARGIN, 0.7 * _MARGIN), _HEAD, 9, width - 2 * _MARGIN, va="top")
+    bottoms = np.cumsum([2 * _MARGIN, *(_TITLE + height + _LINE * (n + 1.5) for n in rows)])
+    inner = _COLUMNS * (_PAIR + _GAP) - _GAP
+    figure = Figure(figsize=(inner + 2 * _MARGIN, bottoms[-1]), dpi=_DPI)
+    write_text(figure, (_MARGIN, 0.7 * _MARGIN), _HEAD, 9, inner, va="top")
     for i, (name, text) in enumerate(zip(SHOWN, texts, strict=True)):
         left, top = _MARGIN + i % _COLUMNS * (_PAIR + _GAP), bottoms[i // _COLUMNS]
-        _draw_pair(figure, left, top, source, name)
-        top += _TITLE + _SIDE
+        _draw_pair(figure, (left, top, width, height), source, name)
+        top += _TITLE + height
         same = name != "none" and captions[name] == captions["none"]
         _write_below(figure, left, top, text, color="0.5" if same else "black")
         if name == "none":
@@ -310,16 +334,21 @@ def draw(source, captions, human, path):
         figure.savefig(temporary, format="png")
 
 
-def _draw_pair(figure, left, top, source, name):
-    """A perturbed image under its name and, beside it, what was changed under its strength."""
+def _draw_pair(figure, box, source, name):
+    """A perturbed image under its name and, beside it, what was changed under its strength.
+
+    Args:
+        box: left and top of the pair, width and height of an image, inches.
+    """
+    left, top, width, height = box
     image, below = perturb(source, name)[0], top + 0.8 * _TITLE
     change = image - source.images[0]
     most = change.abs().quantile(0.99)  # nearly all of it stays between black and white
     factor = max((times for times in (2, 5, 10, 20) if times * most <= 0.5), default=1)
-    sides = (left, image), (left + _SIDE + _APART, 0.5 + factor * change)
+    sides = (left, image), (left + width + _APART, 0.5 + factor * change)
     for x, pixels in sides:
         pixels = pixels.clamp(0, 1).permute(1, 2, 0).numpy()
-        show_pixels(figure, (x, below, _SIDE, _SIDE), pixels)
+        show_pixels(figure, (x, below, width, height), pixels)
     write_text(figure, (left, top + 0.6 * _TITLE), name, 9, _PAIR - 0.4, weight="bold")
     if name != "none":
         place = (left + _PAIR, top + 0.6 * _TITLE)

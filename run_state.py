@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import shutil
+import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 import checkpoints
 import pictures
 from config import TrainingConfig
-from engine import Means, Network
+from engine import Means, Network, parameters
 from groundwork import distributed, tensorboard_log
 from groundwork.errors import UserError
 from groundwork.files import atomic_write, write_json
@@ -40,6 +42,31 @@ class RunFiles:
         """Those of the two checkpoints that there are."""
         return [path for path in (self.newest, self.best) if path.exists()]
 
+    def check_room(self, size, anew):
+        """Says where the folder has no room for what a run keeps: the newest checkpoint, the best,
+        and beside them the one that is being written.
+
+        Args:
+            size: of a checkpoint, bytes.
+            anew: whether those that are there will make room first.
+
+        Raises:
+            UserError: not even one more can be written.
+        """
+        free, kept = shutil.disk_usage(self.folder).free, sum(p.stat().st_size for p in self.kept())
+        facts = (
+            f"{self.folder} has {free / 1e6:,.0f} MB free, and a checkpoint of this model takes "
+            f"{size / 1e6:,.0f} MB"
+        )
+        if free + (kept if anew else 0) < size:
+            raise UserError(f"{facts}: make room, or choose another --output_folder")
+        if free + kept < 3 * size:
+            print(
+                f"{facts}; two are kept, and a third is written beside them: make room, or "
+                "training stops when the disk is full",
+                file=sys.stderr,
+            )
+
 
 @dataclass
 class RunState:
@@ -52,11 +79,11 @@ class RunState:
     config: TrainingConfig
     base: str  # name of the data set
     word_map: dict[str, int]
-    image_size: int  # of the data set, pixels
-    options: dict  # as they were given, name -> number or text: for the record
+    options: dict  # those in force, name -> number or text: for the record, and for its resuming
     records: list[dict]  # of each start of the run, from `provenance.describe`
     log: list[dict] = field(default_factory=list)  # a record an epoch, of all stages
     best: dict | None = None  # the record of the best epoch
+    image_size: int | None = None  # of the data set, pixels; not before its first stage
     stage: str | None = None
     epoch: int = 0  # whole epochs done in the stage
     step: int = 0  # steps done in the epoch after them
@@ -70,12 +97,9 @@ class RunState:
         network, config = self.network, self.config
         self.stage, self.epoch, self.waited = stage, 0, 0
         self.begin_epoch()
-        network.tunes_encoder = stage == "finetune"
-        network.encoder.fine_tune(network.tunes_encoder)
-        groups = [{"params": list(network.decoder.parameters()), "lr": config.decoder_lr}]
-        if network.tunes_encoder:
-            tuned = [p for p in network.encoder.parameters() if p.requires_grad]
-            groups.append({"params": tuned, "lr": config.encoder_lr})
+        rates = config.decoder_lr, config.encoder_lr
+        trained = network.trained(stage == "finetune")
+        groups = [{"params": ps, "lr": lr} for ps, lr in zip(trained, rates, strict=False)]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         if config.schedule == "cosine":
             self.schedule = CosineAnnealingLR(self.optimizer, config.epochs)
@@ -100,7 +124,9 @@ class RunState:
             # a number that grows with each better epoch of the stage
             self.schedule.step(self.epoch if self._is_better(record, own) else -1)
         else:
-            self.schedule.step()
+            with warnings.catch_warnings():  # of a resumed epoch, whose steps another process did
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.schedule.step()
         self.begin_epoch()
         self.log.append(record)
         return improved
@@ -114,6 +140,14 @@ class RunState:
         return f"step {step} of epoch {self.epoch + 1}, stage {self.stage}"
 
     # -------------------------------------------------------------------------------- saving
+
+    def checkpoint_size(self, stage):
+        """Bytes, about, of a checkpoint inside a stage: the weights, and of those that are trained
+        Adam's two means."""
+        network = self.network
+        weights = [*network.encoder.state_dict().values(), *network.decoder.state_dict().values()]
+        means = 2 * [p for group in network.trained(stage == "finetune") for p in group]
+        return sum(tensor.nbytes for tensor in [*weights, *means])
 
     def save(self, files, order, seconds, improved=False):
         """A checkpoint of this moment; all processes take part, and the main one writes it.
@@ -174,10 +208,13 @@ class RunState:
 
     # ------------------------------------------------------------------------------ restoring
 
-    def restore(self, checkpoint, order):
+    def restore(self, checkpoint, data):
         """Goes on in the middle of the stage that a checkpoint was saved in.
 
         Learning rates that differ from the run's own apply from here on, and so does a schedule.
+
+        Args:
+            data: the stage's `TrainingData`.
 
         Raises:
             UserError: it does not fit this run.
@@ -192,11 +229,10 @@ class RunState:
             if getattr(self.config, name) != before.get(name):
                 group["lr"] = getattr(self.config, name)
         if checkpoint["step"]:
-            if checkpoint["order"] != order:
+            if wanted := data.differences(checkpoint["order"], before):
                 raise UserError(
-                    f"the checkpoint stands inside epoch {self.epoch + 1}: continue it with the "
-                    f"batch size, views, seed and number of processes of its run, "
-                    f"{checkpoint['order']}, not {order}"
+                    f"the checkpoint stands inside epoch {self.epoch + 1}: continue it with "
+                    f"{wanted}, as before, until the epoch is done"
                 )
             self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         if distributed.is_main:
@@ -271,7 +307,7 @@ def load_optimizer(optimizer, state):
         UserError: the state is not that of these parameters: fused updates trust it.
     """
     groups = optimizer.state_dict()["param_groups"]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = parameters(optimizer)
     theirs, moments = state.get("param_groups"), state.get("state")
     if (
         not isinstance(theirs, list)
@@ -279,15 +315,15 @@ def load_optimizer(optimizer, state):
         or [group.get("params") for group in theirs] != [group["params"] for group in groups]
         or not all(_same_form(group.get("lr"), 0.0) for group in theirs)
         or not isinstance(moments, dict)
-        or not moments.keys() <= set(range(len(parameters)))
-        or not all(_is_adams(moments[i], parameters[i]) for i in moments)
+        or not moments.keys() <= set(range(len(own)))
+        or not all(_is_adams(moments[i], own[i]) for i in moments)
     ):
         raise UserError(
             "the checkpoint's optimizer is of another model: start anew with --overwrite"
         )
     copies = {  # laid out like the parameters
         i: {
-            name: value if name == "step" else torch.empty_like(parameters[i]).copy_(value)
+            name: value if name == "step" else torch.empty_like(own[i]).copy_(value)
             for name, value in moments[i].items()
         }
         for i in moments

@@ -8,16 +8,18 @@ import argparse
 import dataclasses
 import os
 from contextlib import nullcontext
-from pathlib import Path
 
 from config import ModelConfig, TrainingConfig
 from groundwork.errors import UserError, run
 from groundwork.files import make_folder, sole_writer
 from groundwork.options import (
     MAX_GRID,
+    Joined,
     Parser,
     add_device_options,
+    add_model_option,
     add_workers_option,
+    as_arguments,
     as_flags,
     interval,
     number,
@@ -25,6 +27,8 @@ from groundwork.options import (
 
 # Of the model's options, those that a checkpoint that is continued may have otherwise
 DROPOUTS = ("dropout", "embed_dropout")
+# What says which run it is, and where; all other options are the run's own, until others are typed
+APART = {"model", "resume", "overwrite", "data_folder", "data_name", "output_folder"}
 # Learnable in minutes on two cores; the other defaults suit photographs and a grid of 14×14.
 DEMO_DEFAULTS = {
     "encoder": "timm:tf_efficientnet_lite2",  # encoders.OFFLINE_ENCODER, which takes long to import
@@ -42,13 +46,14 @@ def make_parser():
         epilog="Defaults on demo data: " + as_flags(DEMO_DEFAULTS),
     )
     positive, share = number(int, above=0), number(float, least=0, below=1)
+    switch = argparse.BooleanOptionalAction  # a run that goes on may switch off what it had on
 
     add = parser.add_argument_group("data").add_argument
     add("--data_folder", default="data", help="where create_input_files.py put its files")
     add("--data_name", help="base name of the data set, where the folder holds several")
     add(
         "--output_folder",
-        help="for checkpoints, log and curves; None: the data folder, or that of --checkpoint",
+        help="for checkpoints, log and curves; None: the data folder, or that of --model",
     )
     add(
         "--karpathy_json",
@@ -58,7 +63,7 @@ def make_parser():
     add("--overwrite", action="store_true", help="start anew over an earlier run's files")
     add(
         "--tensorboard",
-        action="store_true",
+        action=switch,
         help="scalars, captions with attention and hyperparameters for TensorBoard, in the "
         "output folder's folder tensorboard",
     )
@@ -86,14 +91,15 @@ def make_parser():
     add(
         "--encoder_stages",
         nargs="+",
+        action=Joined,
         metavar="STAGE",
         help="whose feature maps the attention sees, each at its own grid: strides, as 16 32, and "
         "last, the network's last map, which alone is the paper's",
     )
     add(
         "--feature_norm",
-        choices=["auto", "layer", "none"],
-        help="normalise each stage's annotation vectors; auto: where there are several stages",
+        choices=["layer", "none"],
+        help="normalise each stage's annotation vectors; None: where there are several stages",
     )
     grid = number(int, above=0, below=MAX_GRID + 1)
     add("--encoded_image_size", type=grid, help="side of the attention's grid")
@@ -103,14 +109,15 @@ def make_parser():
         choices=["scalar", "channel"],
         help="one gate β_t, as in the paper, or one for each channel",
     )
-    add("--deep_output", action="store_true", help="the paper's output layer, eq. 7")
+    add("--deep_output", action=switch, help="the paper's output layer, eq. 7")
     add("--attention_dim", type=positive, help="attention's hidden layer")
     add("--embed_dim", type=positive, help="word embedding")
     add("--decoder_dim", type=positive, help="LSTM state")
     add("--dropout", type=share, help="probability, before the vocabulary layer")
     add("--embed_dropout", type=share, help="probability, on the words' embeddings")
 
-    add = parser.add_argument_group("training").add_argument
+    training = parser.add_argument_group("training")
+    add = training.add_argument
     add(
         "--stage",
         choices=["decoder", "finetune", "both"],
@@ -118,15 +125,15 @@ def make_parser():
         help="the decoder alone, fine-tuning the encoder with it from the best checkpoint, or "
         "one after the other",
     )
-    add(
-        "--checkpoint",
-        help="continue from this one, with its model, whatever the model options but dropout",
+    add_model_option(
+        training, "to go on from, with its model, of which only dropout may be changed"
     )
     add(
         "--resume",
         action="store_true",
         help="go on where the run in the output folder was stopped, or start it: the result is "
-        "that of a run never stopped",
+        "that of a run never stopped. As with --model and --stage finetune, the run's own "
+        "options hold, but for those typed",
     )
     add(
         "--save_every",
@@ -159,16 +166,17 @@ def make_parser():
     add("--seed", type=number(int, least=0, below=2**63), help="of everything")
     add(
         "--deterministic",
-        action="store_true",
+        action=switch,
         help="equal weights from equal runs on the same device; a CPU gives them anyway",
     )
     add(
         "--detect_anomaly",
-        action="store_true",
+        action=switch,
         help="find the operation whose gradient is not a number; slow",
     )
     add_workers_option(parser)
     add_device_options(parser)
+    parser.set_defaults(**dict.fromkeys(("tensorboard", "deterministic", "detect_anomaly"), False))
     for kind in (ModelConfig, TrainingConfig):
         parser.set_defaults(**dataclasses.asdict(kind()))
     return parser
@@ -176,75 +184,87 @@ def make_parser():
 
 def main():
     parser = make_parser()
-    options = parser.parse_args()
-    if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
+    typed = parser.typed()
 
     # what follows takes seconds to import
     import torch
 
+    import continuation
     from groundwork import distributed, tensorboard_log
     from groundwork.devices import choose_device
 
+    request = make(continuation.Request, typed)
+    start = continuation.find_start(request, parser.get_default("data_folder"))
+    options = settle(parser, typed, start)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
+        torch.use_deterministic_algorithms(True)
     if options.tensorboard:
         tensorboard_log.check_installed()
-    if options.deterministic:
-        torch.use_deterministic_algorithms(True)
     device = choose_device(options.device)
     with distributed.group(device):
-        train(parser, options, device)
+        train(parser, typed, request, start, device)
 
 
-def train(parser, options, device):
+def train(parser, typed, request, start, device):
     """Trains with the options, or with the demo data's defaults for those not given."""
     import torch
 
     import checkpoints
+    from continuation import check_nothing_is_lost
     from groundwork import distributed
 
-    base = find_or_make_data(parser, options)
+    options = settle(parser, typed, start)
+    base = find_or_make_data(parser, options, start)
     if base.startswith("demo_"):
-        print(f"demo data, so the defaults are {as_flags(DEMO_DEFAULTS)}")
-        parser.set_defaults(**DEMO_DEFAULTS)
-        options = parser.parse_args()
+        options = settle(parser, typed, start, DEMO_DEFAULTS)
+        if start is None:
+            print(f"demo data, so the defaults are {as_flags(DEMO_DEFAULTS)}")
     torch.manual_seed(options.seed)
-    own_folder = Path(options.checkpoint).parent if options.checkpoint else options.data_folder
-    options.output_folder = make_folder(options.output_folder or own_folder)
+    options.output_folder = make_folder(options.output_folder or options.data_folder)
 
     newest = checkpoints.checkpoint_path(options.output_folder, base)
     lock = sole_writer(newest, "wait for it, or choose another --output_folder")
     with lock if distributed.is_main else nullcontext():
-        run_stages(options, base, device)
+        start = check_nothing_is_lost(start, request, options.output_folder, base)
+        if start is not None:
+            print(start)
+            tell_options(options, typed, start)
+        run_stages(options, typed, base, start, device)
 
 
-def find_or_make_data(parser, options):
+def find_or_make_data(parser, options, start):
     """Base name of the data set to train on: the demo data, made where there is none."""
     import demo
     from datasets import find_data
     from groundwork import distributed
 
+    folder, default = options.data_folder, parser.get_default("data_folder")
     with distributed.main_first():
-        base = find_data(options.data_folder, options.data_name)
+        base = find_data(folder, options.data_name)
+        if base is None and start and not start.checkpoint["base"].startswith("demo_"):
+            raise UserError(f"no data set in {folder}: name its folder with --data_folder")
         if base is None:
-            if options.data_folder != parser.get_default("data_folder"):
-                raise UserError(f"no data set in {options.data_folder}: run create_input_files.py")
-            print(f"no data set in {options.data_folder}: making the demo data there")
-            folder = make_folder(options.data_folder)
+            if folder != default:
+                raise UserError(f"no data set in {folder}: run create_input_files.py")
+            print(f"no data set in {folder}: making the demo data there")
+            folder = make_folder(folder)
             with sole_writer(folder / "demo", "wait for it, or use another --data_folder"):
                 base = demo.prepare(folder)
     return base
 
 
-def run_stages(options, base, device):
+def run_stages(options, typed, base, start, device):
     """The stages asked for, of the run that the output folder is for."""
     import torch
 
     import checkpoints
+    from continuation import is_elsewhere
     from run_state import RunFiles
     from training import Training
 
-    checkpoint = starting_point(options, base)
-    state = make_state(options, base, checkpoint, device)
+    checkpoint = start and start.checkpoint
+    state = make_state(options, typed, base, checkpoint, device)
     reached = checkpoint["stage"] if checkpoint else "decoder"
     stages = checkpoints.STAGES if options.stage == "both" else [options.stage]
     stages = stages[stages.index(reached) if reached in stages else 0 :]
@@ -261,21 +281,19 @@ def run_stages(options, base, device):
             karpathy_json=options.karpathy_json,
             prune=options.prune_features,
         )
-        source = options.checkpoint or files.newest
-        anew = checkpoint is None or is_elsewhere(options)
-        training.run(stages, checkpoint, source, anew)
+        anew = start is None or is_elsewhere(start, options.output_folder)
+        training.run(stages, checkpoint, start and start.path, anew)
 
 
-def make_state(options, base, checkpoint, device):
+def make_state(options, typed, base, checkpoint, device):
     """The `RunState` of a run that begins now, its model that of the checkpoint if there is one."""
     import torch
 
-    from datasets import fingerprint, open_images, read_word_map
+    from datasets import fingerprint, read_word_map
     from engine import Network
     from groundwork import distributed, provenance
     from groundwork.devices import has_fast_bfloat16
     from run_state import RunState, best_record
-    from utils import input_path
 
     folder, word_map = options.data_folder, read_word_map(options.data_folder, base)
     if checkpoint and checkpoint["word_map"] != word_map:
@@ -283,17 +301,19 @@ def make_state(options, base, checkpoint, device):
     data = f"{base}, {fingerprint(folder, base)}"
     record = provenance.describe(data, options.seed, device)
     encoder, decoder = make_models(options, checkpoint, len(word_map))
+    in_force = model_options(encoder, decoder)
+    if checkpoint:
+        check_model(typed, in_force, checkpoint["options"])
     encoder.to(device, memory_format=torch.channels_last)
     decoder.to(device)
     if not distributed.is_main:  # each process drops other values out
         torch.manual_seed(options.seed + distributed.rank)
     return RunState(
         Network(encoder, decoder, device, options.amp == "auto" and has_fast_bfloat16(device)),
-        make(TrainingConfig, options),
+        make(TrainingConfig, vars(options)),
         base,
         word_map,
-        open_images(input_path(folder, base, "IMAGES", "VAL")).shape[-1],
-        plain(options),
+        plain(options) | in_force,
         [*(checkpoint.get("records", []) if checkpoint else []), record],
         log=checkpoint["log"] if checkpoint else [],
         best=best_record(checkpoint) if checkpoint else None,
@@ -309,114 +329,103 @@ def make_models(options, checkpoint, vocab_size):
         dropouts = {name: getattr(options, name) for name in DROPOUTS}
         return checkpoints.build_models(checkpoint, **dropouts)
     weights = options.encoder_weights or "DEFAULT"
-    stages = options.encoder_stages
+    stages = options.encoder_stages.split()
     encoder = Encoder(options.encoder, options.encoded_image_size, weights, stages)
-    values = dataclasses.asdict(make(ModelConfig, options)) | {"vocab_size": vocab_size}
-    if options.feature_norm == "auto":
+    values = dataclasses.asdict(make(ModelConfig, vars(options))) | {"vocab_size": vocab_size}
+    if options.feature_norm is None:
         values["feature_norm"] = "layer" if len(stages) > 1 else "none"
     values |= checkpoints.sizes_of_features(encoder)
     return encoder, checkpoints.new_decoder(options.decoder, values)
 
 
-def make(kind, options):
-    """A dataclass of the options that have its fields' names."""
-    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+def make(kind, values):
+    """A dataclass of those values of a dict that have its fields' names."""
+    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
 
 
-# ----------------------------------------------------------------------- which run goes on
+# --------------------------------------------------------------------------------- which options
 
 
-def starting_point(options, base):
-    """The checkpoint to go on from, None to start anew; never over another run's files unasked."""
-    import checkpoints
+def settle(parser, typed, start, defaults=None):
+    """The options: those typed, else those of the run that goes on, else the defaults.
 
-    path, folder = options.checkpoint, options.output_folder
-    newest, best = (checkpoints.checkpoint_path(folder, base, best=best) for best in (False, True))
-    if options.resume:
-        checkpoint = resumed(options, base, newest, best)
-        if checkpoint:
-            return checkpoint
-        path = None
-    if path is None and options.stage == "finetune":
-        return to_finetune(options, base, newest, best)
-    anew = path is None or is_elsewhere(options)
-    if (newest.exists() or best.exists()) and anew and not options.overwrite:
-        raise UserError(
-            f"{folder} holds an earlier run on {base}: continue it with --resume, "
-            "choose another --output_folder, or give it up with --overwrite"
-        )
-    if path is None:
-        return None
-    return checked(path, checkpoints.load_checkpoint(path, checkpoints.RUN_KEYS), options)
+    Args:
+        typed: from `Parser.typed`.
+        start: the `continuation.Start`, None of a new run.
+        defaults: that take the place of the parser's.
+    """
+    options = vars(parser.parse_args([])) | (defaults or {})
+    return argparse.Namespace(**(options | (recorded(typed, start) if start else {}) | typed))
 
 
-def resumed(options, base, newest, best):
-    """The checkpoint that --resume goes on from; None where the run or stage 2 is to start."""
-    import checkpoints
-
-    if options.checkpoint is not None or options.overwrite:
-        raise UserError("--resume goes without --checkpoint and --overwrite")
-    keys = checkpoints.RUN_KEYS
-    path, checkpoint = checkpoints.newest_whole_checkpoint([newest, best], keys) or (None, None)
-    if checkpoint is None and (newest.exists() or best.exists()):
-        raise UserError(
-            f"no checkpoint of {base} in {options.output_folder} can be continued: start anew with "
-            "--overwrite, or in another --output_folder"
-        )
-    if checkpoint is None or (checkpoint["stage"], options.stage) == ("decoder", "finetune"):
-        return None
-    print(f"resuming from {path}: {where(checkpoint)}")
-    return checked(path, checkpoint, options)
-
-
-def to_finetune(options, base, newest, best):
-    """The best checkpoint of stage 1, to fine-tune from."""
-    import checkpoints
-
-    keys = checkpoints.RUN_KEYS
-    if not best.exists():
-        raise UserError(
-            f"--stage finetune starts from a trained decoder, and {best} is missing: "
-            "train with --stage decoder first, or name one with --checkpoint"
-        )
-    latest = checkpoints.load_checkpoint(newest if newest.exists() else best, keys)
-    if latest["stage"] == "finetune" and not options.overwrite:
-        raise UserError(
-            f"{options.output_folder} holds an earlier fine-tuning of {base}: continue it with "
-            "--resume, or give it up with --overwrite"
-        )
-    checkpoint = checked(best, checkpoints.load_checkpoint(best, keys), options)
-    log = [record for record in latest["log"] if record["stage"] == "decoder"]
-    # with the epochs after the best, too, and without those of a fine-tuning given up
-    return checkpoint | {"log": log, "stage": "decoder"}
-
-
-def is_elsewhere(options):
-    """Whether --checkpoint is another folder's, whose run goes on in the output folder."""
-    path, folder = options.checkpoint, options.output_folder
-    return path is not None and Path(path).resolve().parent != folder.resolve()
-
-
-def checked(path, checkpoint, options):
-    """The checkpoint, if its stage may be continued; says which options are not those of its run.
+def recorded(typed, start):
+    """The options of the run that a checkpoint is of, as far as it tells them, and its folders.
 
     Raises:
-        UserError: it is past the stage asked for.
+        UserError: they cannot be.
     """
-    if options.stage == "decoder" and checkpoint["stage"] != "decoder":
-        raise UserError(f"{path} is past stage decoder: continue it with --stage finetune")
-    before, now = checkpoint["options"], plain(options)
-    of_model = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in DROPOUTS]
-    fixed = [name for name in of_model if now[name] != before.get(name, now[name])]
-    if fixed:
-        print(f"the model is the checkpoint's: {as_flags({n: before[n] for n in fixed})}")
-    apart = {"checkpoint", "resume", "overwrite", "output_folder", "data_folder", "tensorboard"}
-    apart.add("karpathy_json")
-    apart.update(of_model)
-    other = {n: now[n] for n in now if n not in apart and now[n] != before.get(n, now[n])}
+    from continuation import has_data
+
+    def refuse(message):
+        raise UserError(f"{start.path} is no checkpoint of train.py: its options: {message}")
+
+    parser, base, kept = make_parser(), start.checkpoint["base"], start.checkpoint["options"]
+    config = start.checkpoint["decoder_config"] or {}
+    values = kept | {name: config[name] for name in DROPOUTS if name in config}
+    default, own = parser.get_default("data_folder"), kept["data_folder"]
+    folder = typed.get("data_folder", own if has_data(own, base) else default)  # it may have moved
+    names = vars(parser.parse_args([])).keys() - APART
+    parser.error = refuse
+    return parser.typed(as_arguments({n: values[n] for n in names if n in values})) | {
+        "output_folder": start.path.parent,
+        "data_folder": folder,
+        "data_name": base if has_data(folder, base) else None,
+    }
+
+
+def tell_options(options, typed, start):
+    """Says which options hold where a run goes on."""
+    before, now, usual = (
+        start.checkpoint["options"], plain(options), plain(make_parser().parse_args([]))
+    )  # fmt: skip
+    apart = APART | {field.name for field in dataclasses.fields(ModelConfig)}
+    now = {name: value for name, value in now.items() if name not in apart}
+    own = {n: v for n, v in now.items() if n not in typed and n in before and v != usual[n]}
+    other = {n: v for n, v in now.items() if n in typed and v != before.get(n, v)}
+    missing = {n: v for n, v in now.items() if n not in before and n not in typed and v}
+    for line, which in (
+        ("the options of its run hold", own),
+        ("other options than its run had", other),
+        ("the checkpoint does not tell these options of its run, so the defaults hold", missing),
+    ):
+        if which:
+            print(f"{line}: {as_flags(which)}")
+
+
+def model_options(encoder, decoder):
+    """Those of the model's options that the encoder and decoder in use have, by name."""
+    values = dataclasses.asdict(decoder.config)
+    values |= {"encoder": encoder.name, "decoder": decoder.name}
+    values["encoder_stages"] = " ".join(encoder.stages)
+    return {f.name: values[f.name] for f in dataclasses.fields(ModelConfig) if f.name in values}
+
+
+def check_model(typed, in_force, before):
+    """Raises UserError where other model options are typed than those of a checkpoint's model.
+
+    Args:
+        before: the options of the checkpoint's run.
+    """
+    fixed = {name: value for name, value in in_force.items() if name not in DROPOUTS}
+    if "encoder_weights" in before:
+        fixed["encoder_weights"] = before["encoder_weights"]
+    other = {name: typed[name] for name in fixed if typed.get(name, fixed[name]) != fixed[name]}
     if other:
-        print(f"other options than its run had: {as_flags(other)}")
-    return checkpoint
+        theirs = as_flags({name: fixed[name] for name in other}) or "its own"
+        raise UserError(
+            f"{as_flags(other)}: the model is the checkpoint's, {theirs}: leave it out, or train "
+            "another model in another --output_folder"
+        )
 
 
 def plain(options: argparse.Namespace):
@@ -427,12 +436,6 @@ def plain(options: argparse.Namespace):
         name: value if isinstance(value, str | int | float | None) else str(value)
         for name, value in as_given.items()
     }
-
-
-def where(checkpoint):
-    """How far the run of a checkpoint has come, for people."""
-    inside = f" and {checkpoint['step']} steps" if checkpoint["step"] else ""
-    return f"stage {checkpoint['stage']}, {checkpoint['epoch']} epochs{inside}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from groundwork import distributed
 from groundwork.errors import UserError
 from groundwork.progress import progress
 from groundwork.signals import Stop
+from groundwork.wording import counted
 from objectives import CrossEntropy
 from run_state import RunFiles, RunState
 from training_data import TrainingData
@@ -63,14 +64,18 @@ class Training:
             source: its path, beside which its run's best may be.
             anew: whether what an earlier run left in the folder is given up.
         """
+        if distributed.is_main:  # before features are cached, and an older run is given up
+            self.reports.check_writable()
         try:
+            self._check_room(stages, anew)
             for stage in stages:
                 self._begin(stage)
-                if stage == stages[0] and anew and distributed.is_main:
-                    self.reports.check_writable()  # else nothing is given up
+                first = stage == stages[0]
+                self._check_room([stage], anew and first)  # features may have taken it
+                if first and anew and distributed.is_main:
                     self.files.clear()
-                if checkpoint and stage == checkpoint["stage"]:
-                    self._restore(checkpoint, source)
+                if first and checkpoint:
+                    self._go_on(checkpoint, source)
                 self.reports.open(self.data, self.data_folder)
                 # at a signal a checkpoint is saved and the process ends; before, while features
                 # are cached, it ends at once, and nothing is lost
@@ -79,6 +84,10 @@ class Training:
         finally:
             self.reports.close()
 
+    def _check_room(self, stages, anew):
+        if distributed.is_main:
+            self.files.check_room(max(map(self.state.checkpoint_size, stages)), anew)
+
     def _begin(self, stage):
         """Opens a stage; after another one, from the best checkpoint that it left."""
         state = self.state
@@ -86,6 +95,7 @@ class Training:
             with distributed.main_first():  # which wrote it
                 best = checkpoints.load_checkpoint(self.files.best)
                 state.network.decoder.load_state_dict(best["decoder"])
+            print(f"fine-tuning starts from epoch {best['epoch']} of {self.files.best}")
         state.begin(stage)
         self.data = TrainingData(
             self.data_folder,
@@ -98,11 +108,14 @@ class Training:
             self.karpathy_json,
             self.prune,
         )
+        state.image_size = self.data.image_size
 
-    def _restore(self, checkpoint, source):
+    def _go_on(self, checkpoint, source):
+        """Takes over where an earlier run stood: in this stage, or in the one before."""
         with distributed.main_first():
             self.state.adopt_best(self.files, source)
-        self.state.restore(checkpoint, self.data.order())
+        if checkpoint["stage"] == self.state.stage:
+            self.state.restore(checkpoint, self.data)
         self.reports.log()
 
     def _fit(self):
@@ -110,15 +123,14 @@ class Training:
         state, config, network = self.state, self.state.config, self.state.network
         precision = "bfloat16" if network.amp else "float32"
         print(
-            f"stage {state.stage}: {self.data.image_count} images, {precision} on {network.device}"
+            f"stage {state.stage}: {counted(self.data.image_count, 'image')}, {precision} on "
+            f"{network.device}"
         )
         while state.epoch < config.epochs and state.waited < config.stop_after:
             started = time.perf_counter() - state.seconds
-            record = {
-                "stage": state.stage,
-                "epoch": state.epoch + 1,
-                "lr": state.optimizer.param_groups[0]["lr"],
-            }
+            rates = [group["lr"] for group in state.optimizer.param_groups]
+            record = {"stage": state.stage, "epoch": state.epoch + 1}
+            record |= zip(("lr", "encoder_lr"), rates, strict=False)  # the second in fine-tuning
             record |= self._train_epoch(started)
             scores, captions = self._validate()
             record |= scores
@@ -132,10 +144,11 @@ class Training:
             if distributed.add_up(stopping):
                 self._leave()
         if state.epoch >= config.epochs:
-            print(f"stage {state.stage}: its {config.epochs} epochs are done")
+            done = "epoch is" if state.epoch == 1 else "epochs are"
+            print(f"stage {state.stage}: its {state.epoch} {done} done")
         else:
-            measure = MEASURES[config.select_by]
-            print(f"stage {state.stage}: stopped, no better {measure} for {state.waited} epochs")
+            measure, waited = MEASURES[config.select_by], counted(state.waited, "epoch")
+            print(f"stage {state.stage}: stopped, no better {measure} for {waited}")
 
     def _train_epoch(self, started):
         """The steps of an epoch that are still to do; its mean loss and accuracy, its speed."""
@@ -153,12 +166,10 @@ class Training:
             nonlocal saved
             stopping, due = step.flags
             self._count(step)
-            bar.set_postfix(
-                loss=f"{state.means['loss']:.3f}",
-                top5=f"{state.means['top5']:.1%}",
-                captions_per_second=f"{self._rate(started):.0f}",
-                refresh=False,
-            )
+            # first, as a narrow terminal cuts the end off
+            means = f"loss {state.means['loss']:.3f}, top-5 {state.means['top5']:.1%}"
+            bar.set_description_str(f"epoch {state.epoch + 1}: {means}", refresh=False)
+            bar.set_postfix_str(f"{self._rate(started):.0f} captions/s", refresh=False)
             bar.update()
             if stopping or (due and not state.skipped):  # else the weights may be spoilt
                 state.seconds = time.perf_counter() - started
@@ -247,8 +258,9 @@ class Training:
         state = self.state
         number = self.stop.signal or signal.SIGTERM  # another process may have it
         print(
-            f"stopped by {signal.Signals(number).name} after {state.epoch} epochs and {state.step} "
-            f"steps of stage {state.stage}: go on from {self.files.newest} with --resume",
+            f"stopped by {signal.Signals(number).name} after {counted(state.epoch, 'epoch')} and "
+            f"{counted(state.step, 'step')} of stage {state.stage}: go on from "
+            f"{self.files.newest} with --resume",
             flush=True,
         )
         distributed.wait()

@@ -7,6 +7,8 @@ from datasets import CaptionDataset, LengthSampler
 from features import cache_features, other_features
 from groundwork import distributed
 from groundwork.devices import loader_options
+from groundwork.options import as_flags
+from groundwork.wording import counted, size_of
 
 VAL_BATCH = 50  # images
 
@@ -59,7 +61,8 @@ class TrainingData:
         if distributed.is_main:
             _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
         captions = config.finetune_batch_size if finetune else config.batch_size
-        images = max(1, captions // train.captions.shape[1])
+        self.finetune, self.captions_per_image = finetune, train.captions.shape[1]
+        images = max(1, captions // self.captions_per_image)
         self.sampler = LengthSampler(
             train.lengths,
             images,
@@ -70,11 +73,14 @@ class TrainingData:
         )
         # a generator of their own: making an iterator draws a number
         common = loader_options(network.device, workers) | {"generator": torch.Generator()}
+        # spawned workers take seconds to start: once a stage, not once an epoch
+        common["persistent_workers"] = common["num_workers"] > 0
         share = distributed.share(len(val))
         self.train = DataLoader(train, batch_sampler=self.sampler, **common)
         self.val = DataLoader(val, batch_size=VAL_BATCH, sampler=share, **common)
         self.references = val.references
         self.image_count, self.caption_count = len(train), train.lengths.numel()
+        self.image_size = val.image_size  # pixels
         self.steps = self.sampler.total  # of an epoch
 
     def order(self):
@@ -86,6 +92,25 @@ class TrainingData:
             "processes": distributed.world_size,
         }
 
+    def differences(self, order, options):
+        """What has to be typed for an earlier run's order of the batches, "" where it is this one.
+
+        Args:
+            order: of the earlier run, from `order`.
+            options: name -> number or text, of the earlier run.
+        """
+        own, wanted = self.order(), {}
+        differ = {name for name in own if order.get(name) != own[name]}
+        if "images" in differ:
+            name = "finetune_batch_size" if self.finetune else "batch_size"
+            images = order.get("images")
+            wanted[name] = options.get(name, images and images * self.captions_per_image)
+        wanted |= {name: order.get(name) for name in ("views", "seed") if name in differ}
+        parts = [as_flags(wanted)]
+        if (count := order.get("processes")) and "processes" in differ:
+            parts.append(f"{counted(count, 'process')} (torchrun --nproc_per_node {count})")
+        return " and ".join(filter(None, parts)) or ("the options of its run" if differ else "")
+
     def captions_in(self, steps):
         """Captions of so many steps of an epoch."""
         return self.caption_count * steps // self.steps
@@ -96,7 +121,7 @@ def _prune(files, folder, remove):
     if not files:
         return
     total = sum(path.stat().st_size for path in files)
-    what = f"{total / 1e9:.2f} GB of features of other encoders or views in {folder}"
+    what = f"{size_of(total)} of features of other encoders or views in {folder}"
     if remove:
         for path in files:
             path.unlink()

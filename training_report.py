@@ -3,14 +3,12 @@
 import dataclasses
 import math
 
-import numpy as np
-from PIL import Image
-
 import pictures
-from config import ModelConfig, TrainingConfig
-from datasets import open_images
+from attention_pictures import draw_attention
+from config import ModelConfig
+from datasets import as_photographed, open_images
 from groundwork import distributed, tensorboard_log
-from groundwork.files import make_folder
+from groundwork.files import check_writable
 from groundwork.logs import write_log
 from utils import input_path
 
@@ -29,9 +27,10 @@ class Reports:
         self.with_events, self.events = with_events, None
 
     def check_writable(self):
-        """Raises UserError where events cannot be written."""
-        if self.with_events:
-            make_folder(self.files.events)
+        """Raises UserError where log, curves or events cannot be written."""
+        paths = [self.files.log, pictures.curves_path(self.files.log)]
+        for path in paths + [self.files.events / "events"] * self.with_events:
+            check_writable(path)
 
     def open(self, data, data_folder):
         """Begins to follow a stage, whose `TrainingData` it takes, from where the run stands."""
@@ -42,14 +41,8 @@ class Reports:
         # its validation, so are the scores.
         start = self._captions_seen(state.step) + (state.step < data.steps)
         self.images = open_images(input_path(data_folder, state.base, "IMAGES", "VAL"))
-        names = [
-            field.name
-            for kind in (ModelConfig, TrainingConfig)
-            for field in dataclasses.fields(kind)
-        ]
-        hyperparameters = {name: state.options[name] for name in [*names, "stage", "amp"]}
         self.events = tensorboard_log.EventLog(
-            self.files.events, start, hyperparameters, state.records[-1]
+            self.files.events, start, hyperparameters(state), state.records[-1]
         )
 
     def step(self, loss):
@@ -101,12 +94,27 @@ class Reports:
         return len(self.state.log) * self.data.caption_count + self.data.captions_in(steps)
 
     def _examples(self, captions):
-        """(file name, a human caption, the model's, figure of its attention) of the examples."""
+        """(file name, a human caption, the model's, picture of its attention) of the examples."""
         for i in self.shown():
-            image = Image.fromarray(np.ascontiguousarray(self.images[i].transpose(1, 2, 0)))
             reference, (words, alphas) = self.data.references[i], captions[i]
-            figure = pictures.attention_figure(image, words, alphas)
-            yield reference["filename"], reference["captions"][0], " ".join(words), figure
+            image = as_photographed(self.images[i], reference)
+            picture = draw_attention(image, words, alphas)
+            yield reference["filename"], reference["captions"][0], " ".join(words), picture
+
+
+def hyperparameters(state):
+    """Those in force in a run, by name: a model that was loaded is as it was made, whatever the
+    options."""
+    network = state.network
+    model = dataclasses.asdict(network.decoder.config)
+    model |= {"encoder": network.encoder.name, "decoder": network.decoder.name}
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name in model]
+    precision = "bfloat16" if network.amp else "float32"
+    return (
+        {name: model[name] for name in names}
+        | dataclasses.asdict(state.config)
+        | {"stage": state.options["stage"], "precision": precision}
+    )
 
 
 MEASURES = {"bleu4": "BLEU-4", "cider": "CIDEr-D", "loss": "validation loss"}  # of the best epoch

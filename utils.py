@@ -10,15 +10,24 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from groundwork.errors import UserError
-from groundwork.files import flush, make_folder, read_json, sole_writer, temporaries
+from groundwork.files import (
+    check_readable,
+    flush,
+    make_folder,
+    read_json,
+    sole_writer,
+    temporaries,
+)
 from groundwork.hdf5 import new_hdf5
-from groundwork.images import read_images
+from groundwork.images import MAX_ASPECT, read_images
+from groundwork.wording import Complaints, counted, size_of
 
 # ------------------------------------------------------------------------------------ captions
 
@@ -94,7 +103,7 @@ class _Sample:
 
     path: Path
     captions: list[list[str]]  # words; wordless and too long captions left out
-    reference: dict  # its entry in the REFERENCES file
+    reference: dict  # its entry in the REFERENCES file, to which reading adds width and height
 
 
 def create_input_files(
@@ -119,7 +128,7 @@ def create_input_files(
 
     `workers` threads read the images: None takes all cores.
     Prints a summary and returns it as a dict. Raises UserError if the JSON or the folder is
-    unusable, if an image is (each is named on stderr; skip_bad_images leaves them out instead),
+    unusable, if an image is (the first are named on stderr; skip_bad_images leaves them out),
     or if a file cannot be written.
     """
     images = read_karpathy(karpathy_json)
@@ -132,22 +141,19 @@ def create_input_files(
     word_map = make_word_map((s["tokens"] for i in images for s in i["sentences"]), min_word_freq)
     if len(word_map) == len(SPECIAL_WORDS):
         raise UserError(
-            f"{karpathy_json} has no word more than {min_word_freq} times, so there is nothing to "
-            "say: lower --min_word_freq, to 0 for all words"
+            f"{karpathy_json} has no word more than {counted(min_word_freq, 'time')}, so there is "
+            "nothing to say: lower --min_word_freq, to 0 for all words"
         )
     output_folder, base = Path(output_folder), base_name(dataset, captions_per_image, min_word_freq)
     summary = {"base": base, "splits": {}, "vocabulary": len(word_map), "left_out": dict(left_out)}
     written = [s for image in images for s in image["sentences"] if s.get("raw")]
     summary["by_tokens"] = sum(not is_split_by_rule(sentence) for sentence in written)
 
-    paths = [sample.path for items in samples.values() for sample in items]
+    _check_folder(samples, karpathy_json)
     with _all_or_nothing(output_folder, base, samples) as temporary:
-        _check_space(output_folder, len(paths) * 3 * image_size**2)
-        pictures = read_images(paths, image_size, workers)
-        readable = {}
-        for split, items in samples.items():
-            file = temporary["IMAGES", split]
-            readable[split] = _write_images(file, items, pictures, image_size, captions_per_image)
+        count = sum(map(len, samples.values()))
+        _check_space(output_folder, count * 3 * image_size**2)
+        readable = _write_splits(temporary, samples, image_size, captions_per_image, workers)
         summary["left_out"]["unreadable images"] = _unreadable(samples, readable, skip_bad_images)
         rng = random.Random(seed)
         for split, items in readable.items():
@@ -183,7 +189,7 @@ def _give_ids(images, path):
             continue
         # pandas writes whole numbers as floats
         image["imgid"] = int(id_) if isinstance(id_, float) else id_
-        key = SPLITS[image["split"]], image["imgid"]
+        key = SPLITS[image["split"]], str(image["imgid"])  # 1 and "1" are one
         if key in taken:
             raise UserError(
                 f"{path} has the id {id_} twice, of images[{taken[key]}] and images[{i}]: results "
@@ -192,7 +198,7 @@ def _give_ids(images, path):
         taken[key] = i
     for i in without:
         images[i]["imgid"] = (
-            images[i]["filename"] if (SPLITS[images[i]["split"]], i) in taken else i
+            images[i]["filename"] if (SPLITS[images[i]["split"]], str(i)) in taken else i
         )
 
 
@@ -201,6 +207,15 @@ def are_boxes(value):
     return isinstance(value, dict) and all(
         isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
         for box in value.values()
+    )
+
+
+def is_size(width, height):
+    """Whether two values are width and height of a picture, pixels."""
+    return (
+        type(width) is type(height) is int
+        and min(width, height) > 0
+        and max(width, height) <= MAX_ASPECT * min(width, height)
     )
 
 
@@ -261,9 +276,31 @@ def _collect_samples(images, folder, max_len):
             reference = {"filename": image["filename"], **reference_of(image)}
             if are_boxes(image.get("boxes")):  # of the demo; COCO's are of another form
                 reference["boxes"] = image["boxes"]
-            path = folder / image.get("filepath", "") / image["filename"]
+            path = _image_path(folder, image)
             samples[SPLITS[image["split"]]].append(_Sample(path, captions, reference))
     return {split: items for split, items in samples.items() if items}, left_out
+
+
+def _image_path(folder, image):
+    """Where an entry's image is; names may have been written on Windows."""
+    names = [image.get("filepath", ""), image["filename"]]
+    path = folder.joinpath(*names)
+    if "\\" in "".join(names) and not os.path.exists(path):
+        path = folder.joinpath(*(name.replace("\\", "/") for name in names))
+    return path
+
+
+def _check_folder(samples, source):
+    """Raises UserError where no image at all is there: one line, not one for each."""
+    paths = [sample.path for items in samples.values() for sample in items]
+    if not any(map(os.path.exists, paths)):
+        try:
+            check_readable(paths[0], f"the first is {paths[0]}")
+        except UserError as error:
+            raise UserError(
+                f"none of the {counted(len(paths), 'image')} of {source} is there ({error}): check "
+                "--image_folder"
+            ) from error
 
 
 def read_split(path, split, max_len):
@@ -302,14 +339,28 @@ def _check_space(folder, size):
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
-            f"the images take {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
+            f"the images take {size_of(size)} and {folder} has {size_of(free)} free: "
             "make room or choose another --output_folder"
         )
 
 
-def _write_images(path, samples, pictures, size, captions_per_image):
+def _write_splits(temporary, samples, size, captions_per_image, workers):
+    """Reads the images and writes those of each split to its HDF5 file, the path by (kind, split).
+    The first that cannot be read are named on stderr. Returns the samples that are there."""
+    paths = [sample.path for items in samples.values() for sample in items]
+    pictures = read_images(paths, size, workers)
+    with Complaints(partial(tqdm.write, file=sys.stderr)) as complaints:
+        return {
+            split: _write_images(
+                temporary["IMAGES", split], items, pictures, size, captions_per_image, complaints
+            )
+            for split, items in samples.items()
+        }
+
+
+def _write_images(path, samples, pictures, size, captions_per_image, complaints):
     """Writes the next len(samples) of `pictures` to a new HDF5 file, without those that are error
-    lines: these go to stderr. Returns the samples whose picture is in the file."""
+    lines, which are `complaints`. Returns the samples whose picture is in the file."""
     readable = []
     with new_hdf5(path) as file:
         file.attrs["captions_per_image"] = captions_per_image
@@ -322,9 +373,10 @@ def _write_images(path, samples, pictures, size, captions_per_image):
         )
         for sample, picture in zip(samples, islice(pictures, len(samples)), strict=True):
             if isinstance(picture, str):
-                tqdm.write(picture, file=sys.stderr)
+                complaints.add(picture)
             else:
-                images[len(readable)] = picture
+                images[len(readable)], width, height = picture
+                sample.reference |= {"width": width, "height": height}
                 readable.append(sample)
         images.resize(len(readable), axis=0)
     return readable
@@ -349,8 +401,8 @@ def _unreadable(samples, readable, skip_bad_images):
     count = total - sum(map(len, readable.values()))
     if count and not skip_bad_images:
         raise UserError(
-            f"{count} of {total} images cannot be read (named above), so nothing was written: "
-            "mend them or leave them out with --skip_bad_images"
+            f"{count} of {counted(total, 'image')} cannot be read (named above), so nothing was "
+            "written: mend them or leave them out with --skip_bad_images"
         )
     for split, items in readable.items():
         if not items:
@@ -375,7 +427,8 @@ def _print_summary(summary):
     for split in dict.fromkeys(SPLITS.values()):
         if counts := summary["splits"].get(split):
             print(
-                f"{split}: {counts['images']} images, {counts['captions']} captions, "
+                f"{split}: {counted(counts['images'], 'image')}, "
+                f"{counted(counts['captions'], 'caption')}, "
                 f"{counts['unknown']:.2%} of their words <unk>"
             )
         else:
@@ -383,9 +436,15 @@ def _print_summary(summary):
     print(f"vocabulary: {summary['vocabulary']} words, the {len(SPECIAL_WORDS)} special included")
     if summary["by_tokens"]:
         print(
-            f"{summary['by_tokens']} captions are scored by their tokens, since what is written is "
-            "not split into them by lower case, no punctuation and blanks"
+            counted(
+                summary["by_tokens"], "caption is scored by its", "captions are scored by their"
+            )
+            + " tokens, since what is written is not split into them by lower case, no punctuation "
+            "and blanks"
         )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
         print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")
-    print("left out: " + ", ".join(f"{n} {what}" for what, n in summary["left_out"].items()))
+    one = {"images without captions": "image without captions"}  # the others lose an s
+    left_out = summary["left_out"].items()
+    left_out = [counted(n, one.get(what, what.removesuffix("s")), what) for what, n in left_out]
+    print("left out: " + ", ".join(left_out))

@@ -1,6 +1,9 @@
 """Where to compute, and how precisely."""
 
+from contextlib import contextmanager
+
 import torch
+from torch.overrides import TorchFunctionMode
 
 from groundwork import distributed
 from groundwork.errors import UserError
@@ -21,8 +24,26 @@ def choose_device(name=None):
             raise RuntimeError("the CPU is one device, cpu")
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+@contextmanager
+def shapes_only():
+    """The context in which modules are built without memory, on the device "meta"."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no random values, for which torch would import its compiler on the device "meta":
+    seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__.endswith(("uniform_", "normal_")):  # of Tensor, and of nn.init
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def autocast(device, amp):

@@ -1,6 +1,8 @@
 """Errors a user can mend: one line that names the file or option and the way out."""
 
 import io
+import os
+import select
 import sys
 
 
@@ -13,12 +15,31 @@ class UserError(Exception):
 
 def printable(text):
     """The text with escapes for line breaks and all else that would disturb a line of a terminal:
-    names of files may hold anything."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    names of files may hold anything. Words of some languages hold joiners, which stay."""
+    joiners = "\u200c\u200d"
+    return "".join(c if c.isprintable() or c in joiners else repr(c)[1:-1] for c in str(text))
 
 
 def run(main):
-    """Calls main(); an error the user can mend ends the process with one line and status 1."""
+    """Calls main(); an error the user can mend ends the process with one line and status 1.
+
+    Where nobody reads on what is printed, as behind `| head`, the process ends without a word.
+    """
+    try:
+        try:
+            _run(main)
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends and would complain
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        if not poll.poll(0):
+            raise  # it was another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as the shell says of what SIGPIPE has ended
+
+
+def _run(main):
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may hold what it cannot write
             stream.reconfigure(errors="backslashreplace")

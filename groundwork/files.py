@@ -1,10 +1,13 @@
 """Files written whole or not at all, locks on them, folders, and reading what may be damaged."""
 
+import errno
 import glob
 import json
 import os
 import platform
+import stat
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,7 +33,8 @@ def sole_writer(path, way_out):
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        if os.name == "posix":  # while it is held; on Windows release() removes it itself
+            file.unlink(missing_ok=True)
         lock.release()
 
 
@@ -47,6 +51,20 @@ def atomic_write(path):
         flush(temporary)
         os.replace(temporary, path)
         flush_folder(path.parent)
+
+
+def check_writable(path, size=1):
+    """Finds out whether `atomic_write` could write `size` bytes to `path`, whose folder is made; an
+    older file stays as it is. For before the work whose result it is to take.
+
+    Raises UserError if it could not.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    with temporaries([path], path) as [temporary]:
+        reserve(temporary, size)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
 
 
 @contextmanager
@@ -68,6 +86,8 @@ def temporary_path(path):
 
 def _remove_stale_temporaries(folder):
     """Removes what processes of this machine that were killed while they wrote have left."""
+    if os.name != "posix":  # on Windows `os.kill` with 0 is no question, but Ctrl-C
+        return
     for path in Path(folder).glob(f"*.{glob.escape(platform.node())}.*.tmp"):
         pid = path.suffixes[-2][1:]
         if pid.isdecimal() and not _is_running(int(pid)):
@@ -97,7 +117,7 @@ def os_errors_as_user_errors(path):
 
 def _reason(error):
     """An OSError's reason without the path, which our messages name themselves."""
-    return os.strerror(error.errno) if error.errno else error
+    return os.strerror(error.errno) if getattr(error, "errno", None) else error
 
 
 def reserve(path, size):
@@ -136,10 +156,52 @@ def make_folder(path):
     return Path(path)
 
 
+def check_readable(path, missing=None):
+    """Raises UserError where a file is not there, `missing` being what to say then, is no file, or
+    is not this user's to read: such a file is not to be called damaged."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+            raise UserError(f"cannot read {path}: it is no file")
+        open(path, "rb").close()
+    except (OSError, ValueError) as error:  # a path with a null character is a ValueError
+        reason = f"cannot read {path}: {_reason(error)}"
+        nowhere = isinstance(error, FileNotFoundError | ValueError)
+        raise UserError(missing if nowhere and missing else reason) from error
+
+
+def check_listable(folder):
+    """Raises UserError for a folder that is there and is not this user's to look into: its files
+    are not to be called missing."""
+    try:
+        os.scandir(folder).close()
+    except PermissionError as error:
+        raise UserError(f"cannot read the folder {folder}: {_reason(error)}") from error
+    except OSError:  # it is not there, or no folder, which others say better
+        pass
+
+
+def write_new(path, contents):
+    """Writes bytes to a new file, whole or not at all, and returns its path: where a file of the
+    name is there, the next free one of `name_2.png`, `name_3.png` and so on."""
+    path = Path(path)
+    stem = path.stem
+    with temporaries([path], path) as [temporary]:
+        temporary.write_bytes(contents)
+        flush(temporary)
+        for number in count(2):
+            try:
+                path.touch(exist_ok=False)  # so that no other process takes the name
+                break
+            except FileExistsError:
+                path = path.with_name(f"{stem}_{number}{path.suffix}")
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    return path
+
+
 def read_json(path):
     """The contents of a JSON file. Raises UserError if it cannot be read or is not valid JSON."""
-    if Path(path).exists() and not Path(path).is_file():  # reading a pipe would wait for ever
-        raise UserError(f"cannot read {path}: it is no file")
+    check_readable(path)
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:

@@ -2,11 +2,11 @@
 
 import math
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import h5py
 
 from groundwork.errors import UserError
+from groundwork.files import check_readable
 
 MAX_CHUNK = 2**28  # bytes, all of which reading one item may take
 
@@ -33,10 +33,7 @@ def new_hdf5(path):
 
 def open_hdf5(path, name):
     """The data set `name` of an HDF5 file, opened for reading. Raises UserError if it cannot be."""
-    if not Path(path).exists():
-        raise UserError(f"{path} is missing: run create_input_files.py")
-    if not Path(path).is_file():  # opening a pipe would wait for ever
-        raise UserError(f"{path} is no file: run create_input_files.py")
+    check_readable(path, f"{path} is missing: run create_input_files.py")
     try:
         data = h5py.File(path, "r")[name]
         if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:

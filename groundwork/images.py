@@ -1,17 +1,19 @@
 """Image files of every kind that people have, read as upright RGB pictures, several at a time."""
 
 import os
+import re
 import threading
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from groundwork.errors import UserError
+from groundwork.files import check_readable
 from groundwork.progress import progress
 
 _opening = threading.Lock()  # the filters of warnings are all threads' own
@@ -23,35 +25,66 @@ FORMATS = ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", 
 
 FORMATS += ["WEBP"]
 
+HEIC = [".heic", ".heif", ".hif"]  # endings of what telephones write
+
+# What they and AVIF name in the box that their files begin with
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
+AVIF_BRANDS = {b"avif", b"avis"}
+
 MAX_ASPECT = 100
 
 MAX_PIXELS = 2**26  # of an image; decoded, turned upright and made RGB it takes under a gigabyte
 
+# Greatest values of pixels that are no bytes: shares, 8 bits, cameras' 12 bits, 16 bits
+RANGES = 1, 255, 4095, 65535
+
 
 def endings():
-    """Endings of files of the formats that are read, lower case, with the dot."""
-    return {e for e, kind in Image.registered_extensions().items() if kind in FORMATS}
+    """Endings of files of the formats that can be read here, lower case, with the dot."""
+    known = Image.registered_extensions().items()  # AVIF's only where Pillow can read it
+    heic = HEIC if find_spec("pillow_heif") else []
+    return {ending for ending, kind in known if kind in [*FORMATS, "AVIF"]}.union(heic)
 
 
 def open_image(path):
     """The image file's picture as an upright RGB PIL.Image, transparent parts on white.
 
     Of an animated file the first frame. Raises UserError naming the file if it is missing, not
-    an image of `FORMATS`, damaged, has more than `MAX_PIXELS`, or is over `MAX_ASPECT` times as
-    long as wide.
+    an image of `FORMATS`, AVIF or HEIC, damaged, has more than `MAX_PIXELS`, or is over
+    `MAX_ASPECT` times as long as wide, or if a package that reads it is missing.
     """
-    if not Path(path).exists():
-        raise UserError(f"there is no image {path}")
-    if not Path(path).is_file():  # opening a pipe would wait for ever
-        raise UserError(f"cannot read image {path}: it is no file")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)) and not os.path.exists(path):
+        raise UserError(f"{path}: addresses are not fetched: download it and name the file")
+    check_readable(path, f"there is no image {path}")
     try:
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes earlier
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path, formats=_formats(path))
         with image:
             return to_rgb(image)
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
         raise UserError(f"cannot read image {path}: {error or type(error).__name__}") from error
+
+
+def _formats(path):
+    """What the file may be, by its first bytes. Raises ValueError where a package is missing."""
+    with open(path, "rb") as file:
+        size, kind, *brands = re.findall(b"(?s).{4}", file.read(64)) or [b"", b""]
+    if kind != b"ftyp":
+        return FORMATS
+    brands = set(brands[: max(0, int.from_bytes(size, "big") // 4 - 2)])
+    if brands & AVIF_BRANDS:
+        if ".avif" not in Image.registered_extensions():
+            raise ValueError("this Pillow reads no AVIF: pip install --upgrade pillow")
+        return ["AVIF"]
+    if brands & HEIC_BRANDS:
+        try:
+            import pillow_heif
+        except ImportError:
+            raise ValueError("it is HEIC: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
+        return ["HEIF"]
+    return FORMATS
 
 
 def to_rgb(image):
@@ -69,18 +102,30 @@ def to_rgb(image):
 
 
 def _convert(image):
-    if image.mode.startswith("I"):  # 16 bits in a pixel, which Pillow would clip at 255
-        pixels = np.array(image, dtype=np.int32)  # divided in place, as it may be large
-        pixels.clip(0, 65535, out=pixels)
-        pixels += 128
-        pixels //= 257
-        image = Image.fromarray(pixels.astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":  # which Pillow would clip at 255
+        image = Image.fromarray(_to_bytes(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
     return image.convert("RGB")
+
+
+def _to_bytes(image):
+    """np.uint8 (H, W) of an image of whole numbers or floats, whose range is the least of `RANGES`
+    that holds them. Raises ValueError where it is none, so that nothing comes out black."""
+    values = np.array(image, np.float32 if image.mode == "F" else np.int32)
+    least, most = values.min(), values.max()
+    if not (least >= 0 and (most <= 1 or 16 <= most <= RANGES[-1])):  # nor where they are NaN
+        raise ValueError(
+            f"its pixels' values are from {least:g} to {most:g}, which may mean anything: scale "
+            "them to 0 … 1, 255 or 65535"
+        )
+    top = next(top for top in RANGES if most <= top)
+    values *= 255  # in place, as it may be large
+    values += values.dtype.type(top / 2)
+    return np.floor_divide(values, top, out=values).astype(np.uint8)
 
 
 def read_image(path, size):
@@ -95,32 +140,49 @@ def squeeze(image, size):
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def read_images(paths, size, workers):
-    """Yields what read_image() makes of each path, or the line that says why it cannot, in order.
+def unsqueeze(square, width, height):
+    """A `squeeze`d image (3, S, S) as an RGB PIL.Image as long and wide as one of width × height,
+    its longer side S pixels."""
+    image = Image.fromarray(np.ascontiguousarray(square.transpose(1, 2, 0)))
+    scale = image.width / max(width, height)
+    return image.resize([max(1, round(scale * side)) for side in (width, height)])
 
-    `workers` threads read ahead, since Pillow decodes and resizes beside Python's other threads,
-    but no further than a few images each.
+
+def read_images(paths, size, workers):
+    """Yields each path's picture, `squeeze`d, with its width and height as it stands upright, or
+    the line that says why it cannot be read, in order.
+
+    Args:
+        workers: threads that read ahead; None: as many as there are cores.
     """
-    if workers is None:  # the cores that this process may use, where the system tells
-        affinity = getattr(os, "sched_getaffinity", None)
-        workers = len(affinity(0)) if affinity else os.cpu_count()
 
     def read(path):
         try:
-            return read_image(path, size)
+            image = open_image(path)
+            return squeeze(image, size), *image.size
         except UserError as error:
             return str(error)
 
-    with (
-        progress(total=len(paths), desc="reading images", unit="image") as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    with progress(total=len(paths), desc="reading images", unit="image") as bar:
+        for image in in_threads(read, paths, workers):
+            yield image
+            bar.update()
+
+
+def in_threads(function, items, workers=None):
+    """Yields function(item) of each item, in order.
+
+    Threads compute ahead, since Pillow works beside Python's other threads, but no further than a
+    few items each. None: as many as the cores that this process may use.
+    """
+    if workers is None:
+        affinity = getattr(os, "sched_getaffinity", None)  # where the system tells
+        workers = len(affinity(0)) if affinity else os.cpu_count()
+    with ThreadPoolExecutor(workers) as pool:
         ahead = deque()
-        for path in paths:
-            ahead.append(pool.submit(read, path))
+        for item in items:
+            ahead.append(pool.submit(function, item))
             if len(ahead) > 4 * workers:
                 yield ahead.popleft().result()
-                bar.update()
-        for future in ahead:
-            yield future.result()
-            bar.update()
+        while ahead:
+            yield ahead.popleft().result()

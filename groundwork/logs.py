@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from groundwork.errors import UserError
-from groundwork.files import atomic_write
+from groundwork.files import atomic_write, check_readable
 
 
 def write_log(path, records):
@@ -15,7 +15,9 @@ def write_log(path, records):
 
 
 def read_log(path):
-    """The records of a training log, one an epoch. Raises UserError if a line is damaged."""
+    """The records of a training log, one an epoch. Raises UserError if it cannot be read, or a
+    line is damaged."""
+    check_readable(path)
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 
 from groundwork import __version__
 
@@ -18,6 +19,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+    def typed(self, arguments=None):
+        """Name -> value of the options that a command line has, without the defaults.
+
+        Args:
+            arguments: list of text, None for those of this process.
+        """
+        unset = object()
+        names = vars(self.parse_args([]))
+        found = self.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, unset)))
+        return {name: value for name, value in vars(found).items() if value is not unset}
+
+
+class Joined(argparse.Action):
+    """Of an option with several values: keeps them as one text, with blanks between."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, " ".join(values))
 
 
 def number(kind, above=None, least=None, below=None):
@@ -50,10 +69,35 @@ def interval(text):
         raise argparse.ArgumentTypeError(f"{text}: give minutes as 10m or steps as 500") from None
 
 
+def as_arguments(options):
+    """A dict of options as a list of arguments; those that are None are left out."""
+    return [
+        f"--{name}={value}" if not isinstance(value, bool) else f"--{'' if value else 'no-'}{name}"
+        for name, value in options.items()
+        if value is not None
+    ]
+
+
 def as_flags(options):
-    """A dict of options as they are typed: `--name value …`."""
+    """The same as they are typed: `--name value …`."""
+    pairs = (argument.partition("=") for argument in as_arguments(options))
     return " ".join(
-        f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items()
+        f"{name} {shlex.quote(value)}" if equals else name for name, equals, value in pairs
+    )
+
+
+def add_model_option(add_to, otherwise, **options):
+    """Which trained model, for every script: `--checkpoint` is its older name.
+
+    Args:
+        add_to: a parser, or a group of one.
+        otherwise: what is done without it, for --help.
+    """
+    add_to.add_argument(
+        "--model",
+        "--checkpoint",
+        help=f"a checkpoint, or a folder, for the BEST checkpoint in it, {otherwise}",
+        **options,
     )
 
 

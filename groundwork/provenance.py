@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import torchvision
 
 from groundwork import distributed
 from groundwork.errors import printable
@@ -28,6 +27,8 @@ def describe(data, seed, device):
         seed: of everything that is drawn at random.
         device: torch.device that it computes on.
     """
+    import torchvision  # here, as it takes seconds that reading a checkpoint does without
+
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": 0.0,

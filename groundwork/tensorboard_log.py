@@ -6,6 +6,8 @@ The horizontal axis counts the captions that the run has trained on.
 import sys
 import threading
 
+import numpy as np
+
 from groundwork.errors import UserError, printable
 from groundwork.files import os_errors_as_user_errors
 
@@ -80,13 +82,14 @@ class EventLog:
         """An epoch's line of the log, and examples.
 
         Args:
-            examples: (file name, a human caption, the model's, matplotlib figure) each.
+            examples: (file name, a human caption, the model's, RGB PIL.Image) each.
         """
         for key, tag in TAGS.items():
             self._write(self.writer.add_scalar, tag, record[key], captions)
-        for number, (filename, human, caption, figure) in enumerate(examples, start=1):
+        for number, (filename, human, caption, picture) in enumerate(examples, start=1):
             name = printable(f"{number} {filename}")
-            self._write(self.writer.add_figure, f"attention/{name}", figure, captions)
+            tag, pixels = f"attention/{name}", np.asarray(picture)
+            self._write(self.writer.add_image, tag, pixels, captions, None, "HWC")
             lines = [f"model: {caption}", f"human: {human}"]
             code = "".join(f"    {printable(line)}\n" for line in lines)
             self._write(self.writer.add_text, f"captions/{name}", code, captions)

@@ -161,9 +161,9 @@ def trained(tiny_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     run = ["train.py", "--data_folder", folder, "--output_folder", output, *LEARN]
     tune = ["--finetune_batch_size", 40, "--encoder_lr", 1e-5, "--decoder_lr", 1e-4]
-    decoder = run_script(*run, "--stage", "decoder", "--epochs", 25)
+    decoder = run_here(*run, "--stage", "decoder", "--epochs", 25)
     assert decoder.returncode == 0, decoder.stderr
-    finetune = run_script(*run, *tune, "--stage", "finetune", "--epochs", 2)
+    finetune = run_here(*run, *tune, "--stage", "finetune", "--epochs", 2)
     assert finetune.returncode == 0, finetune.stderr
     return output, base, decoder.stdout + finetune.stdout
 
@@ -204,3 +204,51 @@ def page(chromium):
     yield page
     page.close()
     assert not complaints, complaints
+
+
+# Of each element that has text of its own: the contrast of WCAG 2 between its colour, made fainter
+# by opacity, and what lies behind it.
+CONTRASTS = """selector => {
+  const all = (root) => [...root.querySelectorAll("*")].flatMap((e) =>
+    [e, ...(e.shadowRoot ? all(e.shadowRoot) : [])]);
+  const parent = (e) => e.parentElement ?? e.getRootNode().host;
+  const rgba = (text) => {
+    const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number);
+    return [r, g, b, a];
+  };
+  const over = ([r, g, b, a], under) => [r, g, b].map((x, i) => a * x + (1 - a) * under[i]);
+  const behind = (e) => {
+    if (!e) return [255, 255, 255];
+    const own = rgba(getComputedStyle(e).backgroundColor);
+    return own[3] === 1 ? own.slice(0, 3) : over(own, behind(parent(e)));
+  };
+  const light = (colour) => {
+    const [r, g, b] = colour.map((x) => x / 255).map((x) =>
+      x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const within = (e) => {
+    for (let at = e; at; at = parent(at)) if (at.matches(selector)) return true;
+    return false;
+  };
+  return all(document)
+    .filter((e) => within(e) && e.offsetParent && !["STYLE", "SCRIPT"].includes(e.tagName))
+    .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()))
+    .map((e) => {
+      const under = behind(e), [r, g, b, a] = rgba(getComputedStyle(e).color);
+      let opacity = a;
+      for (let at = e; at; at = parent(at)) opacity *= getComputedStyle(at).opacity;
+      const [x, y] = [light(over([r, g, b, opacity], under)), light(under)];
+      return [(Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05), e.outerHTML.slice(0, 200)];
+    });
+}"""
+
+
+def least_contrast(page, selector):
+    """The least contrast of text and ground, 1 to 21, within the elements of a page that a selector
+    of CSS finds; 4.5 is legible."""
+    found = page.evaluate(CONTRASTS, selector)
+    assert len(found) > 5
+    contrast, element = min(found)
+    print(f"contrast {contrast:.1f}: {element}")
+    return contrast

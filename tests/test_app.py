@@ -2,12 +2,12 @@
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, failure, run_here, run_script
+from conftest import ROOT, failure, least_contrast, run_here, run_script
 
 import app
 import checkpoints
@@ -23,22 +23,32 @@ def models(checkpoint, trained):
 
 
 @pytest.fixture(scope="module")
-def address(models, tmp_path_factory):
-    """Where a demo of both models is served, from its start as a user sees it."""
+def served(models, tmp_path_factory):
+    """A demo of both models, one of them named twice, from its start as a user sees it: the line
+    that it prints, and the file of what it complains of."""
     folder = tmp_path_factory.mktemp("app")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "app.py"), "--model", *models, "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"GRADIO_TEMP_DIR": str(folder)},
-    )
+    again = os.path.relpath(models[0])
+    with open(folder / "stderr", "w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py"), "--model", *models, again, "--device", "cpu"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | {"GRADIO_TEMP_DIR": str(folder)},
+        )
     try:
         line = process.stdout.readline()
         assert line.startswith("open http://127.0.0.1:"), line
-        yield line.split()[1]
+        yield line, folder / "stderr"
     finally:
         process.terminate()
         process.wait(TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    line, _ = served
+    return line.split()[1]
 
 
 @pytest.fixture
@@ -127,6 +137,57 @@ def test_beam_temperature_and_models_are_obeyed(demo, photograph):
     assert len(found) > 3  # drawn at random: the model knows its data by heart
 
 
+def count(page, expected):
+    """Waits until the first model has so many captions to choose from."""
+    items = "document.querySelector('attention-view').shadowRoot.querySelectorAll('.captions li')"
+    page.wait_for_function(f"{items}.length === {expected}")
+
+
+def test_a_slider_is_obeyed_by_its_keys_and_its_field(demo, photograph, served):
+    upload(demo, photograph)
+    field = demo.get_by_label("number input for beam size")
+    demo.get_by_label("range slider for beam size").focus()
+    for left in (4, 3):
+        demo.keyboard.press("ArrowLeft")
+        count(demo, left)
+    field.fill("99")
+    message = demo.locator(".toast-body")
+    message.wait_for()
+    assert "beam size 99 is not from 1 to 20" in message.inner_text()
+    field.blur()
+    count(demo, 20)
+    field.fill("")
+    count(demo, 0)  # the minimum, a single caption, as the line below the field says
+    assert "an empty field is 1" in demo.locator(".gradio-container").inner_text()
+    field.blur()
+    assert field.input_value() == "1"
+    log_p = demo.locator("attention-view .caption .p").first.inner_text()
+    assert re.fullmatch(r"log p (−\d+|0)\.\d\d", log_p)
+    _, complaints = served
+    assert "Traceback" not in complaints.read_text()
+
+
+FADED_IN = """() => {
+  for (let at = document.querySelector(".models"); at; at = at.parentElement) {
+    if (getComputedStyle(at).opacity !== "1") return false;
+  }
+  return true;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_legible_in_light_and_dark(demo, photograph, scheme):
+    demo.emulate_media(color_scheme=scheme)
+    demo.reload()
+    upload(demo, photograph)
+    demo.wait_for_function(FADED_IN)  # Gradio fades in what it shows anew
+    assert least_contrast(demo, "attention-view, .models h3, label span") > 4.5
+    background = demo.evaluate("getComputedStyle(document.body).backgroundColor")
+    dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 3 * 128
+    assert dark == (scheme == "dark")
+    assert "Bright: where the model looked" in demo.locator(".legend").first.inner_text()
+
+
 def test_what_is_no_image_is_said_to_be_none(demo, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     demo.locator("input[type=file]").set_input_files(tmp_path / "text.jpg")
@@ -161,10 +222,25 @@ def test_without_gradio_the_way_out_is_named(tmp_path):
     assert "requirements-dev.txt" in line
 
 
-def test_models_are_named_by_what_tells_them_apart(checkpoint, tmp_path):
-    paths = []
-    for run in ("first", "second"):
-        (tmp_path / run).mkdir()
-        paths.append(shutil.copy(checkpoint, tmp_path / run / "BEST.pth.tar"))
+def test_models_are_named_by_the_shortest_ends_that_tell_them_apart():
+    paths = ["/a/long/way/first/BEST.pth.tar", "/a/long/way/second/BEST.pth.tar"]
     assert app.names(paths) == ["first/BEST", "second/BEST"]
     assert app.names(paths[:1]) == ["BEST"]
+    assert app.names([*paths, "/elsewhere/other.pth.tar"]) == ["first/BEST", "second/BEST", "other"]
+    assert app.names([*paths, "/b/first/BEST.pth.tar"]) == [
+        "way/first/BEST", "second/BEST", "b/first/BEST"
+    ]  # fmt: skip
+    assert app.names(["/x/run", "/a/x/run", "/run"]) == ["/x/run", "a/x/run", "/run"]
+    assert app.names(["/a/x", "/a/x.pth.tar"]) == ["x", "x.pth.tar"]
+
+
+def test_a_model_named_twice_is_shown_once(served, models, tmp_path, capsys):
+    _, complaints = served
+    line = f"--model {os.path.relpath(models[0])} is the same file as {models[0]}: it is shown once"
+    assert line in complaints.read_text().splitlines()
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text("")
+    other.write_text("")
+    (tmp_path / "link").symlink_to(one)
+    assert app.distinct([one, other, tmp_path / "link", one]) == [one, other]
+    assert len(capsys.readouterr().err.splitlines()) == 2

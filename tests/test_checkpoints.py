@@ -216,12 +216,49 @@ def test_load_model(tmp_path, checkpoint):
     named = tmp_path / "WORDMAP.json"
     named.write_text(json.dumps(WORDS))
     assert Captioner.load(bare, "cpu", word_map=named).word_map == WORDS
+    assert Captioner.load(path, "cpu", word_map=named).word_map == WORDS  # the same as its own
+    named.write_text(json.dumps(WORDS | {"a": 2, "dog": 1}))
+    with pytest.raises(UserError, match=r"WORDMAP.json is of another .*with.pth.tar.*leave it out"):
+        Captioner.load(path, "cpu", word_map=named)
     named.write_text(json.dumps(WORDS | {"cat": 6}))
     with pytest.raises(UserError, match=r"WORDMAP.json is of another vocabulary \(7 words\)"):
         Captioner.load(bare, "cpu", word_map=named)
+    with pytest.raises(UserError, match="^beam_size 7 is larger than the vocabulary of 2 words"):
+        Captioner.load(path, "cpu").caption([], beam_size=7)
+    run = tmp_path / "run"
+    run.mkdir()
+    path.rename(checkpoints.checkpoint_path(run, "a", best=True))
+    assert Captioner.load(run, "cpu").word_map == WORDS
 
 
-def test_newest_best_checkpoint(tmp_path):
+def test_a_folder_is_the_best_checkpoint_in_it_or_below(tmp_path):
+    def touch(folder, base, best=True):
+        folder.mkdir(exist_ok=True)
+        path = checkpoints.checkpoint_path(folder, base, best=best)
+        path.touch()
+        return path
+
+    find = checkpoints.find_checkpoint
+    file = touch(tmp_path, "a", best=False)
+    assert find(file) == file and find(str(file)) == file
+    assert find(tmp_path / "missing") == tmp_path / "missing"  # loading it says so
+    with pytest.raises(UserError, match="no BEST checkpoint in the folder"):
+        find(tmp_path)
+    deep = touch(tmp_path / "deep", "a")
+    assert find(tmp_path) == deep
+    other = touch(tmp_path / "other", "a")
+    with pytest.raises(UserError, match="holds 2 models, name one: ") as error:
+        find(tmp_path)
+    assert str(deep) in str(error.value) and str(other) in str(error.value)
+    own = touch(tmp_path, "a")
+    assert find(tmp_path) == own
+    for i in range(30):
+        touch(tmp_path, f"b{i}")
+    with pytest.raises(UserError, match="holds 31 models, name one: .* and 21 more$"):
+        find(tmp_path)
+
+
+def test_newest_best_checkpoint(tmp_path, capsys):
     with pytest.raises(UserError, match=f"{tmp_path.name}.*train.py"):
         checkpoints.newest_best_checkpoint(tmp_path)
     (tmp_path / "deep").mkdir()
@@ -235,6 +272,11 @@ def test_newest_best_checkpoint(tmp_path):
         os.utime(path, (10**9 - age, 10**9 - age))
     assert paths[2].name == "checkpoint_c.pth.tar"
     assert checkpoints.newest_best_checkpoint(tmp_path) == paths[0]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"taking {paths[0]}; 1 older one, for --model: {paths[1]}"
+    paths[1].unlink()
+    assert checkpoints.newest_best_checkpoint(tmp_path) == paths[0]
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------- hostile contents
@@ -278,6 +320,7 @@ def endless():
         ({"partial": {"count": 2, "sums": {"loss": "1"}}}, "partial cannot be"),
         ({"log": endless()}, "log cannot be"),
         ({"log": [{}]}, "log cannot be"),
+        ({"log": [tiny_checkpoint()["log"][0] | {"encoder_lr": "x"}]}, "log cannot be"),
         ({"records": [{}]}, "records cannot be"),
         ({"word_map": None}, "word_map cannot be"),
     ],

@@ -116,6 +116,8 @@ def test_files_hold_what_the_source_says(source):
                 "filename": entry["filename"],
                 "id": entry["imgid"],
                 "captions": [s["raw"] for s in entry["sentences"]],
+                "width": SIZE,
+                "height": SIZE,
             }
             for entry in entries
         ]
@@ -161,7 +163,22 @@ def test_references_keep_boxes_and_do_without_raw_and_id(source):
     del source.entries[-1]["sentences"][0]["raw"]
     source.create()
     reference = {"filename": "4.png", "id": 4, "captions": ["a dog"], "boxes": boxes}
-    assert source.read("REFERENCES", "VAL")[1] == reference
+    assert source.read("REFERENCES", "VAL")[1] == reference | {"width": SIZE, "height": SIZE}
+
+
+def test_references_have_the_photographs_sizes_as_they_stand_upright(source):
+    """Whatever the JSON says, and without the images that are left out."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter
+    Image.new("RGB", (30, 20)).save(source.images / "0.png", exif=turned)
+    Image.new("RGB", (40, 10)).save(source.images / "2.png")
+    source.entries[2] |= {"width": 1, "height": 1}
+    source.add("4.png", "train", "a dog")
+    (source.images / "4.png").write_text("no image")
+    source.add("5.png", "train", "a dog")
+    source.create(skip_bad_images=True)
+    found = {r["filename"]: (r["width"], r["height"]) for r in source.read("REFERENCES", "TRAIN")}
+    assert found == {"0.png": (20, 30), "2.png": (40, 10), "5.png": (SIZE, SIZE)}
 
 
 @pytest.mark.parametrize("ids", [(7.0, 8.0), (None, None), ("a", "7")])
@@ -189,6 +206,9 @@ def test_an_id_of_two_images_is_refused(source):
     with pytest.raises(UserError, match=r"the id 9 twice, of images\[0\] and images\[2\]"):
         source.create()
     assert source.listing() == []
+    source.entries[0]["cocoid"] = "9"  # by value: results are compared by it
+    with pytest.raises(UserError, match=r"the id 9 twice, of images\[0\] and images\[2\]"):
+        source.create()
 
 
 def test_boxes_of_another_form_are_left_out(source):
@@ -214,6 +234,18 @@ def test_captions_that_the_rule_does_not_split_are_scored_by_their_tokens(source
     assert reference["captions"] == texts
     assert [utils.tokenize(text) for text in texts] == [s["tokens"] for s in sentences]
     assert "2 captions are scored by their tokens" in capsys.readouterr().out
+
+
+def test_one_of_a_thing_is_no_plural(source, capsys):
+    source.entries = [e for e in source.entries if e["filename"] in ("0.png", "1.png", "3.png")]
+    source.entries[2]["sentences"] = [{"raw": "?", "tokens": ["a", "zebra"]}, sentence("...")]
+    source.add("4.png", "train")
+    source.create(captions_per_image=1)
+    printed = capsys.readouterr().out
+    assert "VAL: 1 image, 1 caption, " in printed
+    assert "1 caption is scored by its tokens" in printed
+    left_out = "1 wordless caption, 0 too long captions, 1 image without captions, 0 unreadable im"
+    assert f"left out: {left_out}" in printed
 
 
 def test_a_vocabulary_of_no_word_is_refused(source):
@@ -368,6 +400,47 @@ def test_bad_images_can_be_skipped(source, capsys):
     assert all(name in printed for name in bad)
 
 
+def test_an_image_folder_without_any_of_the_images_is_one_line(source, tmp_path):
+    for i in range(30):
+        source.add(f"more{i}.png", "train", "a dog", filepath="train2014")
+    other = tmp_path / "other"
+    source.images.rename(other)
+    source.images.mkdir()
+    result = source.run_script()
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 1 and source.listing() == []
+    assert line.startswith(f"error: none of the 34 images of {source.json} is there")
+    assert str(source.images / "0.png") in line and "--image_folder" in line
+
+
+def test_of_many_bad_images_ten_are_named_and_the_others_counted(source):
+    for i in range(25):
+        source.add(f"bad{i:02}.png", ["train", "val", "test"][i % 3], "a dog")
+        (source.images / f"bad{i:02}.png").unlink()
+    result = source.run_script()
+    lines = result.stderr.splitlines()
+    assert [line.rpartition("/")[2] for line in lines[:10]] == [
+        f"bad{i:02}.png" for i in range(0, 25, 3)
+    ] + ["bad01.png"]
+    assert lines[10] == "… and 15 more"
+    assert lines[11].startswith("error: 25 of 29 images cannot be read")
+    assert len(lines) == 12
+
+
+def test_names_written_on_windows_are_found(source):
+    source.add("4.png", "train", "a dog", filepath="train2014")
+    source.entries[-1]["filename"] = "train2014\\4.png"
+    del source.entries[-1]["filepath"]
+    source.add("5.png", "train", "a dog", filepath="deep")
+    source.entries[-1]["filepath"] = "..\\images\\deep"
+    source.add("back\\slash.png", "train", "a dog")  # a name of its own where it is one
+    source.create()
+    images, _ = source.read("IMAGES", "TRAIN")
+    names = ["0.png", "2.png", "4.png", "5.png", "back\\slash.png"]
+    np.testing.assert_array_equal(images, [source.pixels[name] for name in names])
+    assert source.read("REFERENCES", "TRAIN")[2]["filename"] == "train2014\\4.png"
+
+
 def test_a_split_of_bad_images_only_is_an_error(source):
     (source.images / "3.png").unlink()
     with pytest.raises(UserError, match="TEST"):
@@ -446,9 +519,10 @@ def test_a_second_run_into_the_folder_is_refused(source):
 
 
 def test_too_little_room_on_the_disk(source, monkeypatch):
-    usage = type("usage", (), {"free": 4 * 3 * SIZE**2 - 1})
+    usage = type("usage", (), {"free": 4 * 3 * SIZE**2 - 100})
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(UserError, match="--output_folder"):
+    words = r"the images take 3.07 kB and .*data has 2.97 kB free: .*--output_folder"
+    with pytest.raises(UserError, match=words):
         source.create()
     assert source.listing() == []
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 import features
 import utils
 from config import TrainingConfig
-from datasets import CaptionDataset, LengthSampler, find_data, make_view
+from datasets import CaptionDataset, LengthSampler, find_data, make_view, read_references
 from encoders import Encoder
 from features import cache_features
 from groundwork.errors import UserError
@@ -245,6 +245,23 @@ def test_a_damaged_unfinished_cache_is_begun_anew(cache, capsys, damage):
     again, features = cache(TinyEncoder())
     assert again == path and torch.equal(features, expected)
     assert "damaged or of another encoder: starting anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "size",
+    [{"width": 5}, {"height": 5}, {"width": 0, "height": 5}, {"width": 2.5, "height": 5},
+     {"width": "5", "height": 5}, {"width": True, "height": 5}, {"width": 501, "height": 5},
+     {"width": None, "height": None}],
+)  # fmt: skip
+def test_sizes_that_cannot_be_are_refused(tmp_path, size):
+    reference = {"filename": "a.jpg", "id": 0, "captions": ["a dog"]}
+    path = tmp_path / "REFERENCES.json"
+    for good in ({}, {"width": 5, "height": 500}):
+        path.write_text(json.dumps([reference | good]))
+        assert read_references(path) == [reference | good]
+    path.write_text(json.dumps([reference, reference | size]))
+    with pytest.raises(UserError, match="REFERENCES.json is no list of file names.* sizes"):
+        read_references(path)
 
 
 @pytest.mark.parametrize("kind", ["IMAGES", "CAPTIONS", "WORDMAP"])

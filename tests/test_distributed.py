@@ -64,11 +64,12 @@ with distributed.group(torch.device("cpu")):
 
 
 def test_steps_shared_out_equal_steps_of_one_process(tmp_path, monkeypatch):
+    """Five images: the processes have not as many each."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "steps.py").write_text(STEPS)
     runs = []
-    for run in (run_script, run_torchrun(3)):
-        result = tmp_path / f"{run.__name__}.pt"
+    for run in (run_script, run_two):
+        result = tmp_path / f"{len(runs)}.pt"
         process = run(tmp_path / "steps.py", result)
         assert process.returncode == 0, process.stderr
         runs.append(torch.load(result, weights_only=True))

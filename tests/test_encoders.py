@@ -59,6 +59,33 @@ def offline():
 
 
 @torch.no_grad()
+def test_the_offline_network_is_that_of_timm(offline):
+    """Tensor for tensor and bit for bit, at sizes even and odd."""
+    network = timm.create_model("tf_efficientnet_lite2", pretrained=False).eval()
+    network.reset_classifier(0, "")
+    own = offline.resnet.state_dict()
+    assert {k: v.shape for k, v in own.items()} == {
+        k: v.shape for k, v in network.state_dict().items()
+    }
+    assert list(own) == list(network.state_dict())
+    network.load_state_dict(own)
+    config = network.pretrained_cfg
+    close(offline.mean.flatten(), config["mean"])
+    close(offline.std.flatten(), config["std"])
+    for height, width in ((64, 64), (97, 128), (130, 95)):
+        image = torch.rand(1, 3, height, width)
+        image = image.contiguous(memory_format=torch.channels_last)
+        assert network(image).equal(offline.resnet(image))
+
+
+def test_the_offline_network_takes_a_file_of_weights_with_its_classifier(offline, tmp_path):
+    network = timm.create_model("tf_efficientnet_lite2", pretrained=False)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    encoder = Encoder(OFFLINE, weights=str(tmp_path / "weights.pth"))
+    assert encoder.resnet.conv_stem.weight.equal(network.conv_stem.weight)
+
+
+@torch.no_grad()
 def test_resnet_features_equal_the_network_cut_by_hand_on_normalised_images(resnet18, encoder18):
     network, _ = resnet18
     images = synthetic_images()

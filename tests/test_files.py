@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import encoders
 from groundwork import errors, files
-from groundwork.errors import UserError
+from groundwork.errors import UserError, printable
+from groundwork.files import check_writable, write_new
 
 
 def test_atomic_write(tmp_path):
@@ -28,6 +30,22 @@ def test_atomic_write(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(UserError, match="nowhere"), files.atomic_write(tmp_path / "nowhere/x") as t:
         t.write_text("new")
+
+
+def test_what_cannot_be_written_is_found_out_without_writing(tmp_path):
+    path = tmp_path / "new" / "file"
+    files.check_writable(path)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new"]
+    path.write_text("old")
+    files.check_writable(path)
+    assert path.read_text() == "old"
+    with pytest.raises(UserError, match="cannot write .*new: Is a directory"):
+        files.check_writable(tmp_path / "new")
+    with pytest.raises(UserError, match="file"):
+        files.check_writable(path / "below a file")
+    with pytest.raises(UserError, match="File name too long"):
+        files.check_writable(tmp_path / ("x" * 250))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new", path]
 
 
 @pytest.mark.parametrize("kind", [UserError, encoders.EncoderError])
@@ -58,3 +76,46 @@ def test_temporaries_of_dead_processes_are_removed(tmp_path):
         path.touch()
     files.make_folder(tmp_path)
     assert set(tmp_path.iterdir()) == {mine, *others}
+
+
+def test_a_new_file_takes_no_other_s_place(tmp_path):
+    """Not of those that are there, and not of those that another process writes meanwhile."""
+    (tmp_path / "x.png").write_bytes(b"old")
+    code = f"""
+from groundwork.files import write_new
+for i in range(40):
+    print(write_new({str(tmp_path / "x.png")!r}, b"%d" % i).name)
+"""
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    names = [process.communicate()[0].split() for process in both]
+    assert {*names[0], *names[1]} == {f"x_{i}.png" for i in range(2, 82)}
+    for own in names:
+        assert [(tmp_path / name).read_text() for name in own] == [str(i) for i in range(40)]
+    assert (tmp_path / "x.png").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 81
+
+
+def test_a_new_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cannot write .*x.png: No such file"):
+        write_new(tmp_path / "missing" / "x.png", b"")
+    monkeypatch.setattr(os, "fsync", lambda file: os.write(10**6, b""))
+    with pytest.raises(UserError, match="cannot write .*x.png"):
+        write_new(tmp_path / "x.png", b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_a_file_cannot_be_written_is_known_before(tmp_path):
+    (tmp_path / "old").write_text("old")
+    check_writable(tmp_path / "new")
+    check_writable(tmp_path / "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    for path in (tmp_path, tmp_path / "missing" / "x", tmp_path / "old" / "x"):
+        with pytest.raises(UserError, match="cannot write"):
+            check_writable(path)
+
+
+def test_words_keep_their_joiners_in_a_printed_line():
+    assert printable("می\u200cخواهم\n\x1b\u202e") == "می\u200cخواهم\\n\\x1b\\u202e"

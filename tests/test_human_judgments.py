@@ -84,6 +84,39 @@ def test_tau_is_that_of_scores_and_judgments_line_by_line(folder):
             assert found[metric] == [f"{100 * tau:.1f}", str(published[metric])]
 
 
+@pytest.mark.parametrize("equal", ["scores", "judgments"])
+def test_an_undefined_tau_is_a_dash_and_a_line(equal, folder, monkeypatch):
+    (folder / "CrowdFlowerAnnotations.txt").unlink()
+    if equal == "judgments":
+        path = folder / "ExpertAnnotations.txt"
+        lines = [line.split("\t")[:2] for line in path.read_text().splitlines()]
+        path.write_text("".join("\t".join([*line, "2", "2", "2"]) + "\n" for line in lines))
+
+    def scores(references, captions):
+        count = len(captions["judged"])
+        each = {"BLEU-1": [0.5] * count, "CIDEr-D": list(range(count))}
+        return metrics.CocoScores({"judged": {}}, {"judged": each}, [])
+
+    monkeypatch.setattr(metrics, "coco_scores", scores)
+    process = run_here("human_judgments.py", "--folder", folder)
+    assert process.returncode == 0, process.stderr
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in process.stdout.splitlines()
+    ]
+    found = {row[0]: row[1] for row in rows if len(row) == 3}
+    assert found["BLEU-1"] == "–" and "nan" not in process.stdout
+    assert (found["CIDEr-D"] == "–") == (equal == "judgments")
+    reason = "all captions score the same" if equal == "scores" else "all judgments are equal"
+    assert f"no τ of BLEU-1: {reason}" in process.stdout.splitlines()
+
+
+def test_without_java_there_is_one_line(folder, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    process = run_here("human_judgments.py", "--folder", folder)
+    assert "their tokenizer needs Java" in failure(process)
+    assert len(process.stderr.splitlines()) == 1 and "nan" not in process.stdout
+
+
 @pytest.mark.parametrize(
     ("file", "line", "words"),
     [

@@ -180,6 +180,89 @@ def test_32_bit_holding_16_bits(tmp_path):
     assert_looks(tmp_path / "deep.tif", np.stack([deep / 257] * 3, -1), tolerance=0.51)
 
 
+@pytest.mark.parametrize("top", [1, 255, 4095, 65535])
+@pytest.mark.parametrize("mode", ["F", "I", "I;16"])
+def test_the_range_of_wide_pixels_is_the_least_that_holds_them(tmp_path, mode, top):
+    """Shares, bytes, cameras' 12 bits and 16 bits, in floats or whole numbers."""
+    values = np.linspace(0, top, SIZE * SIZE).reshape(SIZE, SIZE)
+    stored = values.astype({"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode])
+    Image.fromarray(stored).save(tmp_path / "wide.tif")
+    assert Image.open(tmp_path / "wide.tif").mode == mode
+    expected = np.stack([stored.astype(float) * 255 / top] * 3, -1)
+    assert_looks(tmp_path / "wide.tif", expected, tolerance=0.51)
+
+
+def test_plain_wide_pixels_are_never_black(tmp_path):
+    for value, gray in ((0.5, 128), (1.0, 255), (100.0, 100), (0.0, 0)):
+        Image.new("F", (SIZE, SIZE), value).save(tmp_path / "plain.tif")
+        assert_looks(tmp_path / "plain.tif", np.full((SIZE, SIZE, 3), gray))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0, 3.5], "from 0 to 3.5"),  # neither shares nor bytes
+        ([-0.5, 1], "from -0.5 to 1"),
+        ([0, 70000], "from 0 to 70000"),
+        ([0, np.nan], "from nan to nan"),
+        ([0, np.inf], "from 0 to inf"),
+    ],
+)
+def test_wide_pixels_that_may_mean_anything_are_refused(tmp_path, values, words):
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path / "heights.tif")
+    with pytest.raises(
+        UserError, match=r"heights.tif: its pixels' values are (.*): scale"
+    ) as error:
+        read_image(tmp_path / "heights.tif", SIZE)
+    assert words in str(error.value)
+
+
+needs_avif = pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="no AVIF")
+
+
+@needs_avif
+def test_avif(tmp_path):
+    Image.new("RGB", (64, 48), (200, 40, 90)).save(tmp_path / "a.avif", quality=100)
+    assert_looks(tmp_path / "a.avif", np.full((SIZE, SIZE, 3), (200, 40, 90)), tolerance=4)
+    assert ".avif" in images.endings()
+
+
+def test_avif_where_pillow_reads_none(tmp_path, monkeypatch):
+    known = {k: v for k, v in Image.registered_extensions().items() if v != "AVIF"}
+    monkeypatch.setattr(Image, "registered_extensions", lambda: known)
+    (tmp_path / "a.avif").write_bytes(b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf")
+    with pytest.raises(UserError, match=r"a.avif: this Pillow reads no AVIF: pip install"):
+        read_image(tmp_path / "a.avif", SIZE)
+    assert ".avif" not in images.endings()
+
+
+def test_heic_where_no_package_reads_it(tmp_path, monkeypatch):
+    """Whatever the file's name is, by its first bytes."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for name, brands in (("a.heic", b"heic\0\0\0\0mif1"), ("b.jpg", b"mif1\0\0\0\0heic")):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftyp" + brands)
+        with pytest.raises(UserError, match=rf"{name}: it is HEIC: pip install pillow-heif"):
+            read_image(tmp_path / name, SIZE)
+    for contents in (b"", b"\0", b"\0\0\0\x18ftyp", b"\xff\xff\xff\xffftypheic"):
+        (tmp_path / "c.heic").write_bytes(contents)
+        with pytest.raises(UserError, match=r"cannot read image .*c.heic"):
+            read_image(tmp_path / "c.heic", SIZE)
+
+
+def test_heic(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    heif = pillow_heif.from_pillow(Image.new("RGB", (64, 48), (200, 40, 90)))
+    heif.save(tmp_path / "a.heic", quality=100)
+    assert_looks(tmp_path / "a.heic", np.full((SIZE, SIZE, 3), (200, 40, 90)), tolerance=4)
+    assert ".heic" in images.endings()
+
+
+def test_an_address_is_not_fetched():
+    for address in ("http://example.org/a.jpg", "HTTPS://x/b.png", "s3://bucket/c.jpg"):
+        with pytest.raises(UserError, match=f"{address}: addresses are not fetched"):
+            read_image(address, SIZE)
+
+
 # How the stored rows and columns must be laid out to be seen upright, by the EXIF standard's
 # definition of where the stored first row and first column are.
 UPRIGHT = {

@@ -7,7 +7,8 @@ import torch
 
 from groundwork import devices
 from groundwork.errors import UserError
-from groundwork.options import number
+from groundwork.options import Parser, as_arguments, as_flags, number
+from groundwork.wording import counted
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,24 @@ def test_choose_device():
     assert devices.choose_device("cpu") == torch.device("cpu")
     assert devices.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu7", "", "cuda:999", "cpu:3", "meta"):
-        with pytest.raises(UserError, match=f"--device {name} cannot be used") as error:
+        with pytest.raises(UserError, match=f"device {name} cannot be used") as error:
             devices.choose_device(name)
         assert "\n" not in str(error.value)
+
+
+def test_what_is_typed_is_told_from_the_defaults():
+    parser = Parser()
+    parser.add_argument("--n", type=number(int), default=3)
+    parser.add_argument("--name", default="x y")
+    parser.add_argument("--flag", action=argparse.BooleanOptionalAction, default=False)
+    assert parser.typed([]) == {}
+    assert parser.typed(["--n=3", "--no-flag"]) == {"n": 3, "flag": False}
+    options = {"n": 4, "name": "-a b", "flag": True, "none": None}
+    assert parser.typed(as_arguments(options)) == {"n": 4, "name": "-a b", "flag": True}
+    assert as_flags(options) == "--n 4 --name '-a b' --flag"
+    assert as_flags({"flag": False}) == "--no-flag"
+
+
+def test_counts_have_their_plurals():
+    assert [counted(n, "epoch") for n in (0, 1, 2)] == ["0 epochs", "1 epoch", "2 epochs"]
+    assert counted(2, "process") == "2 processes"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from attention_pictures import draw_attention
 from groundwork.errors import UserError
-from pictures import draw_attention, draw_curves
+from pictures import curves, draw_curves
 
 # ----------------------------------------------------------------------------------------- curves
 
@@ -54,6 +55,29 @@ def test_curves_shade_the_epochs_of_fine_tuning(tmp_path):
     assert none == only  # nothing to tell apart; the pixels are those of the grid and of letters
     shares = np.array(areas) - none
     np.testing.assert_allclose(shares / shares[0], [1, 3], rtol=0.1)
+
+
+@pytest.mark.parametrize("older", [0, 2])
+def test_curves_show_both_learning_rates_of_fine_tuning(older):
+    """Of the encoder from where it is trained on; logs of older runs have none."""
+    scores = dict.fromkeys(["loss", "val_loss", "bleu1", "bleu2", "bleu3", "bleu4"], 0.5)
+    log = [scores | {"stage": "decoder", "epoch": 1, "lr": 4e-4}]
+    log += [scores | {"stage": "finetune", "epoch": i, "lr": 3e-4} for i in range(1, 4)]
+    for record in log[1 + older :]:
+        record["encoder_lr"] = 1e-4 / record["epoch"]
+    *_, rates = curves(log).axes
+    decoder, encoder = rates.get_lines()
+    assert (decoder.get_label(), encoder.get_label()) == ("decoder", "encoder")
+    np.testing.assert_allclose(decoder.get_ydata(), [4, 3, 3, 3])
+    expected = [np.nan, 1, 1 / 2, 1 / 3]
+    expected[1 : 1 + older] = [np.nan] * older
+    np.testing.assert_allclose(encoder.get_ydata(), expected)
+    assert rates.get_ylim() == pytest.approx((0, 4.2))
+    labels = [text.get_text() for text in rates.get_legend().get_texts()]
+    assert labels == ["decoder", "encoder", "fine-tuning"]
+    for record in log:
+        record.pop("encoder_lr", None)
+    assert len(curves(log).axes[-1].get_lines()) == 1
 
 
 def test_curves_that_cannot_be_written(tmp_path):
@@ -233,6 +257,54 @@ def test_what_does_not_fit_is_refused(tmp_path):
         with pytest.raises(ValueError):
             draw(tmp_path / "a.png", alphas, words=words)
     assert not list(tmp_path.iterdir())
+
+
+def legend(pixels):
+    """The rows under the panels, and how many of their pixels have the colour of the line."""
+    bottom = max(top + height for _, top, _, height in rectangles(pixels))
+    under = pixels[bottom + 1 :]
+    return under, (abs(under - (255, 184, 28)) < 8).all(-1).sum()
+
+
+@pytest.mark.parametrize("count", [1, 12, 40])
+@pytest.mark.parametrize("size", [(300, 200), (100, 400)])
+def test_a_legend_stands_under_all_panels(tmp_path, count, size):
+    under, coloured = legend(draw(tmp_path / "a.png", even(count), size))
+    assert 20 < coloured < 150  # a dash, as long as two letters
+    assert len(under) < 60
+    inked = (under.min(-1) < 200).any(1).nonzero()[0]
+    assert 3 < np.ptp(inked) < 20  # one line, which stays off the edges
+    assert (under[:, -10:] > 250).all() and (under[-5:] > 250).all()
+
+
+def test_without_attention_there_is_no_legend(tmp_path):
+    draw_attention(Image.new("RGB", (300, 200), COLOUR), ["a", "dog"], None).save(
+        tmp_path / "a.png"
+    )
+    under, coloured = legend(np.asarray(Image.open(tmp_path / "a.png")).astype(int))
+    assert coloured == 0 and (under > 250).all()
+
+
+def test_the_line_is_where_attention_is_half_its_maximum(tmp_path):
+    """Of one peak, which is blown up to a Gaussian: at a radius known from its width."""
+    size, side = 9, 400
+    boxes = panels(tmp_path / "even.png", 1, (side, side))
+    alphas = np.zeros((1, size, size))
+    alphas[0, 4, 4] = 1
+    pixels = draw(tmp_path / "peak.png", alphas.reshape(1, -1), (side, side))
+    left, top, width, height = boxes[0]
+    panel = pixels[top : top + height, left : left + width]
+    ys, xs = np.nonzero((abs(panel - (255, 184, 28)) < 40).all(-1))
+    radius = np.hypot(xs - (width - 1) / 2, ys - (height - 1) / 2) / (width / size)
+    # one place of a grid, weighed against its neighbours by Gaussians of 0.65 places
+
+    def weight(x):
+        return np.exp(-0.5 * ((x - np.arange(-4, 5)) / 0.65) ** 2)
+
+    share = [weight(x)[4] / weight(x).sum() for x in np.linspace(0, 2, 2001)]
+    half = np.interp(-0.5, -np.array(share) / share[0], np.linspace(0, 2, 2001))
+    across = radius[abs(ys - (height - 1) / 2) < 2]
+    assert len(across) and np.allclose(across, half, atol=0.08)
 
 
 def test_drawing_touches_nothing_shared(tmp_path, monkeypatch):

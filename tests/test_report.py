@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import failure, needs_java, run_here
+from conftest import failure, least_contrast, needs_java, run_here
 from PIL import Image
 
 import evaluation
@@ -73,6 +73,7 @@ def test_the_page_has_the_figures_that_are_printed(opened):
     assert len(shown) > 3
     assert shown == printed_rows
     assert {row[0] for row in shown[1:]} >= {"beam 1", "beam 3"}
+    assert page.locator("h2:text('Scores') ~ .note", has_text="they are not the means").count() == 1
     about = " ".join(page.locator(".about").all_inner_texts())
     assert "stage " in about and "train.py" in about and "length penalty 0" in about
 
@@ -129,6 +130,63 @@ def test_searching_leaves_the_rows_that_have_all_words(opened):
     page.locator("#search").fill("nowhere to be found")
     assert rows(page) == []
     assert "0 of 8" in page.locator("#count").inner_text()
+
+
+def test_opened_rows_stay_open(opened):
+    """As they are, whatever is sorted and searched."""
+    page, _ = opened
+    file = contents(page)["examples"][5]["file"]
+    for i in (1, 4):
+        page.locator("#captions tr.row").nth(i).click()
+    open_rows = page.locator("#captions tr.open")
+    open_rows.nth(1).locator(".word").nth(2).click()
+
+    def above():
+        texts = open_rows.evaluate_all("all => all.map(e => e.previousSibling.innerText)")
+        return sorted(text.split("\t")[1] for text in texts)
+
+    before = above()
+    assert len(before) == 2
+    page.locator("#captions th button", has_text="caption").click()
+    assert above() == before
+    page.locator("#search").fill(file)
+    assert set(above()) <= {"5"}
+    page.locator("#search").fill("")
+    assert above() == before
+    assert open_rows.locator(".word.pinned").count() == 1
+    page.locator("#captions tr.row", has=page.locator(f"td:text-is('{before[0]}')")).click()
+    assert above() == before[1:]
+    page.locator("#captions th button", has_text="words").click()
+    assert above() == before[1:]
+
+
+def test_images_are_counted_as_files_and_results_are(opened, tiny_data):
+    page, _ = opened
+    page.locator("#captions th button", has_text="#").click()
+    references = files.read_json(utils.input_path(*tiny_data, "REFERENCES", "TEST"))
+    assert [row["#"] for row in rows(page)] == [str(i) for i in range(len(references))]
+    page.locator("#captions tr.row").nth(3).click()
+    names = page.locator("#captions tr.open h4").all_inner_texts()
+    assert names[-1] == f"3: {references[3]['filename']}"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_legible_in_light_and_dark(opened, scheme):
+    page, _ = opened
+    page.emulate_media(color_scheme=scheme)
+    page.locator("#captions tr.row").first.click()
+    page.locator("attention-view .word").first.hover()
+    page.locator("#captions tr.open .word").first.wait_for()
+    assert least_contrast(page, "body") > 4.5
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 22, 22)"}[scheme]
+    # curves and lengths: letters in the page's colour on its ground
+    for name in ("curves", "lengths"):
+        shot = page.locator(f"#{name}").screenshot()
+        pixels = np.asarray(Image.open(io.BytesIO(shot)).convert("L")).astype(int)
+        ground = np.bincount(pixels.ravel()).argmax()
+        assert abs(ground - {"light": 255, "dark": 22}[scheme]) < 3
+        assert abs(pixels - ground).max() > 180
 
 
 def test_a_row_opens_on_beams_people_and_attention(opened):
@@ -311,9 +369,24 @@ def test_one_of_several_captions_is_chosen_by_a_click(page, tmp_path):
     open_views(page, tmp_path, report.attention_view(noise(3, (300, 200), 120), captions, 256))
     assert page.locator(".captions li").all_inner_texts() == ["a dog −1.50", "cats −2.25"]
     assert page.locator(".captions .chosen").inner_text() == "a dog −1.50"
+    assert page.locator(".caption .p").inner_text() == "log p −1.50"
     page.locator(".captions button").nth(1).click()
     assert page.locator("figcaption").all_inner_texts() == ["cats"]
     assert page.locator(".captions .chosen").inner_text() == "cats −2.25"
+    assert page.locator(".caption .p").inner_text() == "log p −2.25"
+
+
+def test_a_legend_says_what_the_panels_show(page, tmp_path):
+    image = noise(3, (300, 200), 120)
+    looked = Caption(["a", "dog"], -1.5, np.ones((2, 9)))
+    open_views(page, tmp_path, report.attention_view(image, [looked], 256))
+    legend, strip = page.locator(".legend"), page.locator(".strip").bounding_box()
+    assert all(word in legend.inner_text() for word in ("Bright", "gray", "Line", "half"))
+    box = legend.bounding_box()
+    assert 0 <= strip["y"] - box["y"] - box["height"] < 20
+    blind = Caption(["a", "dog"], -1.5, None)
+    open_views(page, tmp_path, report.attention_view(image, [blind], 256))
+    assert legend.count() == 0 and page.locator(".caption .p").inner_text() == "log p −1.50"
 
 
 def write_by_hand(tiny_data, folder, texts, references=None, log=()):
@@ -328,8 +401,9 @@ def write_by_hand(tiny_data, folder, texts, references=None, log=()):
     scores = evaluation.score({"beam 1": texts}, [r["captions"] for r in data.references])
 
     word_map = json.loads(utils.input_path(*tiny_data, "WORDMAP").read_text())
-    beams = [[caption] for caption in captions]
-    return report.write(folder, word_map, data, {1: captions}, beams, ["by hand"], scores, log)
+    beams, path = [[caption] for caption in captions], report.page_path(folder)
+    report.write(path, word_map, data, {1: captions}, beams, ["by hand"], scores, log)
+    return path
 
 
 def test_text_in_the_data_is_shown_and_not_run(tiny_data, tmp_path, page, monkeypatch):
@@ -347,6 +421,73 @@ def test_text_in_the_data_is_shown_and_not_run(tiny_data, tmp_path, page, monkey
     note = page.locator(".note", has_text="Java")
     assert note.count() == 1 and page.locator("#captions th", has_text="CIDEr").count() == 0
     assert page.locator("#curves").count() == 0  # there is no log to draw
+    said = page.locator("#captions tr.open .caption .p").inner_text()
+    assert said == "log p −1.00"  # of a beam of 1, too
+
+
+def test_photographs_keep_their_proportions(tmp_path, page, monkeypatch):
+    """As they stand upright; squares where the references do not tell, as older ones."""
+    monkeypatch.setenv("PATH", "")
+    sizes = [(120, 60), (50, 100), (64, 64), (90, 30)]
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter
+    for i, (width, height) in enumerate(sizes):
+        exif = turned if i == 3 else None
+        Image.effect_noise((width, height), 90).save(tmp_path / f"{i}.png", exif=exif)
+    words = [{"tokens": ["a", "dog"], "raw": "A dog ."}]
+    entries = [
+        {"filename": f"{i}.png", "split": split, "sentences": words}
+        for split in ("train", "val", "test")
+        for i in range(len(sizes))
+    ]
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": entries}))
+    summary = utils.create_input_files(
+        *("demo", tmp_path / "karpathy.json", tmp_path),
+        min_word_freq=0, output_folder=tmp_path / "data", image_size=128, workers=1,
+    )  # fmt: skip
+    data = tmp_path / "data", summary["base"]
+    upright = [(128, 64), (64, 128), (128, 128), (round(128 / 3), 128)]
+    path = utils.input_path(*data, "REFERENCES", "TEST")
+    for known in (True, False):
+        page.goto(write_by_hand(data, tmp_path / "page", ["a dog"] * 4).as_uri())
+        page.locator("#captions th button", has_text="#").click()
+        load = "async all => { await Promise.all(all.map(i => i.decode()));"
+        load += " return all.map(i => [i.naturalWidth, i.naturalHeight]) }"
+        found = page.locator("#captions img").evaluate_all(load)
+        assert list(map(tuple, found)) == (upright if known else [(128, 128)] * 4)
+        for i, (width, height) in enumerate(found):
+            box = page.locator("#captions img").nth(i).bounding_box()
+            assert box["width"] / box["height"] == pytest.approx(width / height, rel=0.03)
+            page.locator("#captions tr.row").nth(i).click()
+            canvases = page.locator("#captions tr.open canvas")
+            assert canvases.nth(2).evaluate("c => c.width / c.height") == pytest.approx(
+                width / height, rel=0.03
+            )
+            page.locator("#captions tr.row").nth(i).click()
+        kept = ("filename", "id", "captions")
+        older = [{key: reference[key] for key in kept} for reference in files.read_json(path)]
+        path.write_text(json.dumps(older))
+
+
+@pytest.mark.slow
+@needs_java
+def test_the_page_says_which_scores_of_a_split_are_means(tiny_data, tmp_path, page):
+    references = files.read_json(utils.input_path(*tiny_data, "REFERENCES", "TEST"))
+    texts = [
+        r["captions"][0].split(",")[0].rstrip(" .")[: 12 + 7 * i] for i, r in enumerate(references)
+    ]
+    page.goto(write_by_hand(tiny_data, tmp_path, texts).as_uri())
+    [line] = [text for text in page.locator(".note").all_inner_texts() if "means" in text]
+    counted, means = line.split(": they are not the means")
+    heads, row = page.locator("table.figures").nth(1).locator("tr").all()
+    cells = zip(heads.locator("th").all(), row.locator("td").all(), strict=True)
+    total = {head.inner_text(): cell.inner_text() for head, cell in cells}
+    columns = contents(page)["columns"]
+    for name in ("CIDEr-D", "ROUGE-L", "METEOR"):
+        assert name in columns
+        mean = np.mean([example["scores"][name] for example in contents(page)["examples"]])
+        assert (abs(mean - float(total[name])) < 0.06) == (name in means) == (name not in counted)
+    assert "BLEU" in counted
 
 
 def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypatch):
@@ -368,11 +509,22 @@ def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypa
     assert "87.5%" in lines[3]  # all but one
 
 
-def test_a_report_that_cannot_be_written(checkpoint, tiny_data, tmp_path):
+def test_what_cannot_be_written_is_named_and_costs_no_scores(checkpoint, tiny_data, tmp_path):
+    """A folder that is a file, a page that is a folder, a picture that is one."""
+    picture = f"robustness_test_{checkpoint.name.removesuffix('.pth.tar')}.png"
     (tmp_path / "file").write_text("")
-    run = ["eval.py", "--checkpoint", checkpoint, "--data_folder", tiny_data[0]]
-    run += ["--results_folder", tmp_path]
-    assert "file" in failure(run_here(*run, "--report", tmp_path / "file"))
+    (tmp_path / "page" / "index.html").mkdir(parents=True)
+    (tmp_path / "results" / picture).mkdir(parents=True)
+    run = ["eval.py", "--model", checkpoint, "--data_folder", tiny_data[0]]
+    run += ["--output_folder", tmp_path / "results"]
+    for options, path, reason in (
+        (["--report", tmp_path / "file"], tmp_path / "file", "Not a directory|File exists"),
+        (["--report", tmp_path / "page"], tmp_path / "page" / "index.html", "Is a directory"),
+        (["--robustness", 2], tmp_path / "results" / picture, "Is a directory"),
+    ):
+        process = run_here(*run, *options)
+        assert re.search(f"{re.escape(str(path))}.*({reason})", failure(process))
+        assert "BLEU-4" in process.stdout
 
 
 def test_a_damaged_log_is_named_before_captioning(checkpoint, tiny_data, tmp_path):

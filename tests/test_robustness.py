@@ -1,5 +1,6 @@
 """Perturbations, their table and their picture, against computations of the test's own."""
 
+import base64
 import io
 import json
 from itertools import pairwise
@@ -259,6 +260,7 @@ def arguments(tiny_data, checkpoint, output):
     return (
         *("--data_folder", tiny_data[0], "--checkpoint", checkpoint, "--results_folder", output),
         *("--beam_size", 2, 1, "--max_len", 12, "--batch_size", 3, "--robustness", 5),
+        *("--report", output / "page"),
         *("--device", "cpu", "--amp", "off"),
     )
 
@@ -271,7 +273,8 @@ def test_the_table_has_a_row_a_perturbation_and_starts_from_the_captions_of_the_
     assert list(table) == list(robustness.PERTURBATIONS)
     assert "the first 5 of 8 images of the test split, 96×96 pixels, beam 2" in printed
     folder, base = tiny_data
-    results = json.loads((output / f"results_test_beam2_{base}.json").read_text())[:5]
+    path = output / f"results_test_beam2_BEST_checkpoint_{base}.json"
+    results = json.loads(path.read_text())[:5]
     references = json.loads((folder / f"TEST_REFERENCES_{base}.json").read_text())[:5]
     expected = corpus_bleu(
         [[utils.tokenize(text) for text in r["captions"]] for r in references],
@@ -283,6 +286,41 @@ def test_the_table_has_a_row_a_perturbation_and_starts_from_the_captions_of_the_
         change = float(row["Δ BLEU-4"].replace("−", "-"))
         before, after = float(table["none"]["BLEU-4"]), float(row["BLEU-4"])
         assert after == pytest.approx(before + change, abs=0.11)
+
+
+def test_the_report_has_table_and_picture(evaluated, tiny_data, page):
+    output, printed = evaluated
+    assert "report, with these: " in printed.splitlines()[-1]
+    page.goto((output / "page" / "index.html").as_uri())
+    rows = page.locator("table.figures").last.locator("tr").all()
+    shown = [row.locator("th, td").all_inner_texts() for row in rows]
+    expected = tables(printed)[-1]
+    assert shown[0][1:] == list(expected["none"])
+    assert {name: values for name, *values in shown[1:]} == {
+        name: list(row.values()) for name, row in expected.items()
+    }
+    assert "the first 5 of 8 images" in page.locator(".note", has_text="robustness").inner_text()
+    address = page.locator("#changed").get_attribute("src")
+    picture = output / f"robustness_test_{tiny_data[1]}.png"
+    assert base64.b64decode(address.partition("base64,")[2]) == picture.read_bytes()
+
+
+@pytest.mark.parametrize("size", [(400, 300), (200, 400), None])
+def test_the_picture_has_the_photographs_proportions(source, tmp_path, size):
+    red = torch.zeros_like(source.images[:1])
+    red[:, 0] = 1
+    one = robustness.Source(red, *(tensor[:1] for tensor in source[1:]))
+    captions = dict.fromkeys(robustness.PERTURBATIONS, "a dog")
+    reference = {"captions": ["a dog"]} | dict(zip(("width", "height"), size or (), strict=False))
+    robustness.draw(one, captions, reference, tmp_path / "a.png")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    is_red = (pixels == [255, 0, 0]).all(axis=2)[:, : pixels.shape[1] // 3]
+    top = is_red.any(axis=1).argmax()
+    height = (~is_red[top:].any(axis=1)).argmax()
+    width = is_red[top : top + height].any(axis=0).sum()
+    wide, high = size or (1, 1)
+    assert width / height == pytest.approx(wide / high, rel=0.05)
+    assert max(width, height) == pytest.approx(145, abs=3)
 
 
 def test_batches_of_another_size_give_the_same_captions(model, tiny_data, monkeypatch):
@@ -302,7 +340,7 @@ def test_batches_of_another_size_give_the_same_captions(model, tiny_data, monkey
 
 def test_the_picture_is_drawn(evaluated, tiny_data):
     output, printed = evaluated
-    path = output / f"robustness_test_{tiny_data[1]}.png"
+    path = output / f"robustness_test_BEST_checkpoint_{tiny_data[1]}.png"
     assert f"picture: {path}, of " in printed
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -319,7 +357,7 @@ def test_two_processes_give_the_table_of_one(evaluated, tiny_data, checkpoint, t
         assert float(two[name]["loss"]) == pytest.approx(float(row["loss"]), abs=0.02)
         for column in ("BLEU-1", "BLEU-4", "same"):
             assert two[name][column] == row[column], name
-    assert (tmp_path / f"robustness_test_{tiny_data[1]}.png").exists()
+    assert (tmp_path / f"robustness_test_BEST_checkpoint_{tiny_data[1]}.png").exists()
 
 
 def test_robustness_is_refused_for_captions_of_other_systems():

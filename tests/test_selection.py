@@ -1,6 +1,7 @@
 """Which epoch is the best, and a validation loss that does not depend on the batches."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import checkpoints
+import decoding
 import engine
 import metrics
 from config import TrainingConfig
-from datasets import CaptionDataset
+from datasets import CaptionDataset, read_word_map
 from engine import Network
 from models import DecoderWithAttention, LSTMConfig
 from objectives import CrossEntropy
@@ -22,7 +24,7 @@ from run_state import RunState
 def state_of(**config):
     """A `RunState` without a model, in its first stage."""
     config = TrainingConfig(**config)
-    state = RunState(None, config, "x", WORDS, 64, {}, [{}], stage="decoder")
+    state = RunState(None, config, "x", WORDS, {}, [{}], stage="decoder")
     state.optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
     state.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
         state.optimizer, "max", 0.5, config.patience - 1, 0
@@ -70,6 +72,16 @@ def test_progress_without_bleu4_keeps_the_learning_rate():
     assert state.waited == 5
 
 
+def test_a_cosine_epoch_whose_steps_an_earlier_process_did_goes_on_quietly():
+    """Warnings are errors here."""
+    state = state_of(schedule="cosine", epochs=4)
+    state.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(state.optimizer, 4)
+    for n in range(1, 5):
+        state.end_epoch(SHORT[0])
+        rate = state.optimizer.param_groups[0]["lr"]
+        assert rate == pytest.approx((1 + math.cos(math.pi * n / 4)) / 2, abs=1e-9)
+
+
 def test_captions_of_two_words_keep_the_epoch_that_knows_them(tmp_path):
     """Their BLEU-4 is 0 for ever."""
     colours = {"red": (200, 0, 0), "blue": (0, 0, 200)}
@@ -113,6 +125,7 @@ def test_cider_is_chosen_and_computed_without_java(tiny_data, tmp_path, monkeypa
     assert process.stdout.count("CIDEr-D") >= 2
 
 
+@pytest.mark.slow  # for Java
 def test_cider_of_words_is_the_official_one_of_the_same_words():
     """Tokens of the official tokenizer are those of plain lower-case text without punctuation."""
     references = [["a red circle", "one circle"], ["two blue squares on red"], ["a star"]]
@@ -125,24 +138,28 @@ def test_cider_of_words_is_the_official_one_of_the_same_words():
         assert found == pytest.approx(official["CIDEr-D"], abs=1e-9)
 
 
+class Colours(torch.nn.Module):
+    """The colours of quarters of quarters stand for features."""
+
+    def features(self, images):
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images / 255, 4)
+        return pooled.permute(0, 2, 3, 1)
+
+
+def untrained(tiny_data, amp=False):
+    """A `Network` with random weights, and its word map."""
+    word_map = read_word_map(*tiny_data)
+    decoder = DecoderWithAttention(LSTMConfig(len(word_map), 3, 8, 8, 8, encoded_image_size=4))
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return Network(Colours(), decoder, torch.device("cpu"), amp), word_map
+
+
 @pytest.mark.parametrize("alpha_c", [0.0, 1.5])
 def test_the_validation_loss_does_not_depend_on_the_batches(tiny_data, alpha_c):
     data = CaptionDataset(*tiny_data, "VAL")
     assert len(set(data.lengths.flatten().tolist())) > 2  # words weigh otherwise than captions
-    words = len(json.loads((tiny_data[0] / f"WORDMAP_{tiny_data[1]}.json").read_text()))
-    word_map = json.loads((tiny_data[0] / f"WORDMAP_{tiny_data[1]}.json").read_text())
-    decoder = DecoderWithAttention(LSTMConfig(words, 3, 8, 8, 8, encoded_image_size=4))
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-
-    class Colours(torch.nn.Module):
-        """The colours of quarters of quarters stand for features."""
-
-        def features(self, images):
-            pooled = torch.nn.functional.adaptive_avg_pool2d(images / 255, 4)
-            return pooled.permute(0, 2, 3, 1)
-
-    network = Network(Colours(), decoder, torch.device("cpu"), False)
+    network, word_map = untrained(tiny_data)
     losses, accuracies = [], []
     for size in (1, 3, 8):
         batches = DataLoader(data, size)
@@ -155,3 +172,34 @@ def test_the_validation_loss_does_not_depend_on_the_batches(tiny_data, alpha_c):
     images, captions, lengths = next(iter(DataLoader(data, 8)))
     expected = CrossEntropy(alpha_c)(*network.read(network.encode(images), captions, lengths))
     assert losses[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_validation_prepares_a_batch_once_and_finds_what_two_passes_do(tiny_data, monkeypatch, amp):
+    network, word_map = untrained(tiny_data, amp)
+    words, objective = {index: word for word, index in word_map.items()}, CrossEntropy(0.5)
+    batches = list(DataLoader(CaptionDataset(*tiny_data, "VAL"), 3))
+    sums, right, expected = torch.zeros(2, 2, dtype=torch.float64), 0, []
+    network.decoder.eval()
+    with torch.inference_mode():
+        for images, captions, lengths in batches:
+            with network.autocast():
+                features = network.encode(images)
+                scores, targets, alphas = network.read(features, captions, lengths)
+                sums += objective.sums(scores, targets, alphas)
+                found = decoding.greedy(network.decoder, features, word_map)
+            in_top5 = scores.data.topk(5).indices == targets.data[:, None]
+            right += int(in_top5.sum())
+            expected += [[words[word] for word in caption.words] for caption in found]
+
+    calls, prepare = [], DecoderWithAttention.prepare
+    monkeypatch.setattr(
+        DecoderWithAttention, "prepare", lambda self, x: calls.append(x) or prepare(self, x)
+    )
+    loss, top5, captions = engine.validate(network, batches, objective, word_map)
+    assert len(calls) == len(batches) == 3
+    assert loss == objective.of(sums)
+    assert top5 == pytest.approx(right / sum(int((n - 1).sum()) for *_, n in batches), rel=1e-5)
+    assert [caption.words for caption in captions] == expected
+    network.decoder.prepare(torch.zeros(1, 4, 4, 3))  # the class's own again
+    assert len(calls) == 4

@@ -103,10 +103,12 @@ except SystemExit as exit:
 
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
-    "models kernels stages encoders contract decoding",
+    "models kernels stages encoders efficientnet_lite contract decoding",
     "utils datasets features demo",
-    "pictures metrics coco_results evaluation robustness report textbook benchmark_data",
-    "config engine objectives checkpoints run_state training_data training_report training",
+    "pictures attention_pictures metrics coco_results evaluation evaluation_data robustness report "
+    "textbook benchmark_data",
+    "config engine objectives checkpoints run_state training_data training_report training "
+    "continuation",
     "captioner hubconf benchmark_parts benchmark_report",
 ]
 

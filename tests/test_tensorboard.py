@@ -19,6 +19,9 @@ from test_distributed import run_two
 
 import checkpoints
 import decoding
+import pictures
+import training
+import utils
 from groundwork import tensorboard_log
 
 CAPTIONS, STEPS = 80, 3  # of an epoch of the tiny data: 8 images in batches of 3 at most
@@ -103,7 +106,11 @@ def test_every_step_has_its_loss_and_rates(run, tiny_data):
     rates = found["learning_rate/decoder"]
     expected = [line["lr"] for line in log for _ in range(STEPS)]
     assert [rate for _, rate in rates] == pytest.approx(expected)
-    assert [step for step, _ in found["learning_rate/encoder"]] == steps[STEPS:]
+    encoder = found["learning_rate/encoder"]
+    assert [step for step, _ in encoder] == steps[STEPS:]
+    assert "encoder_lr" not in log[0]
+    assert [rate for _, rate in encoder] == pytest.approx([log[1]["encoder_lr"]] * STEPS)
+    assert encoder[0][1] == pytest.approx(1e-4)  # the default, which is not the decoder's
 
 
 def test_examples_are_drawn_in_every_epoch(run, tiny_data):
@@ -130,18 +137,23 @@ def test_examples_are_drawn_in_every_epoch(run, tiny_data):
             assert f"human: {references[i]['captions'][0]}\n" in contents.decode()
 
 
+def plugin(events, tag):
+    return HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
+
+
+def hyperparameters(events):
+    return plugin(events, "_hparams_/session_start_info").session_start_info.hparams
+
+
 def test_hyperparameters_and_the_record_are_shown(run, tiny_data):
     output, base = run[0], tiny_data[1]
     events = read(output, base)
-
-    def plugin(tag):
-        return HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
-
-    found = plugin("_hparams_/session_start_info").session_start_info.hparams
+    found = hyperparameters(events)
     assert found["decoder_dim"].number_value == 8 and found["seed"].number_value == 0
     assert found["encoder"].string_value == OFFLINE and found["deep_output"].string_value == "False"
+    assert found["precision"].string_value == "float32"
     assert not {"data_folder", "device", "workers", "resume"} & set(found)
-    metrics = plugin("_hparams_/experiment").experiment.metric_infos
+    metrics = plugin(events, "_hparams_/experiment").experiment.metric_infos
     tags = {metric.name.tag for metric in metrics}
     assert tags == {"BLEU/BLEU-4", "loss/validation"} <= set(events.Tags()["scalars"])
     [record] = events.Tensors("run/text_summary")
@@ -240,18 +252,60 @@ def test_overwriting_removes_an_older_runs_events(run, tiny_data, tmp_path):
     assert not event_files(output)
 
 
-def test_a_later_stage_continues_the_axis_and_another_runs_checkpoint_begins_anew(
-    run, decoder_run, tiny_data, tmp_path
-):
-    own, other, base = tmp_path / "own", tmp_path / "other", tiny_data[1]
+def test_a_later_stage_continues_the_axis(decoder_run, tiny_data, tmp_path):
+    own, base = tmp_path / "own", tiny_data[1]
     shutil.copytree(decoder_run, own)
-    shutil.copytree(run[0] / "tensorboard", other / "tensorboard")
-    decoder = checkpoints.checkpoint_path(own, base)
-    train_here(tiny_data, other, *DECODER, "--checkpoint", decoder, "--epochs", 3)
-    assert [e.step for e in read(other, base).Scalars("loss/validation")] == [3 * CAPTIONS]
     train_here(tiny_data, own, "--stage", "finetune", "--tensorboard")
     found = [e.step for e in read(own, base).Scalars("loss/validation")]
     assert found == [CAPTIONS, 2 * CAPTIONS, 3 * CAPTIONS]
+
+
+@pytest.fixture(scope="module")
+def continued(run, decoder_run, tiny_data, tmp_path_factory):
+    """The events of a run that goes on from another's checkpoint, with other options, on data of
+    which the first validation photograph is twice as wide as high, and others of unknown sizes."""
+    folder, output = tmp_path_factory.mktemp("wide") / "data", tmp_path_factory.mktemp("continued")
+    shutil.copytree(tiny_data[0], folder)
+    path = utils.input_path(folder, tiny_data[1], "REFERENCES", "VAL")
+    references = json.loads(path.read_text())
+    for reference in references:
+        del reference["width"], reference["height"]
+    references[0] |= {"width": 1000, "height": 500}
+    path.write_text(json.dumps(references))
+    shutil.copytree(run[0] / "tensorboard", output / "tensorboard")
+    decoder = checkpoints.checkpoint_path(decoder_run, tiny_data[1])
+    other = ["--decoder_dim", 16, "--gate", "channel", "--dropout", 0.25, "--epochs", 3]
+    train_here((folder, None), output, *DECODER, "--checkpoint", decoder, *other)
+    return read(output, tiny_data[1])
+
+
+def test_another_runs_checkpoint_begins_anew(continued):
+    assert [e.step for e in continued.Scalars("loss/validation")] == [3 * CAPTIONS]
+
+
+def test_hyperparameters_are_those_in_force(continued):
+    """The checkpoint's of the model, but for dropout, and the options' of the training."""
+    found = hyperparameters(continued)
+    assert found["decoder_dim"].number_value == 8 and found["gate"].string_value == "scalar"
+    assert found["dropout"].number_value == 0.25 and found["epochs"].number_value == 3
+
+
+def test_examples_have_the_photographs_proportions(continued):
+    for number, (i, width, height) in enumerate([(0, 96, 48), (3, 96, 96)], start=1):
+        [tag] = [tag for tag in continued.Tags()["images"] if f"/{number} " in tag]
+        [event] = continued.Images(tag)
+        [text] = continued.Tensors(tag.replace("attention/", "captions/") + "/text_summary")
+        line = text.tensor_proto.string_val[0].decode().splitlines()[0]
+        words = line.partition("model: ")[2].split()
+        picture = Image.open(io.BytesIO(event.encoded_image_string))
+        blank = Image.new("RGB", (width, height))
+        expected = pictures.draw_attention(blank, words, torch.ones(len(words), 9))
+        assert picture.size == expected.size, i
+        if i == 0:
+            square = pictures.draw_attention(
+                blank.resize((96, 96)), words, torch.ones(len(words), 9)
+            )
+            assert picture.size != square.size
 
 
 @pytest.mark.slow
@@ -281,10 +335,24 @@ def test_without_the_package_a_line_says_what_to_install(tiny_data, tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["log_{}.jsonl", "curves_{}.png"])
+def test_a_log_that_cannot_be_written_is_named_before_anything_is_done(
+    tiny_data, tmp_path, monkeypatch, name
+):
+    path = tmp_path / name.format(tiny_data[1])
+    path.mkdir()
+    monkeypatch.setattr(training, "TrainingData", None)  # which may encode for hours
+    process = run_here(
+        *("train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path, *RUN)
+    )
+    assert failure(process).endswith(f"cannot write {path}: Is a directory")
+
+
 @pytest.mark.parametrize("which", ["folder", "file"])
 def test_what_cannot_be_written_is_named_before_training(tiny_data, tmp_path, monkeypatch, which):
     if which == "folder":
         (tmp_path / "tensorboard").write_text("")
+        monkeypatch.setattr(training, "TrainingData", None)  # which may encode for hours
     else:
         monkeypatch.setattr(gfile.LocalFileSystem, "write", no_room)
     process = run_here(

@@ -1,7 +1,7 @@
 // <attention-view data='{"image": URL, "captions": [{"words", "alphas", "log_prob"}, …]}'>: a
 // photograph, its caption, and a panel a word that shows where the model looked, as caption.py draws
 // them. Hovering over a word or panel shows it on the photograph; a click keeps it there; the arrow
-// keys step. Of several captions one is chosen by a click.
+// keys step. Of several captions one is chosen by a click. Its colours are those of the page around.
 //
 // alphas: base64 of T rows of L = size² bytes, one a word, row by row over the image, 255 at the
 // greatest of each word; null of a model without attention, which then has no panels.
@@ -22,7 +22,11 @@
     .steps[hidden] { display: none; }
     .steps button { font: inherit; color: inherit; background: none; cursor: pointer;
                     border: 1px solid currentColor; border-radius: 4px; padding: 1px 9px; }
-    .steps span { opacity: 0.75; }
+    .steps span, .legend { opacity: 0.8; }
+    .legend { margin: 0 0 10px; font-size: 13px; }
+    .legend .line { display: inline-block; width: 22px; height: 11px; border-radius: 2px;
+                    background: linear-gradient(#444 37%, rgb(${AMBER}) 37% 63%, #444 63%); }
+    .caption .p { align-self: center; padding-left: 8px; font-size: 14px; white-space: nowrap; }
     .strip { display: grid; gap: 8px 8px; grid-template-columns: repeat(auto-fill, 98px); }
     figure { margin: 0; cursor: pointer; }
     figcaption { font-size: 13px; padding: 0 3px; border-radius: 4px; white-space: nowrap;
@@ -34,8 +38,8 @@
                        padding: 1px 4px; text-align: left; border-radius: 4px;
                        vertical-align: top; }
     .captions .chosen { background: rgb(${AMBER.join(" ")} / 0.35); }
-    .captions .p { opacity: 0.65; font-variant-numeric: tabular-nums; }
-    .pinned { box-shadow: inset 0 -2px currentColor; }
+    .p { opacity: 0.8; font-variant-numeric: tabular-nums; }
+    .pinned { text-decoration: underline 2px; text-underline-offset: 3px; }
   `;
 
   const element = (name, properties = {}, ...children) => {
@@ -43,6 +47,13 @@
     made.append(...children);
     return made;
   };
+
+  const signed = (number) => number.toFixed(2).replace("-", "−");
+
+  // what the panels show, in words
+  const legend = () =>
+    element("p", { className: "legend" }, "Bright: where the model looked for the word. Dim and gray: " +
+      "elsewhere. Line ", element("span", { className: "line" }), ": attention at half its maximum.");
 
   // rows of L bytes -> each word's share of attention, 0 to 1 at its greatest
   const decode = (text, count) => {
@@ -164,7 +175,10 @@
           className: i === chosen ? "chosen" : "", ariaPressed: i === chosen,
           onclick: () => this.choose(i),
         }, `${words.join(" ")} `,
-        element("span", { className: "p", textContent: log_prob.toFixed(2).replace("-", "−") }))));
+        element("span", { className: "p", textContent: signed(log_prob) }))));
+      const sure = element("span", { className: "p",
+        textContent: `log p ${signed(this.captions[chosen].log_prob)}`,
+        title: "natural logarithm of the caption's probability" });
       const view = element("div", { className: "view", tabIndex: 0, onkeydown: (event) => {
         const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
         if (event.key === "Escape") this.pin(null);
@@ -172,9 +186,10 @@
       } },
         element("div", { className: "photo" }, this.photo),
         element("div", { className: "side" },
-          element("div", { className: "caption" }, ...this.labels),
+          element("div", { className: "caption" }, ...this.labels, sure),
           element("div", { className: "steps", hidden: !this.grids },
             step("◀", "word before", -1), step("▶", "next word", 1), this.where),
+          ...(this.grids ? [legend()] : []),
           element("div", { className: "strip" }, ...this.panels),
           ...(others.length > 1 ? [element("ol", { className: "captions" }, ...others)] : [])));
       const root = this.shadowRoot || this.attachShadow({ mode: "open" });

@@ -1,0 +1,51 @@
+"""Words of messages: numbers of things, sizes, lists."""
+
+import math
+import sys
+
+MOST = 10  # of a list that is shown
+
+
+def counted(number, noun, plural=None):
+    """A number with its noun: 1 image, 2 images, 2 processes; `plural` where it is another."""
+    plural = plural or (f"{noun}es" if noun.endswith("s") else f"{noun}s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def size_of(count):
+    """Bytes in the unit that fits: "0 bytes", "1.5 kB", "24 GB"."""
+    if count < 999.5:
+        return counted(round(count), "byte")
+    power = next(n for n in range(1, 7) if count < 999.5 * 1000**n or n == 6)
+    return f"{count / 1000**power:.3g} {'kMGTPE'[power - 1]}B"
+
+
+def figure(value, form):
+    """A number in a format, a dash where there is none: where it is NaN."""
+    return "–" if math.isnan(value) else f"{value:{form}}"
+
+
+def some(items, most=MOST):
+    """The items with commas between, of many the first ones and how many more there are."""
+    items = list(map(str, items))
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if items[most:] else "")
+
+
+class Complaints:
+    """Lines on stderr about single items, of which there may be a hundred thousand: the first ones,
+    and at the end how many more there were."""
+
+    def __init__(self, write=lambda line: print(line, file=sys.stderr)):
+        self.write, self.count = write, 0
+
+    def __enter__(self):
+        return self
+
+    def add(self, line):
+        self.count += 1
+        if self.count <= MOST:
+            self.write(line)
+
+    def __exit__(self, *_):
+        if self.count > MOST:
+            self.write(f"… and {self.count - MOST} more")
