@@ -301,7 +301,7 @@ def make_state(options, typed, base, checkpoint, device):
         make(TrainingConfig, vars(options)),
         base,
         word_map,
-        plain(options) | in_force,
+        plain(options) | in_force | {"data_name": base},
         [*(checkpoint.get("records", []) if checkpoint else []), record],
         log=checkpoint["log"] if checkpoint else [],
         best=best_record(checkpoint) if checkpoint else None,
