@@ -19,9 +19,9 @@ from test_distributed import run_two
 
 import checkpoints
 import decoding
-import pictures
 import training
 import utils
+from attention_pictures import draw_attention
 from groundwork import tensorboard_log
 
 CAPTIONS, STEPS = 80, 3  # of an epoch of the tiny data: 8 images in batches of 3 at most
@@ -274,7 +274,7 @@ def continued(run, decoder_run, tiny_data, tmp_path_factory):
     path.write_text(json.dumps(references))
     shutil.copytree(run[0] / "tensorboard", output / "tensorboard")
     decoder = checkpoints.checkpoint_path(decoder_run, tiny_data[1])
-    other = ["--decoder_dim", 16, "--gate", "channel", "--dropout", 0.25, "--epochs", 3]
+    other = ["--dropout", 0.25, "--epochs", 3]
     train_here((folder, None), output, *DECODER, "--checkpoint", decoder, *other)
     return read(output, tiny_data[1])
 
@@ -299,12 +299,10 @@ def test_examples_have_the_photographs_proportions(continued):
         words = line.partition("model: ")[2].split()
         picture = Image.open(io.BytesIO(event.encoded_image_string))
         blank = Image.new("RGB", (width, height))
-        expected = pictures.draw_attention(blank, words, torch.ones(len(words), 9))
+        expected = draw_attention(blank, words, torch.ones(len(words), 9))
         assert picture.size == expected.size, i
         if i == 0:
-            square = pictures.draw_attention(
-                blank.resize((96, 96)), words, torch.ones(len(words), 9)
-            )
+            square = draw_attention(blank.resize((96, 96)), words, torch.ones(len(words), 9))
             assert picture.size != square.size
 
 
