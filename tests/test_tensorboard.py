@@ -211,11 +211,12 @@ errors.run(train.main)
     ("steps", "validations", "every"),
     [
         (STEPS + 2, 1, 2),
-        pytest.param(STEPS, 1, 1, marks=pytest.mark.slow),
-        pytest.param(2 * STEPS, 2, 100, marks=pytest.mark.slow),
+        (STEPS, 1, 1),
+        (2 * STEPS, 2, 100),
     ],
     ids=["inside an epoch", "after a validation", "at an epoch's end"],
 )
+@pytest.mark.slow
 def test_after_a_kill_nothing_stands_twice(
     decoder_run, tiny_data, tmp_path, steps, validations, every
 ):
