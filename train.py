@@ -28,7 +28,9 @@ from groundwork.options import (
 # Of the model's options, those that a checkpoint that is continued may have otherwise
 DROPOUTS = ("dropout", "embed_dropout")
 # What says which run it is, and where; all other options are the run's own, until others are typed
-APART = {"model", "resume", "overwrite", "data_folder", "data_name", "output_folder"}
+APART = {
+    "model", "resume", "overwrite", "prune_features", "data_folder", "data_name", "output_folder",
+}  # fmt: skip
 # Learnable in minutes on two cores; the other defaults suit photographs and a grid of 14×14.
 DEMO_DEFAULTS = {
     "encoder": "timm:tf_efficientnet_lite2",  # encoders.OFFLINE_ENCODER, which takes long to import
@@ -313,7 +315,7 @@ def make_state(options, typed, base, checkpoint, device):
         make(TrainingConfig, vars(options)),
         base,
         word_map,
-        plain(options) | in_force,
+        plain(options) | in_force | {"data_name": base},
         [*(checkpoint.get("records", []) if checkpoint else []), record],
         log=checkpoint["log"] if checkpoint else [],
         best=best_record(checkpoint) if checkpoint else None,

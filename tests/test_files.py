@@ -10,7 +10,7 @@ from conftest import ROOT
 import encoders
 from groundwork import errors, files
 from groundwork.errors import UserError, printable
-from groundwork.files import check_writable, write_new
+from groundwork.files import write_new
 
 
 def test_atomic_write(tmp_path):
@@ -105,16 +105,6 @@ def test_a_new_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="cannot write .*x.png"):
         write_new(tmp_path / "x.png", b"")
     assert not list(tmp_path.iterdir())
-
-
-def test_where_a_file_cannot_be_written_is_known_before(tmp_path):
-    (tmp_path / "old").write_text("old")
-    check_writable(tmp_path / "new")
-    check_writable(tmp_path / "old")
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
-    for path in (tmp_path, tmp_path / "missing" / "x", tmp_path / "old" / "x"):
-        with pytest.raises(UserError, match="cannot write"):
-            check_writable(path)
 
 
 def test_words_keep_their_joiners_in_a_printed_line():

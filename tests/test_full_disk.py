@@ -50,7 +50,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "features")) for case in CASES]
+)
 def test_on_a_full_disk_nothing_is_lost(case, trained, scenes, tmp_path):
     (source, base), (limit, name) = trained, CASES[case]
     folder = tmp_path / "folder"

@@ -19,9 +19,9 @@ from test_distributed import run_two
 
 import checkpoints
 import decoding
-import pictures
 import training
 import utils
+from attention_pictures import draw_attention
 from groundwork import tensorboard_log
 
 CAPTIONS, STEPS = 80, 3  # of an epoch of the tiny data: 8 images in batches of 3 at most
@@ -211,11 +211,12 @@ errors.run(train.main)
     ("steps", "validations", "every"),
     [
         (STEPS + 2, 1, 2),
-        pytest.param(STEPS, 1, 1, marks=pytest.mark.slow),
-        pytest.param(2 * STEPS, 2, 100, marks=pytest.mark.slow),
+        (STEPS, 1, 1),
+        (2 * STEPS, 2, 100),
     ],
     ids=["inside an epoch", "after a validation", "at an epoch's end"],
 )
+@pytest.mark.slow
 def test_after_a_kill_nothing_stands_twice(
     decoder_run, tiny_data, tmp_path, steps, validations, every
 ):
@@ -274,7 +275,7 @@ def continued(run, decoder_run, tiny_data, tmp_path_factory):
     path.write_text(json.dumps(references))
     shutil.copytree(run[0] / "tensorboard", output / "tensorboard")
     decoder = checkpoints.checkpoint_path(decoder_run, tiny_data[1])
-    other = ["--decoder_dim", 16, "--gate", "channel", "--dropout", 0.25, "--epochs", 3]
+    other = ["--dropout", 0.25, "--epochs", 3]
     train_here((folder, None), output, *DECODER, "--checkpoint", decoder, *other)
     return read(output, tiny_data[1])
 
@@ -299,12 +300,10 @@ def test_examples_have_the_photographs_proportions(continued):
         words = line.partition("model: ")[2].split()
         picture = Image.open(io.BytesIO(event.encoded_image_string))
         blank = Image.new("RGB", (width, height))
-        expected = pictures.draw_attention(blank, words, torch.ones(len(words), 9))
+        expected = draw_attention(blank, words, torch.ones(len(words), 9))
         assert picture.size == expected.size, i
         if i == 0:
-            square = pictures.draw_attention(
-                blank.resize((96, 96)), words, torch.ones(len(words), 9)
-            )
+            square = draw_attention(blank.resize((96, 96)), words, torch.ones(len(words), 9))
             assert picture.size != square.size
 
 
