@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 import encoders
+import stages
 from encoders import OFFLINE_ENCODER, Encoder, EncoderError, encoder_shapes
 from models import DecoderWithAttention, LSTMConfig
 
@@ -421,3 +422,56 @@ def test_shapes_of_a_network_take_no_memory(name, monkeypatch):
             monkeypatch.setattr(torch.Tensor, initialiser, counting)
     encoder_shapes(name)
     assert sum(filled) < 10_000
+
+
+# ------------------------------------------------------------------------------------- stages
+
+
+@torch.no_grad()
+def test_stages_are_those_of_the_network_cut_by_hand(resnet18):
+    network, file = resnet18
+    encoder = Encoder("resnet18", weights=file, stages=["16", "32"])
+    images = synthetic_images()
+    x = normalize(images.float() / 255, *IMAGENET)
+    x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+    fine = network.layer3(network.layer2(network.layer1(x)))
+    coarse = network.layer4(fine)
+    features = encoder.features(images)
+    assert features.shape == (2, 8, 8, encoder.dim) and encoder.dim == 4 * 256 + 512
+    maps = stages.unpack(features, encoder.stage_dims, encoder.stage_factors)
+    for found, expected in zip(maps, (fine, coarse), strict=True):
+        close(found, expected.flatten(2).transpose(1, 2), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "factors"),
+    [
+        (OFFLINE, (120, 352, 1280), (2, 1, 1)),  # the last map is behind a 1×1 layer
+        ("efficientnet_b0", (112, 320, 1280), (2, 1, 1)),
+        ("mobilenet_v3_small", (48, 96, 576), (2, 1, 1)),
+        ("resnet18", (256, 512, 512), (2, 1, 1)),
+        ("swin_t", (384, 768, 768), (2, 1, 1)),
+        ("timm:resnet10t", (256, 512, 512), (2, 1, 1)),
+    ],
+)
+def test_stages_of_networks_of_many_kinds(name, dims, factors):
+    encoder = Encoder(name, weights=None, stages=["16", "32", "last"])
+    assert (encoder.stage_dims, encoder.stage_factors) == (dims, factors)
+    with torch.no_grad():
+        features = encoder.features(synthetic_images(1, 96))
+    assert features.shape == (1, 3, 3, sum(d * f**2 for d, f in zip(dims, factors, strict=True)))
+
+
+def test_a_stage_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(EncoderError, match="no stage 64: it has those of stride 2, 4, 8, 16, 32,"):
+        Encoder("resnet18", weights=None, stages=["64"])
+
+
+def test_only_layers_that_are_used_are_fine_tuned():
+    encoder = Encoder(OFFLINE, weights=None, stages=["16", "32"])
+    encoder.fine_tune(True)
+    encoder.features(synthetic_images(1, 64)).square().mean().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+    tuned = {name.split(".")[1:3][-1] for name, p in encoder.named_parameters() if p.requires_grad}
+    assert tuned == set("23456"), "blocks of stride 8 and more, without the head"
