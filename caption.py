@@ -50,6 +50,10 @@ def parse_arguments():
         parser.error("--show opens the pictures that --no_pictures leaves out")
     if options.ids and not options.results:
         parser.error("--ids are for --results")
+    if options.results == "-":
+        parser.error("--results takes a file")
+    if options.seed is not None and not options.temperature:
+        parser.error("--seed is for what is drawn: give a --temperature")
     return options
 
 
@@ -97,7 +101,7 @@ def find_images(arguments, recursive):
     for argument in arguments:
         for path in read_list() if argument == "-" else [argument]:
             paths += images_in(path, recursive) if Path(path).is_dir() else [path]
-    return list({Path(path): path for path in paths}.values())
+    return list({os.path.abspath(path): path for path in paths}.values())
 
 
 def read_list():
@@ -113,7 +117,7 @@ def images_in(folder, recursive):
     """Paths of the images in a folder. Raises UserError where it has none, or cannot be read."""
     from groundwork.images import HEIC, endings
 
-    known, found, other = endings(), [], Counter()
+    known, found, other, closed, links = endings(), [], Counter(), 0, 0
 
     def refuse(error):
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
@@ -127,11 +131,15 @@ def images_in(folder, recursive):
             else:
                 other[ending or "without an ending"] += 1
         if not recursive:
-            other["folders (--recursive takes them)"] += len(folders)
+            closed += len(folders)
             break
-        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
-        other["links to folders"] += sum(1 for _ in links)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in other.most_common() if count)
+        links += sum(os.path.islink(os.path.join(place, name)) for name in folders)
+    passed = [f"{count} {kind}" for kind, count in other.most_common()]
+    if closed:
+        passed.append(f"{counted(closed, 'folder')} (--recursive takes what is in there)")
+    if links:
+        passed.append(counted(links, "link to a folder", "links to folders"))
+    kinds = ", ".join(passed)
     if other.keys() & set(HEIC):
         kinds += " (HEIC: pip install pillow-heif)"
     if not found:

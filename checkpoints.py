@@ -268,9 +268,9 @@ def find_checkpoint(path):
     found = best_checkpoints(path)
     found = [file for file in found if file.parent == path] or found
     if not found:
-        raise UserError(
-            f"no BEST checkpoint in the folder {path}: train with train.py, or name a file"
-        )
+        other = sorted(path.glob("checkpoint_*.pth.tar"))
+        hint = f"it has {some(other)}: name it" if other else "train with train.py, or name a file"
+        raise UserError(f"no BEST checkpoint in the folder {path}: {hint}")
     if len(found) > 1:
         raise UserError(f"{path} holds {len(found)} models, name one: {some(found)}")
     return found[0]

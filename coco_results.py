@@ -101,7 +101,7 @@ def match(results, references, wanted, files):
     """(caption, references) of each wanted image.
 
     Args:
-        results: from `read_results`.
+        results: from `read_results`; by the images' ids, or by the names of their files.
         references: `References`.
         wanted: ids, of the references'.
         files: paths of results and references, for the message.
@@ -109,6 +109,8 @@ def match(results, references, wanted, files):
     Raises:
         UserError: the results are of other images, or lack some; how they differ.
     """
+    if not references.captions.keys() & results.keys():  # by the names of the images' files?
+        results = {references.names.get(name, name): text for name, text in results.items()}
     alone = [id_ for id_ in results if id_ not in references.captions]
     missing = [id_ for id_ in wanted if id_ not in results]
     if not alone and not missing:
@@ -141,7 +143,7 @@ def read_subset(value):
         if int(value) == 0:
             raise UserError("--subset 0 leaves no image")
         return int(value)
-    check_readable(value)
+    check_readable(value, f"--subset {value} is neither a number of images nor a file")
     text = Path(value).read_bytes()
     if text.lstrip()[:1] in (b"[", b"{"):
         entries = read_json(value)
@@ -203,7 +205,7 @@ def image_ids(paths, source=None):
     Args:
         paths: of image files.
         source: a JSON file: COCO's, with "images" that have "file_name" and "id", Karpathy's, or
-            file name -> id.
+            an image's path or file name -> id.
 
     Raises:
         UserError: an image has no id there, or two images have the same.
@@ -212,18 +214,23 @@ def image_ids(paths, source=None):
     ids, images = {}, {}
     for path in paths:
         name = Path(path).name
-        if source is not None and name not in known:
+        id_ = known.get(str(path), known.get(name))
+        if source is not None and id_ is None:
             raise UserError(f"{source} has no id for {path}: add it, or leave the image out")
-        number = re.search(r"(?:^|_)(\d{12})\.\w+$", name)
-        id_ = known[name] if source is not None else int(number[1]) if number else name
+        if source is None:
+            number = re.search(r"(?:^|_)(\d{12})\.\w+$", name)
+            id_ = int(number[1]) if number else name
         if id_ in images:
-            raise UserError(f"{path} and {images[id_]} have the same id, {id_}: name ids by --ids")
+            raise UserError(
+                f"{path} and {images[id_]} have the same id, {id_}: give the ids of both paths in "
+                "--ids"
+            )
         ids[path], images[id_] = id_, path
     return ids
 
 
 def _read_ids(path):
-    """File name -> id."""
+    """Path or file name -> id, a whole number or a text."""
     contents = read_json(path)
     images = contents.get("images") if isinstance(contents, dict) else None
     if images is None:
@@ -235,8 +242,11 @@ def _read_ids(path):
         pairs = [(image["filename"], image["imgid"]) for image in read_karpathy(path)]
     ids = {}
     for name, id_ in pairs:
-        if not isinstance(name, str) or type(id_) not in (int, str):
-            raise UserError(f"{path} is no list of images with file names and ids")
+        if not isinstance(name, str) or id_of(id_) is None:
+            raise UserError(
+                f"{path} is no list of images with file names and ids: {name!r}, {id_!r}"
+            )
+        id_ = id_ if isinstance(id_, str) else int(id_)
         if ids.setdefault(name, id_) != id_:
             raise UserError(f"{path} has two ids for {name}, {ids[name]} and {id_}")
     return ids

@@ -98,7 +98,7 @@ def _latest(newest, best):
 def _in_folder(request, data_folder):
     """The newest checkpoint of a run in the output folder, or, to fine-tune from, its best."""
     folder = Path(request.output_folder or request.data_folder or data_folder)
-    base = request.data_name or _only_run(request, folder, data_folder)
+    base = request.data_name or _only_run(request, folder)
     if base is None:  # of the data there, as for a new run
         base = find_data(request.data_folder or data_folder)
     newest, best = checkpoint_paths(folder, base or "")
@@ -124,16 +124,20 @@ def _in_folder(request, data_folder):
     return start._replace(checkpoint=start.checkpoint | {"stage": "decoder"})
 
 
-def _only_run(request, folder, data_folder):
-    """The data set of the one run in a folder, None where there is none."""
-    bases = {
+def runs_in(folder):
+    """The data sets of the runs in a folder."""
+    return {
         path.name.removeprefix(prefix).removesuffix(".pth.tar")
         for prefix in ("checkpoint_", "BEST_checkpoint_")
-        for path in folder.glob(f"{prefix}*.pth.tar")
+        for path in Path(folder).glob(f"{prefix}*.pth.tar")
     }
-    near = {base for base in bases if has_data(request.data_folder or data_folder, base)}
-    if near or request.data_folder is not None:  # whose data it is about
-        bases = near
+
+
+def _only_run(request, folder):
+    """The data set of the one run in a folder, None where there is none."""
+    bases = runs_in(folder)
+    if request.data_folder is not None:  # whose data it is about
+        bases = {base for base in bases if has_data(request.data_folder, base)}
     if len(bases) > 1:
         raise UserError(
             f"{folder} holds runs on {', '.join(sorted(bases))}: choose one with --data_name"

@@ -42,8 +42,9 @@ def main():
             del options[name]
         demo.prepare(**options)
     elif None in sources:
+        needs = "takes both or neither of" if options["dataset"] == "demo" else "needs both"
         raise UserError(
-            f"--dataset {options['dataset']} needs --karpathy_json and --image_folder together"
+            f"--dataset {options['dataset']} {needs} --karpathy_json and --image_folder"
         )
     else:
         utils.create_input_files(**options)

@@ -190,8 +190,14 @@ class Place:
 def file_name_parts(path, model, data, options):
     """What tells the files of one evaluation from another's: which part of the data it is of, and
     the checkpoint, with the data set where it is another than the model's."""
-    subset = f"_subset_{Path(options.subset).stem}" if options.subset is not None else ""
+    subset = ""
+    if options.subset is not None:
+        which = "first" if options.subset.isdecimal() else f"subset_{data.fingerprint}_"
+        subset = f"_{which}{Path(options.subset).stem}"
+    trained = Path(model.about["options"]["data_folder"]).resolve()
     other = f"_on_{data.base}" if data.base != model.about["base"] else ""
+    if not other and data.path.parent.resolve() != trained:
+        other = f"_on_{data.path.parent.resolve().name}"
     return options.split + subset, path.name.removesuffix(".pth.tar") + other
 
 

@@ -1,5 +1,7 @@
 """Images and people's captions of a split, of any data set, for a model that is judged by them."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -66,6 +68,12 @@ class EvaluationData(Dataset):
         kept = set(choose(subset, ids, names, value, self.path.name))
         self.places = [i for i, id_ in enumerate(ids) if id_ in kept]
         self.references = [self.references[i] for i in self.places]
+
+    @property
+    def fingerprint(self):
+        """Six hexadecimal digits of the images' ids, for the names of files."""
+        ids = [reference["id"] for reference in self.references]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:6]
 
     @property
     def is_of_training(self):

@@ -264,7 +264,8 @@ def _protocol(model, data, references, split, beam_size):
         "noise and ε on a scale of 0 to 1; crops are central, and blown up again",
         "FGSM: x + ε sign ∇J, clipped, not rounded; J is the loss over each image's human "
         f"captions, {len(data[0][1])} at most, in float32",
-        f"{sided} of {len(texts)} human captions say left or right, which a mirror image belies",
+        f"human captions that say left or right, which a mirror image belies: {sided} of "
+        f"{len(texts)}",
     ]
 
 

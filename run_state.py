@@ -221,6 +221,8 @@ class RunState:
         """
         before = checkpoint["options"]
         self.epoch, self.waited = checkpoint["epoch"], checkpoint["epochs_without_improvement"]
+        if self.config.select_by != before.get("select_by", self.config.select_by):
+            self.waited = 0  # by the other measure; the best so far stays the one to beat
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         self._restore_schedule(checkpoint["schedule"], before)
         for group, name in zip(
@@ -289,7 +291,12 @@ SELECT_BY = {
 
 def rank(record, names):
     """A list that is greater for a better epoch. Scores that an older record lacks count least."""
-    return [-record[name] if name == "val_loss" else record.get(name, -math.inf) for name in names]
+    values = [record.get(name, -math.inf) for name in names]
+    # a score of nothing may be 1e-13 by rounding, and must not outrank another nothing
+    return [
+        -value if name == "val_loss" else round(value, 9) if math.isfinite(value) else value
+        for name, value in zip(names, values, strict=True)
+    ]
 
 
 def best_record(checkpoint):

@@ -217,8 +217,8 @@ def train(parser, typed, request, start, device):
     from groundwork import distributed
 
     options = settle(parser, typed, start)
-    base = find_or_make_data(parser, options, start)
-    if base.startswith("demo_"):
+    base = find_or_make_data(parser, options, typed, start)
+    if is_demo(base):
         options = settle(parser, typed, start, DEMO_DEFAULTS)
         if start is None:
             print(f"demo data, so the defaults are {as_flags(DEMO_DEFAULTS)}")
@@ -235,17 +235,28 @@ def train(parser, typed, request, start, device):
         run_stages(options, typed, base, start, device)
 
 
-def find_or_make_data(parser, options, start):
+def is_demo(base):
+    """Whether a data set is drawn, by its base name."""
+    return base.startswith("demo_")
+
+
+def find_or_make_data(parser, options, typed, start):
     """Base name of the data set to train on: the demo data, made where there is none."""
     import demo
+    from continuation import runs_in
     from datasets import find_data
     from groundwork import distributed
 
     folder, default = options.data_folder, parser.get_default("data_folder")
     with distributed.main_first():
         base = find_data(folder, options.data_name)
-        if base is None and start and not start.checkpoint["base"].startswith("demo_"):
-            raise UserError(f"no data set in {folder}: name its folder with --data_folder")
+        own = {start.checkpoint["base"]} if start else runs_in(options.output_folder or folder)
+        # neither another data set nor the demo in the place of one that was not found
+        astray = base not in own if start else base is None
+        if own and astray and "data_folder" not in typed and not any(map(is_demo, own)):
+            raise UserError(
+                f"{', '.join(sorted(own))} is not in {folder}: name its folder with --data_folder"
+            )
         if base is None:
             if folder != default:
                 raise UserError(f"no data set in {folder}: run create_input_files.py")

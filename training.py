@@ -119,7 +119,7 @@ class Training:
         self.reports.log()
 
     def _fit(self):
-        """Epochs until the stage's last, or until BLEU-4 has not improved for long."""
+        """Epochs until the stage's last, or until none has been better for long."""
         state, config, network = self.state, self.state.config, self.state.network
         precision = "bfloat16" if network.amp else "float32"
         print(

@@ -27,7 +27,7 @@ class TrainingData:
         cache: whether to cache features, if there is room.
         workers: processes that read batches ahead, None for the device's usual.
         karpathy_json: as `CaptionDataset` takes it.
-        prune: whether to remove cached features of other encoders and views.
+        prune: whether to remove cached features of other encoders and views, where it caches.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TrainingData:
                     data.use_features(features)
         if train.from_features and val.from_features:
             network.encoder.cpu()
-        if distributed.is_main:
+        if distributed.is_main and cache and not finetune:
             _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
         captions = config.finetune_batch_size if finetune else config.batch_size
         self.finetune, self.captions_per_image = finetune, train.captions.shape[1]

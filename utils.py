@@ -192,8 +192,8 @@ def _give_ids(images, path):
         key = SPLITS[image["split"]], str(image["imgid"])  # 1 and "1" are one
         if key in taken:
             raise UserError(
-                f"{path} has the id {id_} twice, of images[{taken[key]}] and images[{i}]: results "
-                "are told apart by it, so give each image its own"
+                f"{path} has the id {id_!r} twice, of images[{taken[key]}] and images[{i}]: give "
+                "each image its own, which results are told apart by"
             )
         taken[key] = i
     for i in without:
@@ -439,8 +439,8 @@ def _print_summary(summary):
             counted(
                 summary["by_tokens"], "caption is scored by its", "captions are scored by their"
             )
-            + " tokens, since what is written is not split into them by lower case, no punctuation "
-            "and blanks"
+            + " tokens: splitting the lower-cased text at blanks, without punctuation, does not "
+            "give them"
         )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
         print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import struct
 import threading
 import warnings
 from collections import deque
@@ -21,17 +22,15 @@ _opening = threading.Lock()  # the filters of warnings are all threads' own
 _large = threading.Lock()  # one at a time: the threads' memory adds up
 
 # Those of pictures: others, as EPS, have Pillow start other programs
-FORMATS = ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF"]
-
-FORMATS += ["WEBP"]
+FORMATS = ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 
 HEIC = [".heic", ".heif", ".hif"]  # endings of what telephones write
 
-# What they and AVIF name in the box that their files begin with
+# What these and AVIF name in the box that their files begin with
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 AVIF_BRANDS = {b"avif", b"avis"}
 
-MAX_ASPECT = 100
+MAX_ASPECT = 100  # longer side / shorter side
 
 MAX_PIXELS = 2**26  # of an image; decoded, turned upright and made RGB it takes under a gigabyte
 
@@ -62,6 +61,10 @@ def open_image(path):
             image = Image.open(path, formats=_formats(path))
         with image:
             return to_rgb(image)
+    except Image.DecompressionBombError as error:  # over twice Pillow's own bound, far above ours
+        raise UserError(
+            f"cannot read image {path}: more than {MAX_PIXELS:,} pixels, make it smaller"
+        ) from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
         raise UserError(f"cannot read image {path}: {error or type(error).__name__}") from error
 
@@ -69,7 +72,7 @@ def open_image(path):
 def _formats(path):
     """What the file may be, by its first bytes. Raises ValueError where a package is missing."""
     with open(path, "rb") as file:
-        size, kind, *brands = re.findall(b"(?s).{4}", file.read(64)) or [b"", b""]
+        size, kind, *brands = struct.unpack("4s" * 16, file.read(64).ljust(64, b"\0"))
     if kind != b"ftyp":
         return FORMATS
     brands = set(brands[: max(0, int.from_bytes(size, "big") // 4 - 2)])

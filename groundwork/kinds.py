@@ -33,12 +33,16 @@ def kind_of(path):
         return SAFETENSORS
     if image := _image_format(path, head):
         return f"{PICTURE} ({image})"
-    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+    return _archive_kind(path) or _text_kind(head)
+
+
+def _archive_kind(path):
+    with suppress(Exception), zipfile.ZipFile(path) as archive:  # it raises many for damaged files
         ours = any(name.endswith("/data.pkl") for name in archive.namelist())
         return None if ours else "a zip archive of another kind"
-    if tarfile.is_tarfile(path):
-        return "a tar archive"
-    return _text_kind(head)
+    with suppress(Exception):
+        return "a tar archive" if tarfile.is_tarfile(path) else None
+    return None
 
 
 def _image_format(path, head):

@@ -61,7 +61,7 @@ def test_a_folder_is_taken_alone_or_with_its_folders_and_the_rest_is_counted(cap
     assert [r["image"] for r in records_of(process)] == ["in/a.bmp", "in/a.jpg"]
     [line] = process.stderr.strip().splitlines()
     assert line.startswith("in: passed over 2 .txt, ")
-    for part in ("1 without an ending", "1 .raw", "1 folders (--recursive"):
+    for part in ("1 without an ending", "1 .raw", "1 folder (--recursive"):
         assert part in line
     process = caption("--img", photographs, "--no_pictures", "--json", "--recursive")
     images = [r["image"] for r in records_of(process)]
@@ -70,7 +70,7 @@ def test_a_folder_is_taken_alone_or_with_its_folders_and_the_rest_is_counted(cap
     (photographs / "deep" / "up").symlink_to("..")
     process = caption("--img", photographs, "./in/a.jpg", "--no_pictures", "--json", "--recursive")
     assert [Path(r["image"]).as_posix() for r in records_of(process)] == images
-    assert "1 links to folders" in process.stderr
+    assert "1 link to a folder" in process.stderr
 
 
 def test_a_folder_without_images_says_what_it_holds(caption, photographs):
@@ -240,6 +240,8 @@ def test_results_are_scored_by_evaluation(caption, scenes, photographs):
         (["COCO_val2014_000000391895.jpg", "000000000007.png"], None, [391895, 7]),
         (["a.jpg"], {"images": [{"file_name": "a.jpg", "id": 5}]}, [5]),
         (["a.jpg"], {"a.jpg": "x", "b.jpg": 3}, ["x"]),
+        (["a.jpg"], {"images": [{"file_name": "a.jpg", "id": 7.0}]}, [7]),
+        (["a.jpg", "deep/a.jpg"], {"a.jpg": 1, "in/deep/a.jpg": 2}, [1, 2]),
     ],
 )
 def test_ids_of_results(tmp_path, names, ids, expected):

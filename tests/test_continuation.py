@@ -212,6 +212,17 @@ def test_data_that_have_moved_are_asked_for(folder, tiny_data, tmp_path, monkeyp
     assert not (tmp_path / "data").exists()
 
 
+def test_no_demo_takes_the_place_of_data_not_named(folder, tiny_data, tmp_path, monkeypatch):
+    """In the folder of a run on other data."""
+    monkeypatch.chdir(tmp_path)
+    newest, best = paths(folder, tiny_data)
+    best.unlink()
+    newest.rename(newest.with_name("checkpoint_flickr8k_5.pth.tar"))
+    line = failure(run_here("train.py", "--output_folder", folder))
+    assert "flickr8k_5 is not in data" in line and "--data_folder" in line
+    assert not (tmp_path / "data").exists()
+
+
 def test_options_that_an_older_checkpoint_lacks_are_named(folder, tiny_data):
     newest, _ = paths(folder, tiny_data)
     older = load(newest)

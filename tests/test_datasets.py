@@ -344,7 +344,8 @@ def test_features_not_in_use_are_counted_or_removed(tiny_data, tmp_path, capsys)
         network = SimpleNamespace(
             encoder=TinyEncoder(weight), device=torch.device("cpu"), amp=False
         )
-        TrainingData(tmp_path, base, network, TrainingConfig(), finetune=False, **options)
+        options = {"finetune": False} | options
+        TrainingData(tmp_path, base, network, TrainingConfig(), **options)
         return sorted(tmp_path.glob("*FEATURES*"))
 
     first = kept(1.0)
@@ -354,6 +355,9 @@ def test_features_not_in_use_are_counted_or_removed(tiny_data, tmp_path, capsys)
     assert "--prune_features removes them" in said
     assert kept(1.0, prune=True) == first
     assert "removed" in capsys.readouterr().out
+    assert kept(1.0, finetune=True, prune=True) == first  # stage 2 uses none, and leaves them
+    assert kept(1.0, cache=False, prune=True) == first
+    assert "features" not in capsys.readouterr().out
 
 
 class Counting(TinyEncoder):

@@ -194,10 +194,10 @@ def test_a_folder_is_its_best_model_and_results_tell_the_checkpoint(run, tiny_da
     assert process.returncode == 0, process.stderr
     assert f"{OTHER}, test split, 2 of its 8 images (not what the model was" in process.stdout
     assert {path.name for path in run.glob("*.json")} == {
-        f"results_test_subset_2_beam1_BEST_checkpoint_{base}.json",
-        f"results_train_subset_2_beam1_BEST_checkpoint_{base}.json",
-        f"results_test_subset_2_beam1_checkpoint_{base}.json",
-        f"results_test_subset_2_beam1_BEST_checkpoint_{base}_on_{OTHER}.json",
+        f"results_test_first2_beam1_BEST_checkpoint_{base}.json",
+        f"results_train_first2_beam1_BEST_checkpoint_{base}.json",
+        f"results_test_first2_beam1_checkpoint_{base}.json",
+        f"results_test_first2_beam1_BEST_checkpoint_{base}_on_{OTHER}.json",
     }
     found = [json.loads(path.read_text()) for path in sorted(run.glob("results_test*"))]
     assert found[0] == found[1] and len(found[0]) == 2  # the other data's images are the same
@@ -307,6 +307,15 @@ def test_ids_are_compared_by_value(ids, score):
     process = score(results(*ids), COCO)
     assert process.returncode == 0, process.stderr
     assert "6 images, 6 human captions" in process.stdout and "100.0" in process.stdout
+
+
+@pytest.mark.parametrize("references", [COCO, KARPATHY])
+def test_results_may_name_images_by_their_files(references, score):
+    ids = range(6) if references is COCO else (3, 4)
+    named = [r | {"image_id": f"{r['image_id']}.jpg"} for r in results(*ids)]
+    process = score(named, references)
+    assert process.returncode == 0, process.stderr
+    assert f"{len(ids)} images" in process.stdout
 
 
 def test_a_caption_of_the_same_id_in_two_ways_is_several(score):

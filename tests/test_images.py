@@ -14,7 +14,7 @@ from PIL import Image
 
 from groundwork import images
 from groundwork.errors import UserError
-from groundwork.images import read_image
+from groundwork.images import open_image, read_image
 
 SIZE = 16
 
@@ -303,3 +303,22 @@ def test_shrinking_squeezes_and_does_not_alias(tmp_path):
     Image.fromarray(halves).save(tmp_path / "halves.png")
     image = read_image(tmp_path / "halves.png", SIZE)
     assert (image[:, :, :7] == 0).all() and (image[:, :, 9:] == 255).all()
+
+
+@pytest.mark.parametrize("length", range(10))
+def test_files_of_a_few_bytes_are_no_images(tmp_path, length):
+    path = tmp_path / "few.jpg"
+    path.write_bytes(b"a" * length)
+    with pytest.raises(UserError, match="cannot read image .*few.jpg: cannot identify"):
+        open_image(path)
+
+
+def test_an_image_far_above_the_bound_is_refused_in_our_words(tmp_path):
+    path = tmp_path / "huge.png"
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
+    with pytest.raises(UserError, match="huge.png: more than 67,108,864 pixels, make it smaller"):
+        open_image(path)

@@ -301,7 +301,7 @@ def test_the_report_has_table_and_picture(evaluated, tiny_data, page):
     }
     assert "the first 5 of 8 images" in page.locator(".note", has_text="robustness").inner_text()
     address = page.locator("#changed").get_attribute("src")
-    picture = output / f"robustness_test_{tiny_data[1]}.png"
+    picture = output / f"robustness_test_BEST_checkpoint_{tiny_data[1]}.png"
     assert base64.b64decode(address.partition("base64,")[2]) == picture.read_bytes()
 
 

@@ -18,7 +18,7 @@ from datasets import CaptionDataset, read_word_map
 from engine import Network
 from models import DecoderWithAttention, LSTMConfig
 from objectives import CrossEntropy
-from run_state import RunState
+from run_state import SELECT_BY, RunState, rank
 
 
 def state_of(**config):
@@ -203,3 +203,10 @@ def test_validation_prepares_a_batch_once_and_finds_what_two_passes_do(tiny_data
     assert [caption.words for caption in captions] == expected
     network.decoder.prepare(torch.zeros(1, 4, 4, 3))  # the class's own again
     assert len(calls) == 4
+
+
+def test_rounding_decides_nothing():
+    """CIDEr-D of no word in common may come out as 1e-13."""
+    worse, better = {"cider": 1.9e-13, "val_loss": 2.9}, {"cider": 0.0, "val_loss": 2.8}
+    names = SELECT_BY["cider"]
+    assert rank(better, names) > rank(worse, names)
