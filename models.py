@@ -239,11 +239,12 @@ class DecoderWithAttention(Decoder):
     """
 
     Config = LSTMConfig
+    attention_class = Attention
 
     def __init__(self, config):
         super().__init__(config)
         dim, hidden, embed = config.annotation_dim, config.decoder_dim, config.embed_dim
-        self.attention = Attention(
+        self.attention = self.attention_class(
             dim,
             hidden,
             config.attention_dim,

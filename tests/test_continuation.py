@@ -19,8 +19,9 @@ from groundwork import distributed
 
 # none of them the default
 OPTIONS = {
-    "encoder": OFFLINE, "encoded_image_size": 3, "attention_dim": 8, "embed_dim": 8,
-    "decoder_dim": 8, "dropout": 0.25, "device": "cpu", "epochs": 2, "batch_size": 30,
+    "encoder": OFFLINE, "encoder_stages": "16 32", "encoded_image_size": 4,
+    "attention_dim": 8, "embed_dim": 8, "decoder_dim": 8, "dropout": 0.25,
+    "device": "cpu", "epochs": 2, "batch_size": 30,
     "finetune_batch_size": 40, "alpha_c": 0.5, "stage": "decoder", "decoder_lr": 0.002, "seed": 3,
     "amp": "off", "save_every": "9", "deterministic": True,
 }  # fmt: skip
