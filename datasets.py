@@ -41,6 +41,11 @@ def find_data(data_folder, base=None):
     return base or (bases[0] if bases else None)
 
 
+def is_demo(base):
+    """Whether a data set is drawn, by its base name."""
+    return base.startswith("demo_")
+
+
 def read_word_map(data_folder, base):
     """Word -> index of a prepared data set. Raises UserError if the file is unusable."""
     path = input_path(data_folder, base, "WORDMAP")
@@ -324,8 +329,9 @@ def make_view(image, view, seed=()):
     return image.flip(-1) if view % 2 else image
 
 
-def fingerprint(data_folder, base):
-    """Hash of a data set's captions, references, words, and of 64 images of each split."""
+def describe_data(data_folder, base):
+    """A data set's name and a hash of its captions, references, words, and of 64 images of each
+    split: where it lies does not count."""
     digest = hashlib.sha256()
     for split in (None, "TRAIN", "VAL", "TEST"):
         for kind in ("WORDMAP",) if split is None else ("CAPTIONS", "CAPLENS", "REFERENCES"):
@@ -338,4 +344,4 @@ def fingerprint(data_folder, base):
             digest.update(str(images.shape).encode())
             for i in np.linspace(0, len(images) - 1, min(64, len(images)), dtype=int):
                 digest.update(images[i].tobytes())
-    return digest.hexdigest()[:16]
+    return f"{base}, {digest.hexdigest()[:16]}"

@@ -190,14 +190,17 @@ class Place:
 def file_name_parts(path, model, data, options):
     """What tells the files of one evaluation from another's: which part of the data it is of, and
     the checkpoint, with the data set where it is another than the model's."""
+    from datasets import describe_data
+
     subset = ""
     if options.subset is not None:
         which = "first" if options.subset.isdecimal() else f"subset_{data.fingerprint}_"
         subset = f"_{which}{Path(options.subset).stem}"
-    trained = Path(model.about["options"]["data_folder"]).resolve()
     other = f"_on_{data.base}" if data.base != model.about["base"] else ""
-    if not other and data.path.parent.resolve() != trained:
-        other = f"_on_{data.path.parent.resolve().name}"
+    folder, [*_, record] = data.path.parent.resolve(), model.about.get("records") or [{}]
+    trained = Path(model.about["options"]["data_folder"]).resolve()
+    if not other and folder != trained and record.get("data") != describe_data(folder, data.base):
+        other = f"_on_{folder.name}"
     return options.split + subset, path.name.removesuffix(".pth.tar") + other
 
 

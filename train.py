@@ -214,6 +214,7 @@ def train(parser, typed, request, start, device):
 
     import checkpoints
     from continuation import check_nothing_is_lost
+    from datasets import is_demo
     from groundwork import distributed
 
     options = settle(parser, typed, start)
@@ -235,16 +236,11 @@ def train(parser, typed, request, start, device):
         run_stages(options, typed, base, start, device)
 
 
-def is_demo(base):
-    """Whether a data set is drawn, by its base name."""
-    return base.startswith("demo_")
-
-
 def find_or_make_data(parser, options, typed, start):
     """Base name of the data set to train on: the demo data, made where there is none."""
     import demo
     from continuation import runs_in
-    from datasets import find_data
+    from datasets import find_data, is_demo
     from groundwork import distributed
 
     folder, default = options.data_folder, parser.get_default("data_folder")
@@ -302,7 +298,7 @@ def make_state(options, typed, base, checkpoint, device):
     """The `RunState` of a run that begins now, its model that of the checkpoint if there is one."""
     import torch
 
-    from datasets import fingerprint, read_word_map
+    from datasets import describe_data, read_word_map
     from engine import Network
     from groundwork import distributed, provenance
     from groundwork.devices import has_fast_bfloat16
@@ -311,7 +307,7 @@ def make_state(options, typed, base, checkpoint, device):
     folder, word_map = options.data_folder, read_word_map(options.data_folder, base)
     if checkpoint and checkpoint["word_map"] != word_map:
         raise UserError(f"the checkpoint is of another vocabulary than {base}'s word map")
-    data = f"{base}, {fingerprint(folder, base)}"
+    data = describe_data(folder, base)
     record = provenance.describe(data, options.seed, device)
     encoder, decoder = make_models(options, checkpoint, len(word_map))
     in_force = model_options(encoder, decoder)

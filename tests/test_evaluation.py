@@ -203,6 +203,22 @@ def test_a_folder_is_its_best_model_and_results_tell_the_checkpoint(run, tiny_da
     assert found[0] == found[1] and len(found[0]) == 2  # the other data's images are the same
 
 
+def test_results_tell_data_of_the_same_name_apart(run, tiny_data, tmp_path):
+    """Moved data are the same."""
+    folder, base = tiny_data
+    kept = shutil.ignore_patterns("*FEATURES*", "*checkpoint*")
+    moved, other = (shutil.copytree(folder, tmp_path / x, ignore=kept) for x in ("moved", "other"))
+    path = utils.input_path(other, base, "REFERENCES", "TEST")
+    path.write_text(path.read_text().replace("square", "circle"))
+    for data in (moved, other):
+        process = evaluate("--model", run, "--data_folder", data, "--output_folder", tmp_path)
+        assert process.returncode == 0, process.stderr
+    assert {path.name for path in tmp_path.glob("*.json")} == {
+        f"results_test_first2_beam1_BEST_checkpoint_{base}.json",
+        f"results_test_first2_beam1_BEST_checkpoint_{base}_on_other.json",
+    }
+
+
 def test_several_models_in_a_folder_are_named(run, tmp_path):
     [best] = run.glob("BEST*")
     shutil.copy(best, run / "BEST_checkpoint_other.pth.tar")

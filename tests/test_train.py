@@ -505,14 +505,14 @@ def test_the_fingerprint_changes_with_the_data(tiny_data, tmp_path):
     folder, base = tiny_data
     for path in folder.glob(f"*{base}*"):
         shutil.copy(path, tmp_path)
-    same = datasets.fingerprint(tmp_path, base)
-    assert same == datasets.fingerprint(folder, base)
+    same = datasets.describe_data(tmp_path, base)
+    assert same == datasets.describe_data(folder, base)
     with h5py.File(utils.input_path(tmp_path, base, "IMAGES", "VAL"), "r+") as file:
         file["images"][0, 0, 0, 0] ^= 1
-    changed = datasets.fingerprint(tmp_path, base)
+    changed = datasets.describe_data(tmp_path, base)
     captions = utils.input_path(tmp_path, base, "CAPTIONS", "TRAIN")
     captions.write_text(captions.read_text() + " ")
-    assert len({same, changed, datasets.fingerprint(tmp_path, base)}) == 3
+    assert len({same, changed, datasets.describe_data(tmp_path, base)}) == 3
 
 
 @pytest.mark.slow
