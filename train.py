@@ -341,8 +341,7 @@ def make_models(options, checkpoint, vocab_size):
     stages = options.encoder_stages.split()
     encoder = Encoder(options.encoder, options.encoded_image_size, weights, stages)
     values = dataclasses.asdict(make(ModelConfig, vars(options))) | {"vocab_size": vocab_size}
-    if options.feature_norm is None:
-        values["feature_norm"] = "layer" if len(stages) > 1 else "none"
+    values["feature_norm"] = options.feature_norm or ("layer" if len(stages) > 1 else "none")
     values |= checkpoints.sizes_of_features(encoder)
     return encoder, checkpoints.new_decoder(options.decoder, values)
 
