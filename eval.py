@@ -199,8 +199,9 @@ def file_name_parts(path, model, data, options):
     other = f"_on_{data.base}" if data.base != model.about["base"] else ""
     folder, [*_, record] = data.path.parent.resolve(), model.about.get("records") or [{}]
     trained = Path(model.about["options"]["data_folder"]).resolve()
-    if not other and folder != trained and record.get("data") != describe_data(folder, data.base):
-        other = f"_on_{folder.name}"
+    if not other and folder != trained and "data" in record:  # moved data are the same
+        elsewhere = record["data"] != describe_data(folder, data.base)
+        other = f"_on_{folder.name}" * elsewhere
     return options.split + subset, path.name.removesuffix(".pth.tar") + other
 
 

@@ -45,7 +45,7 @@ def checkpoint(tiny_data, tmp_path_factory):
     with torch.no_grad():
         features = encoder.features(images)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(100):
         loss = caption_loss(*decoder(features, captions[:, 0], lengths[:, 0]), alpha_c=0.0)
         optimizer.zero_grad()
         loss.backward()
@@ -54,8 +54,9 @@ def checkpoint(tiny_data, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / f"BEST_checkpoint_{base}.pth.tar"
     models = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
     sizes = {"encoder_name": OFFLINE, "encoded_image_size": 3, "image_size": 96}
+    options = {"data_folder": str(folder)}
     checkpoints.save_checkpoint(
-        path, tiny_checkpoint(**models, **sizes, base=base, word_map=word_map)
+        path, tiny_checkpoint(**models, **sizes, base=base, word_map=word_map, options=options)
     )
     return path
 
