@@ -207,9 +207,8 @@ def _would_lose(start, latest, best):
 
 
 def _begins_with(log, start):
-    return repr(log[: len(start)]) == repr(
-        start
-    )  # as text: a loss may be nan, which equals nothing
+    # as text: a loss may be nan, which equals nothing
+    return repr(log[: len(start)]) == repr(start)
 
 
 def _decoders(log):

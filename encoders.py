@@ -126,8 +126,8 @@ class Encoder(nn.Module):
         layers = _layers(self.resnet)
         try:
             image = torch.zeros(1, 3, 128, 128)
-            outputs = dict(zip(layers, _outputs(self.resnet.eval(), layers, image), strict=True))
-            outputs[""] = self.resnet(image)
+            names = [*layers, ""]
+            outputs = dict(zip(names, _outputs(self.resnet.eval(), names, image), strict=True))
         except (RuntimeError, AssertionError, AttributeError) as error:
             raise EncoderError(
                 f"encoder {self.name!r} cannot run as a backbone: {error}"

@@ -17,7 +17,8 @@ def pack(maps: list[Tensor]) -> Tensor:
     nearest one below.
     """
     grid = min(features.shape[1] for features in maps)
-    return torch.cat([_fold(features, grid) for features in maps], dim=3)
+    folded = [_fold(features, grid) for features in maps]
+    return folded[0] if len(folded) == 1 else torch.cat(folded, dim=3)  # one is not copied
 
 
 def unpack(encoder_out: Tensor, dims, factors) -> list[Tensor]:

@@ -205,10 +205,10 @@ def main():
         tensorboard_log.check_installed()
     device = choose_device(options.device)
     with distributed.group(device):
-        train(parser, typed, request, start, device)
+        train(parser, options, typed, request, start, device)
 
 
-def train(parser, typed, request, start, device):
+def train(parser, options, typed, request, start, device):
     """Trains with the options, or with the demo data's defaults for those not given."""
     import torch
 
@@ -217,7 +217,6 @@ def train(parser, typed, request, start, device):
     from datasets import is_demo
     from groundwork import distributed
 
-    options = settle(parser, typed, start)
     base = find_or_make_data(parser, options, typed, start)
     if is_demo(base):
         options = settle(parser, typed, start, DEMO_DEFAULTS)
