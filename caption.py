@@ -97,11 +97,12 @@ def main():
 def find_images(arguments, recursive):
     """The files named, and those in the folders named that have an image's ending, sorted. What
     else a folder holds is counted on stderr."""
-    paths = []
+    paths = {}
     for argument in arguments:
-        for path in read_list() if argument == "-" else [argument]:
-            paths += images_in(path, recursive) if Path(path).is_dir() else [path]
-    return list({os.path.abspath(path): path for path in paths}.values())
+        for named in read_list() if argument == "-" else [argument]:
+            for path in images_in(named, recursive) if Path(named).is_dir() else [named]:
+                paths.setdefault(os.path.abspath(path), path)
+    return list(paths.values())
 
 
 def read_list():
