@@ -75,24 +75,6 @@ WORDINGS = (
 )
 
 
-PARTS_OF_SPEECH = {
-    "noun": (
-        *(*SHAPES, "shapes", "background", "picture"),
-        *("middle", "top", "bottom", "left", "right"),
-    ),
-    "adjective": (*COLOURS, *SIZES, *BACKGROUNDS),
-    "preposition": ("on", "in", "at", "of", "to", "above", "below"),
-    "determiner": ("a", "an", "the", "two", "three"),
-    "verb": ("is", "are", "shows"),
-    "other": ("and", "there", "only"),
-}
-
-
-def part_of_speech(word: str) -> str:
-    """The part of speech that a word of the demo's captions always is; "other" of unknown ones."""
-    return next((part for part, words in PARTS_OF_SPEECH.items() if word in words), "other")
-
-
 @dataclass(frozen=True)
 class Thing:
     """One shape: its words, its box's centre and longest side, and its tilt in radians."""

@@ -16,6 +16,7 @@ from groundwork.options import (
     add_decoding_options,
     add_device_options,
     add_model_option,
+    add_region_options,
     add_workers_option,
     number,
 )
@@ -47,7 +48,16 @@ def parse_arguments():
         "--results_folder",
         help="for the captions; None: the checkpoint's, if it can be written in",
     )
-    add("--attention_report", action="store_true", help="measure where the model looked, too")
+    add(
+        "--attention_report",
+        type=number(int, least=0),
+        nargs="?",
+        const=20,
+        metavar="IMAGES",
+        help="measure where the model looked, too, and on so many images, 20 by default, whether "
+        "its words depend on it",
+    )
+    add_region_options(parser)
     add("--report", metavar="FOLDER", help="for a page with scores, curves and all captions")
     add(
         "--robustness",
@@ -70,11 +80,13 @@ def main():
     if (options.results is None) != (options.references is None):
         raise UserError("--results and --references go together")
     if options.results is not None:
-        for name in ("model", "report", "robustness", "attention_report"):
-            if getattr(options, name):
+        for name in ("model", "report", "robustness", "attention_report", "regions"):
+            if getattr(options, name) is not None:
                 raise UserError(f"--{name} is about a model: it goes without --results")
         score_results(options)
         return
+    if options.region_words and options.regions is None:
+        raise UserError("--region_words are for --regions")
 
     # what follows takes seconds to import
     from groundwork import distributed
@@ -86,6 +98,7 @@ def main():
 
 def evaluate(options):
     """Captions the split and says all that was asked for."""
+    import attention_report
     import evaluation
     import report
     import robustness
@@ -96,6 +109,7 @@ def evaluate(options):
     model = Captioner.load(path, options.device, options.amp, options.word_map)
     model.check_beam_size(max(options.beam_size))
     data = open_split(path, model, options)
+    regions = find_regions(data, options)
     log = training_log(path, model.about) if options.report is not None else []
     asked = options.output_folder is not None
     folder = Path(options.output_folder if asked else path.parent)
@@ -112,15 +126,16 @@ def evaluate(options):
     )
     whole = bool(page) and page.is_open
     captions, beams = evaluation.caption_split(model, data, options.beam_size, search, whole)
+    if distributed.is_main and results.is_open:
+        with results.writing():
+            write_captions(paths, data, captions)
+    attention = attention_report.measure(model, data, captions, regions, options.attention_report)
     if distributed.is_main:
-        if results.is_open:
-            with results.writing():
-                write_captions(paths, data, captions)
-        about, scores = print_scores(path, model, data, captions, options)
+        about, scores = print_scores(path, model, data, captions, attention, options)
         if whole:  # before what may take long or fail
             write_page = partial(
                 report.write, page.path, model.word_map, data, captions, beams, about, scores, log,
-                data.is_of_training,
+                data.is_of_training, attention.curves,
             )  # fmt: skip
             with page.writing():
                 write_page()
@@ -132,7 +147,7 @@ def evaluate(options):
             changed = robustness.report(model, data, count, options.split, width, search, shown)
         if distributed.is_main and whole and picture.is_open:
             with page.writing():
-                write_page(changed)
+                write_page(changed=changed)
                 print(f"report, with these: {page.path}")
     places = (place for place in (results, page, picture) if place)
     if any(place.asked and not place.is_open for place in places):
@@ -214,7 +229,7 @@ def write_captions(paths, data, captions):
         print(f"captions: {paths[beam_size]}")
 
 
-def print_scores(path, model, data, captions, options):
+def print_scores(path, model, data, captions, attention, options):
     """Prints where the captions come from and their scores, and returns both."""
     import evaluation
     from groundwork import provenance
@@ -227,14 +242,9 @@ def print_scores(path, model, data, captions, options):
         f"{counted(options.max_len, 'word')} at most",
     ]
     scores = evaluation.score(texts, [reference["captions"] for reference in data.references])
-    if evaluation.has_attention(captions):
-        tables = scores.tables + evaluation.pointing_tables(captions, data)
-        if options.attention_report:
-            tables += evaluation.attention_tables(captions, data)
-        scores = scores._replace(tables=tables)
-    elif options.attention_report:
-        left_out = [*scores.left_out, "no attention report: this decoder has no attention"]
-        scores = scores._replace(left_out=left_out)
+    scores = scores._replace(
+        tables=scores.tables + attention.tables, left_out=scores.left_out + attention.left_out
+    )
     print("\n".join(about))
     print_tables(scores.references, scores.tables, scores.left_out)
     return about, scores
@@ -263,6 +273,18 @@ def open_split(path, model, options):
     if options.subset is not None:
         data.keep(read_subset(options.subset), options.subset)
     return data
+
+
+def find_regions(data, options):
+    """`regions.Regions` of a file or of the data set itself; None where it has none. Raises
+    UserError."""
+    import demo
+    import regions
+
+    if options.regions is not None:
+        found = regions.read_regions(options.regions, options.region_words.split())
+        return regions.of_split(data.references, found, options.regions)
+    return regions.complete(data.references, demo.SHAPES)
 
 
 def score_results(options):

@@ -1,17 +1,15 @@
-"""A model's captions of a split, their scores, and where the model looked."""
+"""A model's captions of a split and their scores."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
-import demo
 import metrics
 from groundwork import distributed
 from groundwork.devices import loader_options
 from groundwork.progress import progress
-from groundwork.wording import counted, figure
+from groundwork.wording import counted
 
 
 @torch.inference_mode()
@@ -91,68 +89,3 @@ def score(captions, references):
     images, texts = counted(len(references), "image"), counted(count, "human caption")
     against = f"{images}, {texts}, all of them references"
     return Scores(f"{against}; in per cent", tables, left_out, coco.each)
-
-
-def pointing_tables(captions, data):
-    """On data with boxes: how often the attention points at what a word names."""
-    if not (boxes := boxes_of(data)):
-        return []
-    rows = []
-    for beam_size, found in looks(captions).items():
-        game = metrics.pointing_game(found, boxes, demo.SHAPES)
-        hits, chance = (game.hits / game.words, game.chance) if game.words else (math.nan,) * 2
-        share = f"{figure(hits, '.1%')} of {game.words}"
-        row = {"": f"beam {beam_size}", "hits": share, "random point": figure(chance, ".1%")}
-        rows.append(row)
-    title = "pointing game: the attention's peak for a shape word lies in that object's box"
-    return [(title, rows)]
-
-
-def attention_tables(captions, data):
-    """What the attention is like: how even for each word, and over each caption."""
-    captions = looks(captions)
-    boxes, rows, parts = boxes_of(data), [], []
-    for beam_size, found in captions.items():
-        name = {"": f"beam {beam_size}"}
-        entropy, _ = metrics.attention_entropy(found).get("all", (math.nan, 0))  # of no word at all
-        uneven, least = metrics.coverage(found)
-        row = name | {"entropy": figure(entropy, ".2f"), "(1 - Σα)²": f"{uneven:.3f}"}
-        row["least possible"] = f"{least:.3f}"
-        if boxes:
-            mass, area = metrics.mass_in_boxes(found, boxes, demo.SHAPES)
-            row |= {"in the box": figure(mass, ".1%"), "if even": figure(area, ".1%")}
-            kinds = metrics.attention_entropy(found, demo.part_of_speech)
-            row_of_parts = {
-                part: f"{kinds[part][0]:.2f} of {kinds[part][1]}" if part in kinds else ""
-                for part in demo.PARTS_OF_SPEECH
-            }
-            parts.append(name | row_of_parts)
-        rows.append(row)
-    places = next(iter(captions.values()))[0][1].shape[1]
-    title = (
-        f"attention over {places} places: entropy in nats, {math.log(places):.2f} where it is "
-        "even; Σα, over a caption's words, should be near 1 at every place"
-        + ("; in the box of the object that a shape word names" if boxes else "")
-    )
-    return [(title, rows)] + (
-        [("entropy by part of speech, of so many words", parts)] * bool(boxes)
-    )
-
-
-def boxes_of(data):
-    """The boxes of each image's objects, None where the data has none."""
-    boxes = [reference.get("boxes") for reference in data.references]
-    return boxes if all(boxes) else None
-
-
-def has_attention(captions):
-    """Whether the model that made captions, by beam width, looks at places."""
-    return all(caption.alphas is not None for found in captions.values() for caption in found)
-
-
-def looks(captions):
-    """beam_size -> (words, alphas) of each caption, as `metrics` takes them."""
-    return {
-        beam_size: [(caption.words, caption.alphas) for caption in found]
-        for beam_size, found in captions.items()
-    }

@@ -5,7 +5,6 @@ the COCO scores have a tokenizer of their own. Neither ever compares with `<unk>
 """
 
 import io
-import math
 import os
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from nltk.translate.bleu_score import (
     SmoothingFunction,
     brevity_penalty,
@@ -290,114 +288,6 @@ def novelty(captions, training):
     """The share of captions that are, word for word, none of the training captions."""
     known = {tuple(tokenize(text)) for text in training}
     return sum(tuple(tokenize(text)) not in known for text in captions) / max(len(captions), 1)
-
-
-class Pointing(NamedTuple):
-    """Outcome of the pointing game."""
-
-    hits: int  # words whose attention peaks inside a box of the object they name
-    words: int  # words that name an object of the boxes' classes
-    chance: float  # share of hits that a uniformly random point would make
-
-
-def pointing_game(captions, boxes, names):
-    """How often the attention's peak for a word lies in the box of the object it names.
-
-    The peak is the centre of the place with the largest alpha; where several share it (pooling
-    to a finer grid makes such), the mean of their centres. A word whose object is not in the
-    picture is a miss.
-
-    Args:
-        captions: for each image (words, alphas): list of T words, and (T, L) array.
-        boxes: for each image {name: [x0, y0, x1, y1]}, fractions of width and height.
-        names: the words that count.
-    """
-    hits = count = 0
-    chance = 0.0
-    for (words, alphas), found in zip(captions, boxes, strict=True):
-        for word, alpha in zip(words, np.asarray(alphas), strict=True):
-            if word not in names:
-                continue
-            count += 1
-            if word in found:
-                x0, y0, x1, y1 = found[word]
-                x, y = _peak(alpha)
-                hits += x0 <= x <= x1 and y0 <= y <= y1
-                chance += (x1 - x0) * (y1 - y0)
-    return Pointing(hits, count, chance / max(count, 1))
-
-
-def mass_in_boxes(captions, boxes, names):
-    """How much of the attention for a word lies in the box of the object it names.
-
-    A place is a square of the grid, which counts by the share of it that is in the box. Words
-    whose object is not in the picture do not count.
-
-    Args:
-        captions, boxes, names: as in `pointing_game`.
-
-    Returns:
-        the mean over the words, and what evenly spread attention would give; (nan, nan) of none.
-    """
-    masses, areas = [], []
-    for (words, alphas), found in zip(captions, boxes, strict=True):
-        for word, alpha in zip(words, np.asarray(alphas), strict=True):
-            if word in names and word in found:
-                shares = _shares(found[word], round(len(alpha) ** 0.5))
-                masses.append(float(alpha @ shares))
-                areas.append(float(shares.mean()))
-    return (float(np.mean(masses)), float(np.mean(areas))) if masses else (math.nan, math.nan)
-
-
-def _shares(box, size):
-    """The share of each place of a size × size grid that is in a box, row by row."""
-    edges = np.arange(size + 1) / size
-
-    def overlaps(low, high):
-        return (edges[1:].clip(low, high) - edges[:-1].clip(low, high)) * size
-
-    x0, y0, x1, y1 = box
-    return np.outer(overlaps(y0, y1), overlaps(x0, x1)).ravel()
-
-
-def attention_entropy(captions, kind=lambda word: "all"):
-    """Mean entropy of the attention for a word, in nats: 0 for one place, log L for all alike.
-
-    Args:
-        captions: as in `pointing_game`.
-        kind: a word -> the group that it is counted in.
-
-    Returns:
-        dict of group -> (mean entropy, number of words).
-    """
-    found = {}
-    for words, alphas in captions:
-        alphas = np.asarray(alphas, np.float64)
-        entropies = -(alphas * np.log(alphas.clip(1e-300))).sum(axis=1)
-        for word, entropy in zip(words, entropies, strict=True):
-            found.setdefault(kind(word), []).append(entropy)
-    return {name: (float(np.mean(values)), len(values)) for name, values in found.items()}
-
-
-def coverage(captions):
-    """How far Σ_t α_ti is from 1, which doubly stochastic attention (§4.2.1) pulls it to.
-
-    Returns:
-        the mean over captions and places of (1 - Σ_t α_ti)², the sum over the words, and the least
-        that it could be: a caption of T words has T / L a place to give, (1 - T / L)².
-    """
-    totals = [np.asarray(alphas, np.float64).sum(axis=0) for _, alphas in captions]
-    uneven = np.mean([((1 - total) ** 2).mean() for total in totals])
-    least = np.mean([(1 - total.mean()) ** 2 for total in totals])
-    return float(uneven), float(least)
-
-
-def _peak(alpha):
-    """Centre (x, y) of the largest of L = size² alphas, fractions of width and height."""
-    size = round(len(alpha) ** 0.5)
-    places = np.flatnonzero(alpha >= alpha.max())
-    rows, columns = np.divmod(places, size)
-    return (columns.mean() + 0.5) / size, (rows.mean() + 0.5) / size
 
 
 def top5_accuracy(scores, targets):

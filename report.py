@@ -28,7 +28,9 @@ def page_path(folder):
     return Path(folder) / "index.html"
 
 
-def write(path, word_map, data, captions, beams, about, scores, log, trained=True, changed=None):
+def write(path, word_map, data, captions, beams, about, scores, log, trained=True,
+    curves=None, changed=None,
+):  # fmt: skip
     """Writes the page, which holds all that it shows, pictures too.
 
     Args:
@@ -42,6 +44,7 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
         scores: `evaluation.Scores`, with all tables that the page is to have.
         log: records of the training, one an epoch; may be empty.
         trained: whether the data set is the model's, whose training captions tell what is new.
+        curves: matplotlib figure of what `attention_report` finds, or None.
         changed: `robustness.Findings`, what the model makes of changed images, if it is known.
 
     Raises:
@@ -67,6 +70,7 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
         scores=scores,
         totals=totals(columns),
         curves=_picture(pictures.curves(log)) if log else None,
+        deletion=_picture(curves) if curves else None,
         language=language(
             texts, references, training_captions(data) if trained else None, word_map
         ),

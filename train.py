@@ -12,18 +12,8 @@ from contextlib import nullcontext
 from config import ModelConfig, TrainingConfig
 from groundwork.errors import UserError, run
 from groundwork.files import make_folder, sole_writer
-from groundwork.options import (
-    MAX_GRID,
-    Joined,
-    Parser,
-    add_device_options,
-    add_model_option,
-    add_workers_option,
-    as_arguments,
-    as_flags,
-    interval,
-    number,
-)
+from groundwork.options import as_arguments, as_flags
+from training_options import DEMO_DEFAULTS, make_parser
 
 # Of the model's options, those that a checkpoint that is continued may have otherwise
 DROPOUTS = ("dropout", "embed_dropout")
@@ -31,161 +21,10 @@ DROPOUTS = ("dropout", "embed_dropout")
 APART = {
     "model", "resume", "overwrite", "prune_features", "data_folder", "data_name", "output_folder",
 }  # fmt: skip
-# Learnable in minutes on two cores; the other defaults suit photographs and a grid of 14×14.
-DEMO_DEFAULTS = {
-    "encoder": "timm:tf_efficientnet_lite2",  # encoders.OFFLINE_ENCODER, which takes long to import
-    "encoded_image_size": 8,
-    "stage": "decoder",
-    "epochs": 8,
-    "decoder_lr": 1e-3,
-    "alpha_c": 0.1,
-}
-
-
-def make_parser():
-    parser = Parser(
-        description=__doc__,
-        epilog="Defaults on demo data: " + as_flags(DEMO_DEFAULTS),
-    )
-    positive, share = number(int, above=0), number(float, least=0, below=1)
-    switch = argparse.BooleanOptionalAction  # a run that goes on may switch off what it had on
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data_folder", default="data", help="where create_input_files.py put its files")
-    add("--data_name", help="base name of the data set, where the folder holds several")
-    add(
-        "--output_folder",
-        help="for checkpoints, log and curves; None: the data folder, or that of --model",
-    )
-    add(
-        "--karpathy_json",
-        help="the data set's, for human captions as written where the input files were made "
-        "without REFERENCES",
-    )
-    add("--overwrite", action="store_true", help="start anew over an earlier run's files")
-    add(
-        "--tensorboard",
-        action=switch,
-        help="scalars, captions with attention and hyperparameters for TensorBoard, in the "
-        "output folder's folder tensorboard",
-    )
-    add(
-        "--cache_features",
-        choices=["auto", "off"],
-        default="auto",
-        help="keep the frozen encoder's output on disk, if there is room",
-    )
-    add(
-        "--prune_features",
-        action="store_true",
-        help="remove what is kept of other encoders and views of this data set",
-    )
-    add(
-        "--views",
-        type=positive,
-        help="views of an image to train on: itself, its mirror image, then random crops; "
-        "mirror images belie captions that speak of left and right",
-    )
-
-    add = parser.add_argument_group("model").add_argument
-    add("--encoder", help="a torchvision model or timm:NAME")
-    add("--encoder_weights", help="file of the encoder's state dict; None: its ImageNet weights")
-    add(
-        "--encoder_stages",
-        nargs="+",
-        action=Joined,
-        metavar="STAGE",
-        help="whose feature maps the attention sees, each at its own grid: strides, as 16 32, and "
-        "last, the network's last map, which alone is the paper's",
-    )
-    add(
-        "--feature_norm",
-        choices=["layer", "none"],
-        help="normalise each stage's annotation vectors; None: where there are several stages",
-    )
-    grid = number(int, above=0, below=MAX_GRID + 1)
-    add("--encoded_image_size", type=grid, help="side of the attention's grid")
-    add("--decoder", help="lstm, the paper's")
-    add(
-        "--gate",
-        choices=["scalar", "channel"],
-        help="one gate β_t, as in the paper, or one for each channel",
-    )
-    add("--deep_output", action=switch, help="the paper's output layer, eq. 7")
-    add("--attention_dim", type=positive, help="attention's hidden layer")
-    add("--embed_dim", type=positive, help="word embedding")
-    add("--decoder_dim", type=positive, help="LSTM state")
-    add("--dropout", type=share, help="probability, before the vocabulary layer")
-    add("--embed_dropout", type=share, help="probability, on the words' embeddings")
-
-    training = parser.add_argument_group("training")
-    add = training.add_argument
-    add(
-        "--stage",
-        choices=["decoder", "finetune", "both"],
-        default="both",
-        help="the decoder alone, fine-tuning the encoder with it from the best checkpoint, or "
-        "one after the other",
-    )
-    add_model_option(
-        training, "to go on from, with its model, of which only dropout may be changed"
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on where the run in the output folder was stopped, or start it: the result is "
-        "that of a run never stopped. As with --model and --stage finetune, the run's own "
-        "options hold, but for those typed",
-    )
-    add(
-        "--save_every",
-        type=interval,
-        default="10m",
-        help="checkpoints inside an epoch: minutes, as 10m, or steps, as 500",
-    )
-    add("--epochs", type=positive, help="at most, in each stage")
-    add("--batch_size", type=positive, help="captions, stage 1")
-    add("--finetune_batch_size", type=positive, help="captions, stage 2")
-    add("--decoder_lr", type=number(float, above=0), help="Adam, decoder")
-    add("--encoder_lr", type=number(float, above=0), help="Adam, encoder")
-    add(
-        "--schedule",
-        choices=["plateau", "cosine"],
-        help="learning rate: × 0.8 after --patience epochs without a better one, or falling "
-        "along a cosine to 0 over --epochs",
-    )
-    add(
-        "--select_by",
-        choices=["bleu4", "cider", "loss"],
-        help="what tells the best epoch: validation BLEU-4 (where it is equal, BLEU-3, 2, 1, then "
-        "the loss), CIDEr-D, or the loss",
-    )
-    add("--patience", type=positive, help="epochs, for the plateau schedule")
-    add("--stop_after", type=positive, help="epochs without a better one")
-    add("--grad_clip", type=number(float, above=0), help="element-wise")
-    add("--alpha_c", type=number(float, least=0), help="weight of doubly stochastic attention")
-    add("--label_smoothing", type=share, help="share spread over the vocabulary")
-    add("--seed", type=number(int, least=0, below=2**63), help="of everything")
-    add(
-        "--deterministic",
-        action=switch,
-        help="equal weights from equal runs on the same device; a CPU gives them anyway",
-    )
-    add(
-        "--detect_anomaly",
-        action=switch,
-        help="find the operation whose gradient is not a number; slow",
-    )
-    add_workers_option(parser)
-    add_device_options(parser)
-    parser.set_defaults(**dict.fromkeys(("tensorboard", "deterministic", "detect_anomaly"), False))
-    for kind in (ModelConfig, TrainingConfig):
-        parser.set_defaults(**dataclasses.asdict(kind()))
-    return parser
 
 
 def main():
-    parser = make_parser()
+    parser = make_parser(__doc__)
     typed = parser.typed()
 
     # what follows takes seconds to import
@@ -203,9 +42,22 @@ def main():
         torch.use_deterministic_algorithms(True)
     if options.tensorboard:
         tensorboard_log.check_installed()
+    check_regions(options)
     device = choose_device(options.device)
     with distributed.group(device):
         train(parser, options, typed, request, start, device)
+
+
+def check_regions(options):
+    """Raises UserError where they are not to be had, before hours of work."""
+    from regions import read_regions
+
+    if options.region_words and options.regions is None:
+        raise UserError("--region_words are for --regions")
+    if options.regions is not None:
+        if not options.tensorboard:
+            raise UserError("--regions are for --tensorboard, which shows how the attention fits")
+        read_regions(options.regions, options.region_words.split())
 
 
 def train(parser, options, typed, request, start, device):
@@ -286,6 +138,7 @@ def run_stages(options, typed, base, start, device):
             save_every=options.save_every,
             workers=options.workers,
             events=options.tensorboard,
+            regions_file=(options.regions, options.region_words.split()),
             karpathy_json=options.karpathy_json,
             prune=options.prune_features,
         )

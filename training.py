@@ -35,6 +35,7 @@ class Training:
         events: whether to write for TensorBoard.
         karpathy_json: as `datasets.CaptionDataset` takes it.
         prune: whether to remove cached features of other encoders and views.
+        regions_file: as `Reports` takes it.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Training:
         events=False,
         karpathy_json=None,
         prune=False,
+        regions_file=(None, ()),
     ):
         self.state, self.files, self.data_folder = state, files, data_folder
         self.cache, self.save_every, self.workers = cache, save_every, workers
         self.karpathy_json, self.prune = karpathy_json, prune
-        self.reports = Reports(state, files, events)
+        self.reports = Reports(state, files, events, regions_file)
         self.began = time.monotonic()
 
     def run(self, stages, checkpoint=None, source=None, anew=False):
@@ -237,7 +239,7 @@ class Training:
 
         objective = CrossEntropy(state.config.alpha_c)
         loss, top5, captions = engine.validate(
-            state.network, batches(), objective, state.word_map, self.reports.shown()
+            state.network, batches(), objective, state.word_map, self.reports.measured()
         )
         references = [reference["captions"] for reference in self.data.references]
         texts = [" ".join(caption.words) for caption in captions]

@@ -3,13 +3,17 @@
 import dataclasses
 import math
 
+import attention_report
+import demo
 import pictures
+import regions
 from attention_pictures import draw_attention
 from config import ModelConfig
 from datasets import as_photographed, open_images
 from groundwork import distributed, tensorboard_log
 from groundwork.files import check_writable
 from groundwork.logs import write_log
+from metrics import are_english
 from utils import input_path
 
 
@@ -20,11 +24,13 @@ class Reports:
         state: the run's `RunState`.
         files: its `RunFiles`.
         with_events: whether to write for TensorBoard, too.
+        regions_file: for TensorBoard, path and words of `regions.read_regions`; without a path
+            those that the data set itself has.
     """
 
-    def __init__(self, state, files, with_events=False):
+    def __init__(self, state, files, with_events=False, regions_file=(None, ())):
         self.state, self.files = state, files
-        self.with_events, self.events = with_events, None
+        self.with_events, self.events, self.regions_file = with_events, None, regions_file
 
     def check_writable(self):
         """Raises UserError where log, curves or events cannot be written."""
@@ -41,6 +47,7 @@ class Reports:
         # its validation, so are the scores.
         start = self._captions_seen(state.step) + (state.step < data.steps)
         self.images = open_images(input_path(data_folder, state.base, "IMAGES", "VAL"))
+        self.regions = self._regions(data.references)
         self.events = tensorboard_log.EventLog(
             self.files.events, start, hyperparameters(state), state.records[-1]
         )
@@ -54,7 +61,10 @@ class Reports:
     def epoch_events(self, record, captions):
         """An epoch was done: its record and the validation captions, for TensorBoard."""
         if self.events is not None:
-            self.events.epoch(self._captions_seen(0), record, self._examples(captions))
+            references = [reference["captions"] for reference in self.data.references]
+            scalars = attention_report.scalars(captions, are_english(references), self.regions)
+            examples = self._examples(captions)
+            self.events.epoch(self._captions_seen(0), record, scalars, examples)
 
     def epoch(self, record, captions, improved):
         """The same for people and for programs: lines, log and curves."""
@@ -83,10 +93,21 @@ class Reports:
         if self.events is not None:
             self.events.close()
 
+    def measured(self):
+        """The validation images of which it wants to know where the decoder looked."""
+        return range(len(self.data.references)) if self.with_events else self.shown()
+
     def shown(self):
         """The three validation images that are examples."""
         count = len(self.data.references)
         return range(0, count, math.ceil(count / 3))
+
+    def _regions(self, references):
+        """`regions.Regions` of the validation images, or None."""
+        path, words = self.regions_file
+        if path is None:
+            return regions.complete(references, demo.SHAPES)
+        return regions.of_split(references, regions.read_regions(path, words), path)
 
     def _captions_seen(self, steps):
         """Captions that the run has trained on, in the epochs of its log and in `steps` steps

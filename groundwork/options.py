@@ -32,6 +32,9 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in vars(found).items() if value is not unset}
 
 
+SWITCH = argparse.BooleanOptionalAction  # a run that goes on may switch off what it had on
+
+
 class Joined(argparse.Action):
     """Of an option with several values: keeps them as one text, with blanks between."""
 
@@ -114,6 +117,28 @@ def add_workers_option(parser):
         "--workers",
         type=number(int, least=0),
         help="processes that read batches ahead; None: 4 for a GPU, else none",
+    )
+
+
+def add_region_options(add_to):
+    """Where the attention should be, for training and evaluation.
+
+    Args:
+        add_to: a parser, or a group of one.
+    """
+    add = add_to.add_argument
+    add(
+        "--regions",
+        help="where the attention should be: JSON of image -> word -> boxes or mask, or the folder "
+        "of Flickr30k Entities; it measures, and never trains",
+    )
+    add(
+        "--region_words",
+        nargs="+",
+        action=Joined,
+        default="",
+        metavar="WORD",
+        help="those that a region of the whole file, without words, is for",
     )
 
 

@@ -78,14 +78,17 @@ class EventLog:
         for tag, rate in zip(RATES, rates, strict=False):
             self._write(self.writer.add_scalar, tag, rate, captions)
 
-    def epoch(self, captions, record, examples):
-        """An epoch's line of the log, and examples.
+    def epoch(self, captions, record, scalars, examples):
+        """An epoch's line of the log, further numbers, and examples.
 
         Args:
+            scalars: tag -> value.
             examples: (file name, a human caption, the model's, RGB PIL.Image) each.
         """
         for key, tag in TAGS.items():
             self._write(self.writer.add_scalar, tag, record[key], captions)
+        for tag, value in scalars.items():
+            self._write(self.writer.add_scalar, tag, value, captions)
         for number, (filename, human, caption, picture) in enumerate(examples, start=1):
             name = printable(f"{number} {filename}")
             tag, pixels = f"attention/{name}", np.asarray(picture)

@@ -10,8 +10,11 @@ import pytest
 from conftest import failure, run_here
 from PIL import Image
 
+import attention_report
 import checkpoints
+import demo
 import evaluation
+import regions
 import utils
 from coco_results import read_subset
 from evaluation_data import EvaluationData, find_data_set
@@ -154,10 +157,11 @@ def test_captions_without_words_have_dashes_for_figures(tiny_data):
     data = EvaluationData(*tiny_data, "VAL", fake_model(tiny_data))
     wordless = SimpleNamespace(words=[], alphas=np.zeros((0, 9)))
     captions = {1: [wordless] * len(data)}
-    [(_, [row])] = evaluation.pointing_tables(captions, data)
-    assert row["hits"] == "– of 0" and row["random point"] == "–"
-    (_, [row]), _ = evaluation.attention_tables(captions, data)
-    assert row["entropy"] == row["in the box"] == row["if even"] == "–"
+    boxes = regions.complete(data.references, demo.SHAPES)
+    _, [row] = attention_report.pointing_table(captions, boxes)
+    assert row["peak"] == "– of 0 words"
+    assert row["random point"] == row["attention"] == row["even attention"] == "–"
+    [(_, [row])] = attention_report.attention_tables(captions, english=True)
     assert row["(1 - Σα)²"] == "1.000"
 
 

@@ -9,11 +9,9 @@ import subprocess
 import sys
 from collections import Counter
 
-import numpy as np
 import pycocoevalcap.eval
 import pytest
 import sacrebleu
-import scipy.stats
 import torch
 from conftest import ROOT, needs_java
 from hypothesis import given, settings
@@ -21,9 +19,7 @@ from hypothesis import strategies as st
 from pycocoevalcap.eval import COCOEvalCap
 from pycocotools.coco import COCO
 
-import demo
 import metrics
-import utils
 
 WORDS = st.sampled_from(["a", "dog", "runs", "on", "the", "red", "grass"])
 # four words or more: of a shorter caption nltk counts one 4-gram, the definition none
@@ -89,27 +85,6 @@ def test_describe_counts():
         "mean_length": 3.0,
         "distinct_words": 4,
     }
-
-
-def test_the_pointing_game_counts_peaks_inside_the_named_objects_box():
-    corner = np.zeros(16)
-    corner[3] = 1.0  # of the 4×4 grid the top right place, centre (0.875, 0.125)
-    even = np.full(16, 1 / 16)  # peaks nowhere: the centre of the picture
-    caption = (["a", "star", "heart", "cross"], np.stack([corner, corner, even, corner]))
-    boxes = {"star": [0.8, 0.0, 1.0, 0.2], "heart": [0.0, 0.0, 0.4, 0.4]}
-    game = metrics.pointing_game([caption], [boxes], ("star", "heart", "cross"))
-    assert (game.hits, game.words) == (1, 3)  # the heart is missed, there is no cross
-    assert game.chance == pytest.approx((0.2 * 0.2 + 0.4 * 0.4) / 3)
-
-
-def test_the_peak_of_places_blown_up_from_a_coarser_grid_is_their_middle():
-    alphas = np.kron([[0, 1], [0, 0]], np.ones((2, 2))).reshape(1, 16) / 4
-    boxes = {"star": [0.74, 0.24, 0.76, 0.26]}
-    assert metrics.pointing_game([(["star"], alphas)], [boxes], ("star",)).hits == 1
-
-
-def test_no_named_object_is_no_game():
-    assert metrics.pointing_game([(["a"], np.ones((1, 4)))], [{}], ("star",)) == (0, 0, 0.0)
 
 
 @pytest.mark.parametrize("vocabulary", [3, 40])
@@ -242,73 +217,3 @@ def test_bleu_is_sacrebleus(examples):
         force=True,
     )  # fmt: skip
     assert 100 * metrics.bleu(references, captions).scores[3] == pytest.approx(theirs.score)
-
-
-# --------------------------------------------------------------------------------- the attention
-
-
-@settings(max_examples=50)
-@given(
-    st.integers(1, 6),
-    st.lists(st.floats(0, 1), min_size=4, max_size=4),
-    st.integers(0, 2**32 - 1),
-)
-def test_mass_in_a_box_is_the_integral_over_it(size, corners, seed):
-    """Against a grid of points, each in one place."""
-    x0, x1, y0, y1 = *sorted(corners[:2]), *sorted(corners[2:])
-    alpha = np.random.default_rng(seed).dirichlet(np.ones(size**2))
-    fine = (np.arange(400) + 0.5) / 400
-    inside = np.outer((y0 <= fine) & (fine <= y1), (x0 <= fine) & (fine <= x1))
-    density = alpha.reshape(size, size)[
-        np.ix_((fine * size).astype(int), (fine * size).astype(int))
-    ]
-    mass, area = metrics.mass_in_boxes(
-        [(["a", "star"], np.stack([alpha, alpha]))], [{"star": [x0, y0, x1, y1]}], ("star",)
-    )
-    assert mass == pytest.approx((density * inside).sum() * size**2 / 400**2, abs=0.02)
-    assert area == pytest.approx((x1 - x0) * (y1 - y0), abs=1e-9)
-
-
-def test_mass_counts_words_whose_object_is_there():
-    captions = [(["star", "heart"], np.eye(2, 4)), (["star"], np.eye(1, 4))]
-    boxes = [{"star": [0, 0, 0.5, 0.5]}, {"heart": [0, 0, 1, 1]}]
-    assert metrics.mass_in_boxes(captions, boxes, ("star", "heart")) == (1.0, 0.25)
-    assert all(map(math.isnan, metrics.mass_in_boxes(captions, boxes, ("cross",))))
-
-
-def test_entropy_is_scipys_and_grouped():
-    rng = np.random.default_rng(0)
-    alphas = rng.dirichlet(np.ones(9), size=3)
-    alphas[2] = np.eye(9)[4]  # one place: 0
-    captions = [(["a", "star"], alphas[:2]), (["star"], alphas[2:])]
-    by_hand = scipy.stats.entropy(alphas, axis=1)
-    assert metrics.attention_entropy(captions)["all"] == (pytest.approx(by_hand.mean()), 3)
-    found = metrics.attention_entropy(captions, demo.part_of_speech)
-    assert found == {
-        "determiner": (pytest.approx(by_hand[0]), 1),
-        "noun": (pytest.approx(by_hand[1:].mean()), 2),
-    }
-
-
-def test_coverage_is_the_regularisers_and_its_least():
-    rng = np.random.default_rng(0)
-    captions = [(["a"] * n, rng.dirichlet(np.ones(16), size=n)) for n in (3, 30)]
-    uneven, least = metrics.coverage(captions)
-    by_hand = [((1 - alphas.sum(0)) ** 2).mean() for _, alphas in captions]
-    assert uneven == pytest.approx(np.mean(by_hand))
-    assert least == pytest.approx(((1 - 3 / 16) ** 2 + (1 - 30 / 16) ** 2) / 2)
-    even = [(words, np.full_like(alphas, 1 / 16)) for words, alphas in captions]
-    assert metrics.coverage(even) == (pytest.approx(least), pytest.approx(least))
-
-
-def test_every_word_of_the_demo_has_one_part_of_speech():
-    words = [word for words in demo.PARTS_OF_SPEECH.values() for word in words]
-    assert len(words) == len(set(words))
-    rng = np.random.default_rng(0)
-    spoken = {
-        word
-        for _ in range(300)
-        for caption in demo.captions(demo.compose(rng), rng)
-        for word in utils.tokenize(caption)
-    }
-    assert spoken <= set(words)

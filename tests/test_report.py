@@ -27,6 +27,7 @@ def written(checkpoint, tiny_data, tmp_path_factory):
     process = run_here(
         "eval.py", "--checkpoint", checkpoint, "--data_folder", tiny_data[0], "--beam_size", 3, 1,
         "--results_folder", folder / "results", "--report", folder / "page", "--device", "cpu",
+        "--attention_report", 2,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert [path.name for path in (folder / "page").iterdir()] == ["index.html"]
@@ -90,7 +91,7 @@ def test_its_captions_are_the_widest_beams(opened):
 
 def test_its_pictures_are_there(opened):
     page, _ = opened
-    for name in ("curves", "lengths"):
+    for name in ("curves", "deletion", "lengths"):
         assert page.locator(f"#{name}").evaluate("image => image.naturalWidth") > 300
     load = "async all => { await Promise.all(all.map(i => i.decode()));"
     load += " return all.map(i => i.naturalWidth) }"

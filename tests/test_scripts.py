@@ -1,7 +1,6 @@
 """The scripts as a user runs them: train, evaluate, caption, continue, and bad input."""
 
 import json
-import math
 import os
 import shutil
 
@@ -13,6 +12,7 @@ from conftest import LEARN, OFFLINE, SMALL, best, failure, needs_java, run_here,
 from nltk.translate.bleu_score import corpus_bleu
 from PIL import Image
 
+import attention_probes
 import checkpoints
 import datasets
 import utils
@@ -36,6 +36,7 @@ def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
         1,
         5,
         "--attention_report",
+        2,
     )
     assert process.returncode == 0, process.stderr
     path = output / f"results_test_beam5_checkpoint_{base}.json"
@@ -47,12 +48,16 @@ def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
         [r["caption"].split() for r in results],
     )
     assert by_hand > 0.9
-    nltk_table, coco_table, pointing, attention, parts = tables(process.stdout)
+    nltk_table, coco_table, pointing, attention, covered, deletion, pairs = tables(process.stdout)
     assert list(nltk_table) == list(pointing) == ["beam 1", "beam 5"]
     assert nltk_table["beam 5"]["BLEU-4"] == f"{100 * by_hand:.1f}"
-    assert "of" in pointing["beam 5"]["hits"]
-    assert 0 < float(attention["beam 1"]["entropy"]) <= math.log(9)
-    assert parts["beam 5"]["noun"].split(" of ")[1].isdecimal()
+    share, count = pointing["beam 5"]["peak"].split("% of ")
+    assert 0 <= float(share) <= 100 and int(count.split()[0]) > 0
+    nouns = attention["beam 1, nouns"]
+    assert 0 < float(nouns["entropy / ln L"].rstrip("%")) <= 100 and int(nouns["words"]) >= 8
+    assert 0 < float(covered["beam 5"]["least possible"]) <= float(covered["beam 5"]["(1 - Σα)²"])
+    assert list(deletion)[::2] == [f"{order} first, nouns" for order in attention_probes.ORDERS]
+    assert 0 < float(pairs["nouns"]["attention"].rstrip("%")) < 100
     assert {"METEOR", "ROUGE-L", "CIDEr-D"} < coco_table["beam 1"].keys()
     assert "PTB tokenizer" in process.stdout and "without brevity penalty" in process.stdout
 

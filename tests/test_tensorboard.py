@@ -3,12 +3,16 @@
 import errno
 import io
 import json
+import math
 import shutil
 import signal
 import sys
 from functools import partial
+from itertools import pairwise
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import OFFLINE, ROOT, failure, run_here, run_script
 from PIL import Image
@@ -18,10 +22,13 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_distributed import run_two
 
 import checkpoints
+import datasets
 import decoding
+import parts_of_speech
 import training
 import utils
 from attention_pictures import draw_attention
+from captioner import Captioner
 from groundwork import tensorboard_log
 
 CAPTIONS, STEPS = 80, 3  # of an epoch of the tiny data: 8 images in batches of 3 at most
@@ -135,6 +142,56 @@ def test_examples_are_drawn_in_every_epoch(run, tiny_data):
             [contents] = text.tensor_proto.string_val
             assert f"model: {said[3 * (epoch - 1) + number]}\n" in contents.decode()
             assert f"human: {references[i]['captions'][0]}\n" in contents.decode()
+
+
+def test_where_it_looked_is_measured_in_every_epoch(run, tiny_data):
+    """As the finished model looks when it captions the validation images."""
+    (output, _), (folder, base) = run, tiny_data
+    found = series(read(output, base))
+    model = Captioner.load(checkpoints.checkpoint_path(output, base))
+    images = datasets.open_images(utils.input_path(folder, base, "IMAGES", "VAL"))
+    squares = [torch.from_numpy(image) for image in images]
+    captions = list(model.caption(squares, beam_size=1, max_length=6))
+    entropies = [scipy.stats.entropy(caption.alphas, axis=1) for caption in captions]
+    kinds = [kind for caption in captions for kind in parts_of_speech.kinds(caption.words)]
+    evenness = np.concatenate(entropies) / math.log(9)
+    moved = [
+        abs(after - before).sum() / 2
+        for caption in captions
+        for before, after in pairwise(caption.alphas.numpy())
+    ]
+    kinds_moved = [k for caption in captions for k in parts_of_speech.kinds(caption.words)[1:]]
+    for kind in set(kinds):
+        for name, values, own in (
+            ("evenness", evenness, kinds), ("movement", moved, kinds_moved)
+        ):  # fmt: skip
+            (_, _), (step, value) = found[f"attention {name}/{kind}"]
+            expected = np.mean([v for v, k in zip(values, own, strict=True) if k == kind])
+            assert step == 2 * CAPTIONS and value == pytest.approx(expected, abs=1e-3)
+    assert 0 <= found["attention pointing/peak"][-1][1] <= 1
+    shares = [found[f"attention pointing/{name}"] for name in ("attention", "even attention")]
+    assert all(0 < value < 1 for points in shares for _, value in points)
+
+
+def test_regions_of_a_file_are_those_that_count(tiny_data, tmp_path):
+    """The whole picture is where everything is, at each epoch."""
+    folder, base = tiny_data
+    references = json.loads((folder / f"VAL_REFERENCES_{base}.json").read_text())
+    path = tmp_path / "regions.json"
+    path.write_text(json.dumps({r["filename"]: [0, 0, 1, 1] for r in references}))
+    words = list(json.loads((folder / f"WORDMAP_{base}.json").read_text()))
+    train_here(tiny_data, tmp_path, *DECODER, "--regions", path, "--region_words", *words)
+    found = series(read(tmp_path, base))
+    for name in ("peak", "attention", "random point", "even attention"):
+        assert found[f"attention pointing/{name}"] == [(CAPTIONS, pytest.approx(1))]
+    for arguments, message in (
+        (["--regions", tmp_path / "no.json", "--tensorboard"], "no.json"),
+        (["--regions", path, "--tensorboard"], "--region_words"),
+        (["--regions", path, "--region_words", "man"], "--tensorboard"),
+        (["--region_words", "man"], "--regions"),
+    ):
+        process = run_here("train.py", "--data_folder", folder, *RUN, *arguments)
+        assert message in failure(process)
 
 
 def plugin(events, tag):

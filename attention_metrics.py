@@ -1,0 +1,126 @@
+"""How good attention is measured: where it peaks, how much of it lies on what a word names, how
+even it is, how far it moves from word to word.
+
+`captions` are (words, alphas) for each image: list of T words, and (T, L) array of the attention
+over L = size² places, row by row.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Pointing(NamedTuple):
+    """Outcome of the pointing game (Zhang et al., 2016)."""
+
+    hits: int  # words whose attention peaks inside the region of what they name
+    words: int  # words that name something
+    chance: float  # share of hits that a uniformly random point would make
+
+
+def pointing_game(captions, regions):
+    """How often the attention's peak for a word lies in the region of what it names.
+
+    The peak is the centre of the place with the largest alpha; where several share it (pooling
+    to a finer grid makes such), the mean of their centres.
+
+    Args:
+        regions: `regions.Regions` of the images. A word of its `names` that a picture has no region
+            for is a miss.
+    """
+    hits = count = 0
+    chance = 0.0
+    for alpha, region in _named(captions, regions):
+        count += 1
+        if region is not None:
+            hits += region.contains(*peak(alpha))
+            chance += region.area
+    return Pointing(hits, count, chance / max(count, 1))
+
+
+def mass_in_regions(captions, regions):
+    """How much of the attention for a word lies in the region of what it names.
+
+    A place is a square of the grid, which counts by the share of it that is in the region. Words
+    that the picture has no region for do not count.
+
+    Returns:
+        the mean over the words, and what evenly spread attention would give; (nan, nan) of none.
+    """
+    masses, areas = [], []
+    for alpha, region in _named(captions, regions):
+        if region is not None:
+            shares = region.shares(math.isqrt(len(alpha)))
+            masses.append(float(alpha @ shares))
+            areas.append(float(shares.mean()))
+    return (float(np.mean(masses)), float(np.mean(areas))) if masses else (math.nan, math.nan)
+
+
+def _named(captions, regions):
+    """(alpha, region or None) of each word that names something."""
+    for (words, alphas), own in zip(captions, regions.of_images, strict=True):
+        if own is None:
+            continue
+        for word, alpha in zip(words, np.asarray(alphas, np.float64), strict=True):
+            if word in (own if regions.names is None else regions.names):
+                yield alpha, own.get(word)
+
+
+def peak(alpha):
+    """Centre (x, y) of the largest of L = size² alphas, fractions of width and height."""
+    size = math.isqrt(len(alpha))
+    places = np.flatnonzero(alpha >= alpha.max())
+    rows, columns = np.divmod(places, size)
+    return (columns.mean() + 0.5) / size, (rows.mean() + 0.5) / size
+
+
+def evenness(alphas):
+    """Entropy of the attention for each word as a share of ln L, its greatest: 1 where it is even,
+    0 where it is at one place.
+
+    Args:
+        alphas: (T, L).
+
+    Returns:
+        (T,) float64.
+    """
+    alphas = np.asarray(alphas, np.float64)
+    entropy = -(alphas * np.log(alphas.clip(1e-300))).sum(axis=1)
+    return entropy / math.log(alphas.shape[1]) if alphas.shape[1] > 1 else np.ones(len(alphas))
+
+
+def movement(alphas):
+    """The share of the attention for each word that is elsewhere than for the word before it,
+    ½ Σ_i |α_ti - α_(t-1)i|, the total variation distance.
+
+    Args:
+        alphas: (T, L).
+
+    Returns:
+        (T,) float64; nan for the first word.
+    """
+    alphas = np.asarray(alphas, np.float64)
+    moved = abs(np.diff(alphas, axis=0)).sum(axis=1) / 2
+    return np.concatenate([np.full(min(len(alphas), 1), np.nan), moved])
+
+
+def movement_by_chance(captions, seed=0):
+    """The mean of `movement` between words in a random order, of all captions together: what it
+    would be if it did not matter which word follows which."""
+    alphas = np.concatenate([np.asarray(alphas, np.float64) for _, alphas in captions])
+    order = np.random.default_rng(seed).permutation(len(alphas))
+    return float(np.nanmean(movement(alphas[order]))) if len(alphas) > 1 else math.nan
+
+
+def coverage(captions):
+    """How far Σ_t α_ti is from 1, which doubly stochastic attention (§4.2.1) pulls it to.
+
+    Returns:
+        the mean over captions and places of (1 - Σ_t α_ti)², the sum over the words, and the least
+        that it could be: a caption of T words has T / L a place to give, (1 - T / L)².
+    """
+    totals = [np.asarray(alphas, np.float64).sum(axis=0) for _, alphas in captions]
+    uneven = np.mean([((1 - total) ** 2).mean() for total in totals])
+    least = np.mean([(1 - total.mean()) ** 2 for total in totals])
+    return float(uneven), float(least)

@@ -1,0 +1,232 @@
+"""Tables and a figure on where a model looked: `eval.py --attention_report`."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import attention_metrics
+import parts_of_speech
+from attention_probes import ORDERS, SHARES, probe
+from groundwork.wording import counted, figure
+from metrics import are_english
+
+COLOURS = dict(zip(ORDERS, ("#d62728", "0.5", "#1f77b4"), strict=True))
+
+
+class Findings(NamedTuple):
+    """What is known of a model's attention."""
+
+    tables: list[tuple[str, list[dict]]]  # title, and rows as `groundwork.tables` prints them
+    curves: Figure | None  # of deletion
+    left_out: list[str]  # a line for what cannot be computed, with the reason
+
+
+def measure(model, data, captions, regions=None, count=None):
+    """`Findings`; of several processes all call it.
+
+    Args:
+        model: a `captioner.Captioner`.
+        data: an `evaluation_data.EvaluationData`.
+        captions: beam_size -> for each image its `captioner.Caption`.
+        regions: `regions.Regions` of the images, or None.
+        count: on how many images the words' dependence is tried, with the captions of the widest
+            beam; None: the pointing game alone.
+    """
+    if any(caption.alphas is None for found in captions.values() for caption in found):
+        asked = count is not None or (regions is not None and regions.names is None)
+        return Findings([], None, ["no attention report: this decoder has no attention"] * asked)
+    tables = [pointing_table(captions, regions)] if regions is not None else []
+    if count is None:
+        return Findings(tables, None, [])
+    english = are_english([reference["captions"] for reference in data.references])
+    tables += attention_tables(captions, english)
+    probes = probe(model, data, captions[max(captions)], count)
+    curves = draw_deletion(probes, english) if probes else None
+    left_out = [] if english else ["nouns are told from other words in English alone"]
+    return Findings(tables + (probe_tables(probes, english) if probes else []), curves, left_out)
+
+
+def pointing_table(captions, regions):
+    """How well the attention points at what a word names, beside a random point and an even one.
+
+    Args:
+        captions: beam_size -> for each image its `captioner.Caption`.
+        regions: `regions.Regions` of the images, of which some are known.
+
+    Returns:
+        title, and a row for each beam width, as `groundwork.tables` prints them.
+    """
+    rows = []
+    for beam_size, found in _looks(captions).items():
+        game = attention_metrics.pointing_game(found, regions)
+        hits, chance = (game.hits / game.words, game.chance) if game.words else (math.nan,) * 2
+        mass, area = attention_metrics.mass_in_regions(found, regions)
+        rows.append(
+            {
+                "": f"beam {beam_size}",
+                "peak": f"{figure(hits, '.1%')} of {counted(game.words, 'word')}",
+                "random point": figure(chance, ".1%"),
+                "attention": figure(mass, ".1%"),
+                "even attention": figure(area, ".1%"),
+            }
+        )
+    images = f"{regions.known} of {counted(len(regions.of_images), 'image')}"
+    return f"pointing game: how much is {regions.about}, {images}", rows
+
+
+def attention_tables(captions, english):
+    """What the attention is like: how even for each word, how it moves, over each caption.
+
+    Args:
+        captions: as in `pointing_table`.
+        english: whether nouns can be told from other words.
+    """
+    spread, covered = [], []
+    for beam_size, found in _looks(captions).items():
+        places = found[0][1].shape[1]
+        kinds = [_kinds(words, english) for words, _ in found]
+        even = _by_kind(kinds, [attention_metrics.evenness(alphas) for _, alphas in found])
+        moved = _by_kind(kinds, [attention_metrics.movement(alphas) for _, alphas in found])
+        chance = attention_metrics.movement_by_chance(found)
+        spread += [
+            {
+                "": f"beam {beam_size}, {kind}",
+                "words": str(len(even[kind])),
+                "entropy / ln L": figure(_mean(even[kind]), ".1%"),
+                "moves": figure(_mean(moved[kind]), ".1%"),
+                "between random words": figure(chance, ".1%"),
+            }
+            for kind in even
+        ]
+        uneven, least = attention_metrics.coverage(found)
+        row = {"": f"beam {beam_size}", "(1 - Σα)²": f"{uneven:.3f}"}
+        covered.append(row | {"least possible": f"{least:.3f}"})
+    return [
+        (
+            f"attention over {places} places: its entropy, 100% where it is even and 0% at one "
+            "place; how much of it is elsewhere than for the word before, 0% where it is even",
+            spread,
+        )
+    ] * bool(spread) + [
+        ("Σα, over a caption's words, should be near 1 at every place", covered),
+    ]
+
+
+def scalars(captions, english, regions=None):
+    """What TensorBoard is told: tag -> value, each beside what chance or an even attention has.
+
+    Args:
+        captions: (words, alphas) of each image; of a decoder without attention alphas is None.
+        english, regions: as in `attention_tables` and `pointing_table`.
+    """
+    if any(alphas is None for _, alphas in captions):
+        return {}
+    kinds = [_kinds(words, english) for words, _ in captions]
+    found = {"movement/between random words": attention_metrics.movement_by_chance(captions)}
+    for name in ("evenness", "movement"):
+        measured = [getattr(attention_metrics, name)(alphas) for _, alphas in captions]
+        for kind, values in _by_kind(kinds, measured).items():
+            found[f"{name}/{kind}"] = _mean(values)
+    if regions is not None:
+        game = attention_metrics.pointing_game(captions, regions)
+        mass, area = attention_metrics.mass_in_regions(captions, regions)
+        found["pointing/peak"] = game.hits / game.words if game.words else math.nan
+        found |= {"pointing/random point": game.chance, "pointing/attention": mass}
+        found["pointing/even attention"] = area
+    return {f"attention {tag}": v for tag, v in found.items() if not math.isnan(v)}
+
+
+def probe_tables(probes, english):
+    """What changed pictures tell.
+
+    Args:
+        probes: of `attention_probes.probe`, at least one.
+        english: as in `attention_tables`.
+    """
+    kinds = [_kinds(probe.words, english) for probe in probes]
+    fallen = [
+        {"": f"{order} first, {kind}"}
+        | {f"{share:.0%}": f"{fall:.2f}" for share, fall in zip(SHARES, falls, strict=True)}
+        for order in ORDERS
+        for kind, falls in _falls(probes, kinds, order).items()
+    ]
+    images = counted(len(probes), "image")
+    tables = [
+        (
+            f"deletion, {images}: log p of a word falls by so much when such a share of the places "
+            "is blotted out; at random, as an even attention would have it",
+            fallen,
+        )
+    ]
+    half = _by_kind(kinds, [probe.own_half for probe in probes])
+    peaks = _by_kind(kinds, [probe.peak_in_own_half for probe in probes])
+    rows = [
+        {
+            "": kind,
+            "attention": figure(_mean(half[kind]), ".1%"),
+            "peak": figure(_mean(peaks[kind]), ".1%"),
+            "even": "50.0%",
+        }
+        for kind in half
+        if half[kind]
+    ]
+    title = "pairs: two images side by side; on the own image's half, for the words of its caption"
+    return tables + [(title, rows)] * bool(rows)
+
+
+def draw_deletion(probes, english):
+    """A matplotlib figure of the deletion curves, a panel for each kind of words."""
+    kinds = [_kinds(probe.words, english) for probe in probes]
+    curves = {order: _falls(probes, kinds, order) for order in ORDERS}
+    shown = curves[ORDERS[0]]
+    drawing = Figure(figsize=(3.6 * len(shown), 2.8), layout="constrained")
+    panels = drawing.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, shown, strict=True):
+        for order, falls in curves.items():
+            shares = [0, *(100 * share for share in SHARES)]
+            axes.plot(shares, [0, *-falls[kind]], label=f"{order} first", color=COLOURS[order])
+        axes.set_title(kind, fontsize=10)
+        axes.set_xlabel("% of the places blotted out")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("change of log p")
+    panels[0].legend(frameon=False, fontsize=8)
+    return drawing
+
+
+def _looks(captions):
+    """beam_size -> (words, alphas) of each caption."""
+    return {
+        beam_size: [(caption.words, caption.alphas) for caption in found]
+        for beam_size, found in captions.items()
+    }
+
+
+def _kinds(words, english):
+    """The kind of each word."""
+    return parts_of_speech.kinds(words) if english else ["all words"] * len(words)
+
+
+def _by_kind(kinds, values):
+    """Kind -> the values of its words, without those that are nan.
+
+    Args:
+        kinds, values: for each caption those of its words.
+    """
+    found = {kind: [] for kind in sorted({kind for own in kinds for kind in own})}
+    for own, numbers in zip(kinds, values, strict=True):
+        for kind, number in zip(own, numbers, strict=True):
+            if not np.isnan(number).any():
+                found[kind].append(number)
+    return found
+
+
+def _falls(probes, kinds, order):
+    """Kind -> by how much log p falls at each of `SHARES`, a mean over words."""
+    values = [probe.log_probs[order][:, :1] - probe.log_probs[order][:, 1:] for probe in probes]
+    return {kind: np.mean(own, axis=0) for kind, own in _by_kind(kinds, values).items()}
+
+
+def _mean(values):
+    return float(np.mean(values)) if values else math.nan

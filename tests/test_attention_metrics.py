@@ -1,0 +1,146 @@
+"""Measures of attention against points on a fine grid, scipy, and counting by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attention_metrics
+import parts_of_speech
+from regions import Region, Regions
+
+
+def boxes(found, *names):
+    """`Regions` of {word: box} of each image, complete where names are given."""
+    own = [{word: Region.of_boxes([box]) for word, box in image.items()} for image in found]
+    return Regions(own, frozenset(names) or None)
+
+
+def test_the_pointing_game_counts_peaks_inside_the_named_objects_box():
+    corner = np.zeros(16)
+    corner[3] = 1.0  # of the 4×4 grid the top right place, centre (0.875, 0.125)
+    even = np.full(16, 1 / 16)  # peaks nowhere: the centre of the picture
+    caption = (["a", "star", "heart", "cross"], np.stack([corner, corner, even, corner]))
+    found = [{"star": [0.8, 0.0, 1.0, 0.2], "heart": [0.0, 0.0, 0.4, 0.4]}]
+    game = attention_metrics.pointing_game([caption], boxes(found, "star", "heart", "cross"))
+    assert (game.hits, game.words) == (1, 3)  # the heart is missed, there is no cross
+    assert game.chance == pytest.approx((0.2 * 0.2 + 0.4 * 0.4) / 3)
+    # where it is not known that all is told, what is not told does not count
+    assert attention_metrics.pointing_game([caption], boxes(found))[:2] == (1, 2)
+
+
+def test_the_peak_of_places_blown_up_from_a_coarser_grid_is_their_middle():
+    alphas = np.kron([[0, 1], [0, 0]], np.ones((2, 2))).reshape(1, 16) / 4
+    found = boxes([{"star": [0.74, 0.24, 0.76, 0.26]}])
+    assert attention_metrics.pointing_game([(["star"], alphas)], found).hits == 1
+
+
+def test_no_named_object_is_no_game():
+    captions = [(["a"], np.ones((1, 4)))]
+    for known in (boxes([{}], "star"), boxes([{}]), Regions([None])):
+        assert attention_metrics.pointing_game(captions, known) == (0, 0, 0.0)
+        assert all(map(math.isnan, attention_metrics.mass_in_regions(captions, known)))
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_mass_in_boxes_is_the_integral_over_their_union(size, count, seed):
+    """Against a grid of points, each in one place."""
+    rng = np.random.default_rng(seed)
+    corners = np.sort(rng.uniform(-0.2, 1.2, (count, 2, 2)), axis=1).reshape(count, 4)
+    alpha = rng.dirichlet(np.ones(size**2))
+    fine = (np.arange(400) + 0.5) / 400
+    inside = np.zeros((400, 400), bool)
+    for x0, y0, x1, y1 in corners:
+        inside |= np.outer((y0 <= fine) & (fine <= y1), (x0 <= fine) & (fine <= x1))
+    place = (fine * size).astype(int)
+    density = alpha.reshape(size, size)[np.ix_(place, place)] * size**2
+    region = Region.of_boxes(corners)
+    mass, area = attention_metrics.mass_in_regions(
+        [(["a", "star"], np.stack([alpha, alpha]))], Regions([{"star": region}])
+    )
+    assert mass == pytest.approx((density * inside).mean(), abs=0.02)
+    assert area == pytest.approx(region.area)
+    assert area == pytest.approx(inside.mean(), abs=0.01)
+    for x, y in rng.uniform(0, 1, (5, 2)):
+        assert region.contains(x, y) == any(
+            x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in corners
+        )
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_a_mask_is_the_boxes_of_its_ones(rows, columns, size, seed):
+    mask = np.random.default_rng(seed).random((rows, columns)) < 0.5
+    ones = [
+        [c / columns, r / rows, (c + 1) / columns, (r + 1) / rows] for r, c in np.argwhere(mask)
+    ]
+    own = Region.of_mask(mask)
+    assert own.area == pytest.approx(mask.mean())
+    if ones:
+        assert own.shares(size) == pytest.approx(Region.of_boxes(ones).shares(size))
+
+
+def test_mass_counts_words_whose_object_is_there():
+    captions = [(["star", "heart"], np.eye(2, 4)), (["star"], np.eye(1, 4))]
+    found = [{"star": [0, 0, 0.5, 0.5]}, {"heart": [0, 0, 1, 1]}]
+    known = boxes(found, "star", "heart")
+    assert attention_metrics.mass_in_regions(captions, known) == (1.0, 0.25)
+
+
+def test_evenness_is_scipys_entropy():
+    alphas = np.random.default_rng(0).dirichlet(np.ones(9), size=3)
+    alphas[2] = np.eye(9)[4]  # one place
+    expected = scipy.stats.entropy(alphas, axis=1) / math.log(9)
+    assert attention_metrics.evenness(alphas) == pytest.approx(expected)
+    assert attention_metrics.evenness(np.full((1, 9), 1 / 9)) == pytest.approx(1)
+    assert attention_metrics.evenness(np.ones((2, 1))).tolist() == [1, 1]
+
+
+def test_movement_is_scipys_distance_of_neighbours():
+    alphas = np.random.default_rng(0).dirichlet(np.ones(9), size=4)
+    moved = attention_metrics.movement(alphas)
+    assert np.isnan(moved[0])
+    for t in (1, 2, 3):
+        distance = scipy.spatial.distance.cityblock(alphas[t], alphas[t - 1])
+        assert moved[t] == pytest.approx(distance / 2)
+    assert attention_metrics.movement(np.eye(2, 9))[1] == 1
+    assert attention_metrics.movement(np.zeros((0, 9))).shape == (0,)
+
+
+def test_movement_by_chance_is_that_of_words_in_any_order():
+    """Of two kinds of words that take turns: a half of the pairs are of one kind."""
+    words = 400
+    captions = [(["a"] * words, np.eye(2)[np.arange(words) % 2])]
+    assert np.nanmean(attention_metrics.movement(captions[0][1])) == 1
+    assert attention_metrics.movement_by_chance(captions) == pytest.approx(0.5, abs=0.08)
+    assert math.isnan(attention_metrics.movement_by_chance([(["a"], np.eye(1, 4))]))
+
+
+def test_coverage_is_the_regularisers_and_its_least():
+    rng = np.random.default_rng(0)
+    captions = [(["a"] * n, rng.dirichlet(np.ones(16), size=n)) for n in (3, 30)]
+    uneven, least = attention_metrics.coverage(captions)
+    by_hand = [((1 - alphas.sum(0)) ** 2).mean() for _, alphas in captions]
+    assert uneven == pytest.approx(np.mean(by_hand))
+    assert least == pytest.approx(((1 - 3 / 16) ** 2 + (1 - 30 / 16) ** 2) / 2)
+    even = [(words, np.full_like(alphas, 1 / 16)) for words, alphas in captions]
+    assert attention_metrics.coverage(even) == (pytest.approx(least), pytest.approx(least))
+
+
+def test_nouns_are_told_from_other_words_where_they_stand():
+    for caption, nouns in (
+        ("a small red heart to the left of a blue cross", "heart left cross"),
+        ("two dogs play in the snow", "dogs snow"),
+        ("the play of a child", "play child"),
+        ("a man in a <unk> shirt", "man <unk> shirt"),
+    ):
+        words = caption.split()
+        kinds = parts_of_speech.kinds(words)
+        found = [word for word, kind in zip(words, kinds, strict=True) if kind == "nouns"]
+        assert set(found) - {"<unk>"} == set(nouns.split()) - {"<unk>"}
+    assert parts_of_speech.kinds([]) == []

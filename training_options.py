@@ -1,0 +1,176 @@
+"""The options of train.py, and their defaults on demo data."""
+
+import dataclasses
+
+from config import ModelConfig, TrainingConfig
+from groundwork.options import (
+    MAX_GRID,
+    SWITCH,
+    Joined,
+    Parser,
+    add_device_options,
+    add_model_option,
+    add_region_options,
+    add_workers_option,
+    as_flags,
+    interval,
+    number,
+)
+
+# Learnable in minutes on two cores; the other defaults suit photographs and a grid of 14×14.
+DEMO_DEFAULTS = {
+    "encoder": "timm:tf_efficientnet_lite2",  # encoders.OFFLINE_ENCODER, which takes long to import
+    "encoded_image_size": 8,
+    "stage": "decoder",
+    "epochs": 8,
+    "decoder_lr": 1e-3,
+    "alpha_c": 0.1,
+}
+
+
+def make_parser(description=None):
+    """The parser of train.py.
+
+    Args:
+        description: of the script.
+    """
+    parser = Parser(
+        description=description,
+        epilog="Defaults on demo data: " + as_flags(DEMO_DEFAULTS),
+    )
+    positive, share = number(int, above=0), number(float, least=0, below=1)
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data_folder", default="data", help="where create_input_files.py put its files")
+    add("--data_name", help="base name of the data set, where the folder holds several")
+    add(
+        "--output_folder",
+        help="for checkpoints, log and curves; None: the data folder, or that of --model",
+    )
+    add(
+        "--karpathy_json",
+        help="the data set's, for human captions as written where the input files were made "
+        "without REFERENCES",
+    )
+    add("--overwrite", action="store_true", help="start anew over an earlier run's files")
+    add(
+        "--tensorboard",
+        action=SWITCH,
+        help="scalars, captions with attention and hyperparameters for TensorBoard, in the "
+        "output folder's folder tensorboard",
+    )
+    add_region_options(group)
+    add(
+        "--cache_features",
+        choices=["auto", "off"],
+        default="auto",
+        help="keep the frozen encoder's output on disk, if there is room",
+    )
+    add(
+        "--prune_features",
+        action="store_true",
+        help="remove what is kept of other encoders and views of this data set",
+    )
+    add(
+        "--views",
+        type=positive,
+        help="views of an image to train on: itself, its mirror image, then random crops; "
+        "mirror images belie captions that speak of left and right",
+    )
+
+    add = parser.add_argument_group("model").add_argument
+    add("--encoder", help="a torchvision model or timm:NAME")
+    add("--encoder_weights", help="file of the encoder's state dict; None: its ImageNet weights")
+    add(
+        "--encoder_stages",
+        nargs="+",
+        action=Joined,
+        metavar="STAGE",
+        help="whose feature maps the attention sees, each at its own grid: strides, as 16 32, and "
+        "last, the network's last map, which alone is the paper's",
+    )
+    add(
+        "--feature_norm",
+        choices=["layer", "none"],
+        help="normalise each stage's annotation vectors; None: where there are several stages",
+    )
+    grid = number(int, above=0, below=MAX_GRID + 1)
+    add("--encoded_image_size", type=grid, help="side of the attention's grid")
+    add("--decoder", help="lstm, the paper's")
+    add(
+        "--gate",
+        choices=["scalar", "channel"],
+        help="one gate β_t, as in the paper, or one for each channel",
+    )
+    add("--deep_output", action=SWITCH, help="the paper's output layer, eq. 7")
+    add("--attention_dim", type=positive, help="attention's hidden layer")
+    add("--embed_dim", type=positive, help="word embedding")
+    add("--decoder_dim", type=positive, help="LSTM state")
+    add("--dropout", type=share, help="probability, before the vocabulary layer")
+    add("--embed_dropout", type=share, help="probability, on the words' embeddings")
+
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add(
+        "--stage",
+        choices=["decoder", "finetune", "both"],
+        default="both",
+        help="the decoder alone, fine-tuning the encoder with it from the best checkpoint, or "
+        "one after the other",
+    )
+    add_model_option(
+        training, "to go on from, with its model, of which only dropout may be changed"
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on where the run in the output folder was stopped, or start it: the result is "
+        "that of a run never stopped. As with --model and --stage finetune, the run's own "
+        "options hold, but for those typed",
+    )
+    add(
+        "--save_every",
+        type=interval,
+        default="10m",
+        help="checkpoints inside an epoch: minutes, as 10m, or steps, as 500",
+    )
+    add("--epochs", type=positive, help="at most, in each stage")
+    add("--batch_size", type=positive, help="captions, stage 1")
+    add("--finetune_batch_size", type=positive, help="captions, stage 2")
+    add("--decoder_lr", type=number(float, above=0), help="Adam, decoder")
+    add("--encoder_lr", type=number(float, above=0), help="Adam, encoder")
+    add(
+        "--schedule",
+        choices=["plateau", "cosine"],
+        help="learning rate: × 0.8 after --patience epochs without a better one, or falling "
+        "along a cosine to 0 over --epochs",
+    )
+    add(
+        "--select_by",
+        choices=["bleu4", "cider", "loss"],
+        help="what tells the best epoch: validation BLEU-4 (where it is equal, BLEU-3, 2, 1, then "
+        "the loss), CIDEr-D, or the loss",
+    )
+    add("--patience", type=positive, help="epochs, for the plateau schedule")
+    add("--stop_after", type=positive, help="epochs without a better one")
+    add("--grad_clip", type=number(float, above=0), help="element-wise")
+    add("--alpha_c", type=number(float, least=0), help="weight of doubly stochastic attention")
+    add("--label_smoothing", type=share, help="share spread over the vocabulary")
+    add("--seed", type=number(int, least=0, below=2**63), help="of everything")
+    add(
+        "--deterministic",
+        action=SWITCH,
+        help="equal weights from equal runs on the same device; a CPU gives them anyway",
+    )
+    add(
+        "--detect_anomaly",
+        action=SWITCH,
+        help="find the operation whose gradient is not a number; slow",
+    )
+    add_workers_option(parser)
+    add_device_options(parser)
+    parser.set_defaults(**dict.fromkeys(("tensorboard", "deterministic", "detect_anomaly"), False))
+    for kind in (ModelConfig, TrainingConfig):
+        parser.set_defaults(**dataclasses.asdict(kind()))
+    return parser
