@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 	$(PYTHON) create_input_files.py --dataset demo
 	$(PYTHON) train.py --data_name $(DEMO) --overwrite
 	$(PYTHON) eval.py --model data/BEST_checkpoint_$(DEMO).pth.tar --beam_size 1 3 5 \
-		--attention_report --report report
+		--attention_report 10 --report report
 	$(PYTHON) caption.py --model data/BEST_checkpoint_$(DEMO).pth.tar \
 		--img data/demo/images/test_0000[0-5].jpg
 
