@@ -57,6 +57,24 @@ def mass_in_regions(captions, regions):
     return (float(np.mean(masses)), float(np.mean(areas))) if masses else (math.nan, math.nan)
 
 
+def median_image(captions, regions):
+    """Number of the image in the middle when they are ordered by how many of its words' peaks lie
+    where they should, and of equal ones by how much of the attention does; of an even number the
+    lower one. None where no word names anything.
+
+    Args:
+        captions, regions: as in `pointing_game`.
+    """
+    found = []
+    for i, (caption, own) in enumerate(zip(captions, regions.of_images, strict=True)):
+        alone = regions._replace(of_images=[own])
+        game = pointing_game([caption], alone)
+        if game.words:
+            mass, _ = mass_in_regions([caption], alone)
+            found.append((game.hits / game.words, -math.inf if math.isnan(mass) else mass, i))
+    return sorted(found)[(len(found) - 1) // 2][-1] if found else None
+
+
 def _named(captions, regions):
     """(alpha, region or None) of each word that names something."""
     for (words, alphas), own in zip(captions, regions.of_images, strict=True):

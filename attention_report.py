@@ -20,7 +20,7 @@ class Findings(NamedTuple):
 
     tables: list[tuple[str, list[dict]]]  # title, and rows as `groundwork.tables` prints them
     curves: Figure | None  # of deletion
-    left_out: list[str]  # a line for what cannot be computed, with the reason
+    notes: list[str]  # lines, of what cannot be computed, too
 
 
 def measure(model, data, captions, regions=None, count=None):
@@ -37,15 +37,24 @@ def measure(model, data, captions, regions=None, count=None):
     if any(caption.alphas is None for found in captions.values() for caption in found):
         asked = count is not None or (regions is not None and regions.names is None)
         return Findings([], None, ["no attention report: this decoder has no attention"] * asked)
-    tables = [pointing_table(captions, regions)] if regions is not None else []
+    tables, notes = [], []
+    if regions is not None:
+        tables.append(pointing_table(captions, regions))
+        median = attention_metrics.median_image(_looks(captions)[max(captions)], regions)
+        if median is not None:
+            name = data.references[median]["filename"]
+            notes.append(f"beam {max(captions)}: the pointing game's median image is {name}")
     if count is None:
-        return Findings(tables, None, [])
+        return Findings(tables, None, notes)
     english = are_english([reference["captions"] for reference in data.references])
     tables += attention_tables(captions, english)
     probes = probe(model, data, captions[max(captions)], count)
     curves = draw_deletion(probes, english) if probes else None
-    left_out = [] if english else ["nouns are told from other words in English alone"]
-    return Findings(tables + (probe_tables(probes, english) if probes else []), curves, left_out)
+    if probes:
+        tables += probe_tables(probes, english)
+    if not english:
+        notes.append("nouns are told from other words in English alone")
+    return Findings(tables, curves, notes)
 
 
 def pointing_table(captions, regions):

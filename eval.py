@@ -243,7 +243,7 @@ def print_scores(path, model, data, captions, attention, options):
     ]
     scores = evaluation.score(texts, [reference["captions"] for reference in data.references])
     scores = scores._replace(
-        tables=scores.tables + attention.tables, left_out=scores.left_out + attention.left_out
+        tables=scores.tables + attention.tables, left_out=scores.left_out + attention.notes
     )
     print("\n".join(about))
     print_tables(scores.references, scores.tables, scores.left_out)

@@ -85,6 +85,18 @@ def test_a_mask_is_the_boxes_of_its_ones(rows, columns, size, seed):
         assert own.shares(size) == pytest.approx(Region.of_boxes(ones).shares(size))
 
 
+def test_the_median_image_is_by_peaks_then_by_attention():
+    there = [{"star": [0, 0, 0.5, 0.5]}] * 4 + [{}]
+    alphas = [[0.7, 0.3, 0, 0], [0.2, 0.8, 0, 0], [0.6, 0.4, 0, 0], [0.4, 0.6, 0, 0]]
+    captions = [(["star"], np.array([alpha])) for alpha in [*alphas, [1, 0, 0, 0]]]
+    # from the least: the second, the fourth, both misses, then the third and the first
+    assert attention_metrics.median_image(captions, boxes(there)) == 3
+    assert attention_metrics.median_image(captions[:3], boxes(there[:3])) == 2
+    # a star that is not there is a miss, which the third was not
+    assert attention_metrics.median_image(captions, boxes(there, "star")) == 3
+    assert attention_metrics.median_image(captions[4:], boxes(there[4:])) is None
+
+
 def test_mass_counts_words_whose_object_is_there():
     captions = [(["star", "heart"], np.eye(2, 4)), (["star"], np.eye(1, 4))]
     found = [{"star": [0, 0, 0.5, 0.5]}, {"heart": [0, 0, 1, 1]}]

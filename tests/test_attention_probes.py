@@ -131,4 +131,4 @@ def test_a_decoder_without_attention_has_no_report():
     caption = SimpleNamespace(words=["a"], alphas=None)
     for count, lines in ((None, 0), (5, 1)):
         found = attention_report.measure(None, None, {1: [caption]}, None, count)
-        assert found.tables == [] and len(found.left_out) == lines
+        assert found.tables == [] and len(found.notes) == lines

@@ -108,8 +108,8 @@ FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork i
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
     "parts_of_speech regions coco_results evaluation evaluation_data robustness report textbook "
     "benchmark_data",
-    "config training_options engine objectives checkpoints run_state training_data training_report training "
-    "continuation",
+    "config training_options engine objectives checkpoints run_state training_data "
+    "training_report training continuation",
     "captioner hubconf benchmark_parts benchmark_report",
 ]
 
