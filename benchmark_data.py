@@ -11,7 +11,8 @@ import kernels
 import textbook
 from encoders import OFFLINE_ENCODER, Encoder
 from groundwork.hdf5 import new_hdf5
-from models import DecoderWithAttention, LSTMConfig, caption_loss
+from models import DecoderWithAttention, LSTMConfig
+from objectives import caption_loss
 from textbook import SIZE
 from utils import input_path
 

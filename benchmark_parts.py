@@ -37,7 +37,7 @@ from groundwork.timing import (
     process_peak,
 )
 from groundwork.wording import size_of
-from models import caption_loss
+from objectives import caption_loss
 
 WORDS = 11  # of a caption that is searched for
 BEAM = 5

@@ -13,6 +13,7 @@ class ModelConfig:
     encoded_image_size: int = 14  # side of the attention's grid
     decoder: str = "lstm"  # of `contract.DECODERS`
     gate: str = "scalar"  # one β_t, or one for each "channel"
+    query: str = "state"  # of the attention: h_{t-1} as in the paper, or with the previous "word"
     deep_output: bool = False  # the paper's output layer, eq. 7
     attention_dim: int = 512
     embed_dim: int = 512

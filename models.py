@@ -164,7 +164,7 @@ class Memory(NamedTuple):
     annotations: Annotations
     recurrent_weight: Tensor  # all that multiplies h_{t-1}: LSTM gates, W_h, f_β
     recurrent_bias: Tensor
-    word_weight: Tensor  # the LSTM gates' columns for the embedding
+    word_weight: Tensor  # the LSTM gates' columns for the embedding; of such a query W_y, too
     context_weight: Tensor  # and those for the gated context
     vocabulary_weight: Tensor  # of the last layer
 
@@ -191,6 +191,8 @@ class LSTMConfig:
         dropout: probability, on what enters the vocabulary layer.
         encoded_image_size: side of the grid of L places that the alphas cover.
         gate: "scalar" for the paper's one β_t, "channel" for one for each of D channels.
+        query: what the attention is asked by: "state" for h_{t-1}, as in the paper, "word" for that
+            and the previous word, which it else knows of at the next step only.
         deep_output: compute the words from h_t, ẑ_t and the previous word (eq. 7), not h_t alone.
         embed_dropout: probability, on the embeddings of the true words in `forward`.
         stage_dims, stage_factors: of the encoder's stages that `encoder_out` holds, as `Attention`
@@ -206,6 +208,7 @@ class LSTMConfig:
     dropout: float = 0.5
     encoded_image_size: int = 14
     gate: str = "scalar"
+    query: str = "state"
     deep_output: bool = False
     embed_dropout: float = 0.0
     stage_dims: tuple = ()
@@ -218,10 +221,13 @@ class LSTMConfig:
         return sum(self.stage_dims) or self.encoder_dim
 
     def __post_init__(self):
-        if self.gate not in ("scalar", "channel"):
-            raise ValueError(f"its gate is {self.gate!r}: known are scalar and channel")
-        if self.feature_norm not in ("layer", "none"):
-            raise ValueError(f"its feature_norm is {self.feature_norm!r}: known are layer and none")
+        for name, known in (
+            ("gate", ("scalar", "channel")), ("query", ("state", "word")),
+            ("feature_norm", ("layer", "none")),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ValueError(f"its {name} is {value!r}: known are {' and '.join(known)}")
         if len(self.stage_dims) != len(self.stage_factors):
             raise ValueError(f"its stages are {self.stage_dims} and {self.stage_factors}")
         pairs = zip(self.stage_dims, self.stage_factors, strict=True)
@@ -256,6 +262,8 @@ class DecoderWithAttention(Decoder):
         self.embedding = nn.Embedding(config.vocab_size, embed)  # E
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         self.decode_step = nn.LSTMCell(embed + dim, hidden)
+        if config.query == "word":
+            self.word_att = nn.Linear(embed, config.attention_dim, bias=False)  # W_y
         self.init_h = nn.Linear(dim, hidden)
         self.init_c = nn.Linear(dim, hidden)
         self.f_beta = nn.Linear(hidden, {"scalar": 1, "channel": dim}[config.gate])
@@ -293,6 +301,7 @@ class DecoderWithAttention(Decoder):
             embed_dim,
             decoder_dim,
             gate="scalar" if gates == 1 else "channel",
+            query="word" if "word_att.weight" in state else "state",
             deep_output="output_h.weight" in state,
             **choices,
         )
@@ -308,6 +317,8 @@ class DecoderWithAttention(Decoder):
         word_weight, context_weight = cell.weight_ih.to(dtype).split(
             [self.config.embed_dim, self.config.annotation_dim], dim=1
         )
+        if self.config.query == "word":  # W_h h_{t-1} + W_y E y_{t-1}
+            word_weight = torch.cat([word_weight, self.word_att.weight.to(dtype)])
         vocabulary_weight = self.fc.weight.to(dtype)
         weights = (weight.to(dtype), bias.to(dtype), word_weight, context_weight, vocabulary_weight)
         return Memory(annotations, *weights)
@@ -398,33 +409,7 @@ class DecoderWithAttention(Decoder):
         return F.linear(self.dropout(h).to(weight.dtype), weight, self.fc.bias.to(weight.dtype))
 
 
-# --------------------------------------------------------------------------------------- loss
-
-
-def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0, sizes=None):
-    """What training minimises: -log p of the words, and doubly stochastic attention (eq. 14).
-
-    Args:
-        scores, targets, alphas: from `Decoder.forward`; without alphas there is no second term.
-        alpha_c: λ, weight of the mean over captions and places of (1 - Σ_t α_ti)².
-        label_smoothing: share of the target spread over the vocabulary.
-        sizes: words and captions of the batch that this is a part of, and to whose loss the
-            parts' losses add up; None for a batch by itself.
-
-    Returns:
-        scalar float32: the mean over the real words, plus the regularisation.
-    """
-    words, captions = (len(targets.data), int(targets.batch_sizes[0])) if sizes is None else sizes
-    missed, uneven = loss_terms(scores, targets, alphas, label_smoothing)
-    return missed / words + alpha_c * uneven / captions
-
-
-def loss_terms(scores, targets, alphas, label_smoothing=0.0):
-    """Sums of `caption_loss`: of -log p over words, of the mean (1 - Σ_t α_ti)² over captions."""
-    missed = kernels.missed(scores.data, targets.data, label_smoothing)
-    if alphas is None:
-        return missed, missed.new_zeros(())
-    return missed, ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1).sum()
+# ------------------------------------------------------------------------------------- helpers
 
 
 def _pack(sequences: Tensor, lengths: Tensor) -> PackedSequence:

@@ -26,7 +26,7 @@ from groundwork.devices import loader_options
 from groundwork.files import atomic_write
 from groundwork.progress import progress
 from groundwork.tables import print_table
-from models import caption_loss
+from objectives import caption_loss
 from pictures import show_pixels, write_text
 from utils import tokenize
 

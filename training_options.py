@@ -103,6 +103,12 @@ def make_parser(description=None):
         choices=["scalar", "channel"],
         help="one gate β_t, as in the paper, or one for each channel",
     )
+    add(
+        "--query",
+        choices=["state", "word"],
+        help="what the attention is asked by: the LSTM's state, as in the paper, or that and the "
+        "previous word",
+    )
     add("--deep_output", action=SWITCH, help="the paper's output layer, eq. 7")
     add("--attention_dim", type=positive, help="attention's hidden layer")
     add("--embed_dim", type=positive, help="word embedding")

@@ -21,7 +21,8 @@ from captioner import Captioner
 from contract import DECODERS, Decoder, make_config
 from encoders import Encoder
 from groundwork.errors import UserError
-from models import Attention, DecoderWithAttention, LSTMConfig, caption_loss
+from models import Attention, DecoderWithAttention, LSTMConfig
+from objectives import caption_loss
 
 
 class Images(NamedTuple):
@@ -227,6 +228,7 @@ SIZES = {"vocab_size": 9, "encoder_dim": 6}
         ("blind", SIZES | {"embed_dim": True}, "embed_dim is True"),
         ("blind", SIZES | {"embed_dim": 101}, "over 100"),
         ("lstm", SIZES | {"gate": "none"}, "gate is 'none'"),
+        ("lstm", SIZES | {"query": "none"}, "query is 'none'"),
         ("lstm", SIZES | {"attention_dim": 0}, "attention_dim is 0"),
     ],
 )

@@ -38,7 +38,8 @@ run_two = run_torchrun(2)
 STEPS = """
 import sys, torch
 from groundwork import distributed
-from models import DecoderWithAttention, LSTMConfig, caption_loss
+from models import DecoderWithAttention, LSTMConfig
+from objectives import caption_loss
 torch.manual_seed(0)
 decoder = DecoderWithAttention(LSTMConfig(20, 6, 5, 7, 8, dropout=0, encoded_image_size=3))
 optimizer = torch.optim.SGD(decoder.parameters(), lr=0.5)

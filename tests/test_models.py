@@ -1,6 +1,7 @@
 """The decoder is checked against the paper's formulas, one caption and one place at a time."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -13,13 +14,20 @@ from torch.nn.utils.rnn import pad_packed_sequence
 
 import stages
 from kernels import pooling_matrix
-from models import DecoderWithAttention, LSTMConfig, caption_loss
+from models import DecoderWithAttention, LSTMConfig
+from objectives import caption_loss
 
 V, D, A, E, H = 11, 6, 5, 4, 7  # words, annotation vectors, attention, embedding, LSTM
 
 few = settings(max_examples=20, deadline=None)
 gates = pytest.mark.parametrize("gate", ["scalar", "channel"])
-outputs = pytest.mark.parametrize("deep_output", [False, True], ids=["linear", "deep"])
+VARIANTS = [
+    {"gate": gate, "deep_output": deep_output, "query": query}
+    for gate, deep_output, query in product(["scalar", "channel"], [False, True], ["state", "word"])
+]
+variants = pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values()))
+)
 
 
 # ------------------------------------------------------------------------------------- oracle
@@ -37,7 +45,10 @@ def textbook(p, image, caption):
     c = p["init_c.weight"] @ a.mean(0) + p["init_c.bias"]
     scores, alphas = [], []
     for word in caption[:-1]:
+        y = p["embedding.weight"][word]
         query = p["attention.decoder_att.weight"] @ h + p["attention.decoder_att.bias"]
+        if "word_att.weight" in p:
+            query = query + p["word_att.weight"] @ y
         energies = []
         for a_i in a:
             key = p["attention.encoder_att.weight"] @ a_i + p["attention.encoder_att.bias"]
@@ -46,7 +57,6 @@ def textbook(p, image, caption):
         alpha = (torch.stack(energies) + p["attention.full_att.bias"]).softmax(0)
         beta = torch.sigmoid(p["f_beta.weight"] @ h + p["f_beta.bias"])
         z = beta * sum(alpha_i * a_i for alpha_i, a_i in zip(alpha, a, strict=True))
-        y = p["embedding.weight"][word]
         h, c = torch.func.functional_call(cell, lstm, (torch.cat([y, z]), (h, c)))
         out = h
         if "output_h.weight" in p:
@@ -100,14 +110,13 @@ def unpacked(packed):
 # ------------------------------------------------------------------------------------ decoder
 
 
-@gates
-@outputs
+@variants
 @pytest.mark.parametrize(
     "lengths, per_image",
     [([6], 1), ([3, 7, 2, 5], 1), ([4, 4, 2, 7, 3, 6], 3), ([2, 8, 5, 5, 3, 9, 2, 6], 2)],
 )
-def test_forward_equals_the_paper_formulas(gate, deep_output, lengths, per_image):
-    decoder = make_decoder(gate=gate, deep_output=deep_output)
+def test_forward_equals_the_paper_formulas(variant, lengths, per_image):
+    decoder = make_decoder(**variant)
     encoder_out, captions, lengths = make_batch(lengths, per_image)
     scores, targets, alphas = decoder(encoder_out, captions, lengths)
     assert scores.data.shape == (sum(lengths) - len(lengths), V)
@@ -120,11 +129,10 @@ def test_forward_equals_the_paper_formulas(gate, deep_output, lengths, per_image
         assert unpacked(targets)[i, :steps].tolist() == caption[1:]
 
 
-@gates
-@outputs
+@variants
 @pytest.mark.parametrize("grid, size", [(3, 3), (2, 3), (3, 5), (5, 3)])
-def test_loss_and_all_gradients_equal_the_paper_formulas(gate, deep_output, grid, size):
-    decoder = make_decoder(1, size, gate=gate, deep_output=deep_output)
+def test_loss_and_all_gradients_equal_the_paper_formulas(variant, grid, size):
+    decoder = make_decoder(1, size, **variant)
     encoder_out, captions, lengths = make_batch([4, 2, 3, 5], 2, grid)
     encoder_out.requires_grad_()
     loss = caption_loss(*decoder(encoder_out, captions, lengths), alpha_c=0.7)
@@ -226,11 +234,10 @@ def test_permuting_the_images_permutes_the_result(batch, shuffler, seed):
     close(other[2], alphas[rows])
 
 
-@gates
-@outputs
+@variants
 @pytest.mark.parametrize("per_image, grid", [(1, 3), (2, 2)])
-def test_steps_over_a_caption_equal_teacher_forcing(gate, deep_output, per_image, grid):
-    decoder = make_decoder(3, gate=gate, deep_output=deep_output)
+def test_steps_over_a_caption_equal_teacher_forcing(variant, per_image, grid):
+    decoder = make_decoder(3, **variant)
     encoder_out, captions, lengths = make_batch([6] * 3 * per_image, per_image, grid)
     scores, _, alphas = decoder(encoder_out, captions, lengths)
     memory = decoder.prepare(encoder_out)
@@ -387,10 +394,9 @@ def test_published_weights_load_and_give_the_paper_formulas(gate):
         close(alphas[i, : len(caption) - 1], expected[1])
 
 
-@gates
-@outputs
-def test_from_state_dict_takes_back_any_decoder(gate, deep_output):
-    decoder = make_decoder(7, gate=gate, deep_output=deep_output)
+@variants
+def test_from_state_dict_takes_back_any_decoder(variant):
+    decoder = make_decoder(7, **variant)
     again = DecoderWithAttention.from_state_dict(
         decoder.state_dict(), dropout=0.3, encoded_image_size=3
     )

@@ -23,7 +23,8 @@ from captioner import Captioner
 from config import SearchConfig
 from datasets import CaptionDataset, read_word_map
 from encoders import Encoder
-from models import DecoderWithAttention, LSTMConfig, caption_loss
+from models import DecoderWithAttention, LSTMConfig
+from objectives import caption_loss
 
 
 def first(data, count):

@@ -103,12 +103,12 @@ except SystemExit as exit:
 
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
-    "models kernels stages encoders efficientnet_lite contract decoding",
+    "models kernels objectives stages encoders efficientnet_lite contract decoding",
     "utils datasets features demo",
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
     "parts_of_speech regions coco_results evaluation evaluation_data robustness report textbook "
     "benchmark_data",
-    "config training_options engine objectives checkpoints run_state training_data "
+    "config training_options engine checkpoints run_state training_data "
     "training_report training continuation",
     "captioner hubconf benchmark_parts benchmark_report",
 ]
