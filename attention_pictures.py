@@ -73,11 +73,11 @@ def draw_attention(image, words, alphas, numbers=False):
         if alpha.max() > EVEN * alpha.min():
             _draw_line(panel, attention, grid.stroke)
             _draw_ring(panel, _peak(alpha), grid.stroke)
+        if numbers:
+            _write_numbers(panel, alpha, 26 * grid.strip)
         canvas.paste(panel, _pixels(*box[:2]))
         above = (box[0], box[1] - 0.22 * grid.strip)
         _write(canvas, above, word, 40 * grid.strip, box[2] + 0.1)
-        if numbers:
-            _write_numbers(canvas, alpha, box, 26 * grid.strip)
     _write_legend(canvas, grid)
     return canvas
 
@@ -195,15 +195,16 @@ def _choose_grid(words, count, aspect, numbers):
     return grid if grid.height <= 10 else best(max(4, 120 / grid.height))
 
 
-def _write_numbers(canvas, alpha, box, size):
+def _write_numbers(panel, alpha, size):
     """Writes a word's numbers into the lower left corner of its panel, on a ground that they show
     on; into the upper one where they would hide the ring."""
-    text, room = f"{_percent(_spread(alpha))} · {_percent(alpha.max())}", box[2] - 0.08
-    size *= min(1, room / _width(text, size))
-    height, width = 1.6 * size / 72, _width(text, size) + 0.08
-    left, top = box[0], box[1] + (0 if _peak(alpha)[1] > 0.7 else box[3] - height)
-    ImageDraw.Draw(canvas).rectangle((_pixels(left, top), _pixels(left + width, top + height)), 0)
-    _write(canvas, (left + 0.04, top + 0.75 * height), text, size, room, "white")
+    text = f"{_percent(_spread(alpha))} · {_percent(alpha.max())}"
+    breadth, depth = panel.width / _DPI, panel.height / _DPI
+    size *= min(1, (breadth - 0.08) / _width(text, size))
+    width, height = _width(text, size) + 0.08, 1.6 * size / 72
+    top = 0 if _peak(alpha)[1] > 0.7 else depth - height
+    ImageDraw.Draw(panel).rectangle((_pixels(0, top), _pixels(width, top + height)), 0)
+    _write(panel, (0.04, top + 0.75 * height), text, size, width, "white")
 
 
 def _percent(share):
