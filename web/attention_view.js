@@ -76,7 +76,7 @@
     });
   };
 
-  const greatest = (values) => values.reduce((a, b) => Math.max(a, b));
+  const greatest = (values) => values.reduce((a, b) => (a > b ? a : b));
 
   // Centre [x, y] of the greatest of the places, or the mean of those that share it, as fractions of
   // width and height; null where the attention is even.
@@ -133,40 +133,53 @@
     [image.naturalWidth, image.naturalHeight].map((side) =>
       Math.max(1, Math.round((side * longer) / Math.max(image.naturalWidth, image.naturalHeight))));
 
+  // How far a stroke of half that width, at some distance in pixels from its middle, covers a pixel.
+  const stroke = (distance, thick) => Math.min(Math.max(thick + 0.5 - Math.abs(distance), 0), 1);
+
+  // Draws a ring into pixels around a place [x, y], as fractions; white in black shows on any ground.
+  const drawRing = ({ data, width, height }, place, thick) => {
+    const [left, top] = [place[0] * width, place[1] * height], reach = 8 * thick;
+    for (let y = Math.max(0, Math.floor(top - reach)); y < Math.min(height, top + reach); y++) {
+      for (let x = Math.max(0, Math.floor(left - reach)); x < Math.min(width, left + reach); x++) {
+        const away = Math.hypot(x + 0.5 - left, y + 0.5 - top) - 5 * thick;
+        const black = stroke(away, 2 * thick), white = stroke(away, thick);
+        for (let at = 4 * (y * width + x), i = 0; i < 3; i++) {
+          data[at + i] = (1 - white) * (1 - black) * data[at + i] + white * 255;
+        }
+      }
+    }
+  };
+
   // Draws the image as it is. Given a word's grid, with `most`, the strongest attention of the caption:
   // in full where the attention is as strong, dim and gray where it is little, with a line where it is
   // half of its own maximum and a ring around its peak.
-  const draw = (canvas, image, longer, grid, most) => {
+  const draw = (canvas, image, longer, grid, most, attention) => {
     const [width, height] = ([canvas.width, canvas.height] = shape(image, longer));
     const context = canvas.getContext("2d", { willReadFrequently: true });
     context.imageSmoothingQuality = "high";
     context.drawImage(image, 0, 0, width, height);
     if (!grid) return;
+    attention ??= smooth(grid, width, height);
     const picture = context.getImageData(0, 0, width, height);
-    const pixels = picture.data, light = brighten(pixels), attention = smooth(grid, width, height);
-    const half = greatest(attention) / 2, centre = peak(grid), thick = 0.6 + longer / 350;
+    const pixels = picture.data, light = brighten(pixels), centre = peak(grid);
+    const half = greatest(attention) / 2, full = Math.log1p(most), thick = 0.6 + longer / 350;
     const lined = centre && attention.some((value) => value < half);
-    const stroke = (distance, thick) => Math.min(Math.max(thick + 0.5 - Math.abs(distance), 0), 1);
     for (let y = 0; y < height; y++) {
       for (let x = 0; x < width; x++) {
-        const at = y * width + x;
-        const share = Math.min(Math.log1p(attention[at]) / Math.log1p(most), 1);
+        const at = y * width + x, share = Math.min(Math.log1p(attention[at]) / full, 1);
         const slope = Math.hypot(
           attention[at + (x + 1 < width)] - attention[at - (x > 0)],
           attention[y + 1 < height ? at + width : at] - attention[y > 0 ? at - width : at]) / 2;
         const line = lined ? stroke((attention[at] - half) / (slope + 1e-9), thick) : 0;
-        const away = centre ? // from the ring
-          Math.hypot(x + 0.5 - centre[0] * width, y + 0.5 - centre[1] * height) - 5 * thick : Infinity;
-        const [black, white] = [stroke(away, 2 * thick), stroke(away, thick)];
         const [r, g, b] = [0, 1, 2].map((i) => light(pixels[4 * at + i]));
         const dim = 0.4 * (0.299 * r + 0.587 * g + 0.114 * b);
         [r, g, b].forEach((value, i) => {
           const lit = 255 * (dim + share * (value - dim));
-          const lined = lit + line * (AMBER[i] - lit);
-          pixels[4 * at + i] = (1 - white) * (1 - black) * lined + white * 255;
+          pixels[4 * at + i] = lit + line * (AMBER[i] - lit);
         });
       }
     }
+    if (centre) drawRing(picture, centre, thick);
     context.putImageData(picture, 0, 0);
   };
 
@@ -185,11 +198,11 @@
       this.words = words;
       this.grids = alphas && decode(alphas, words.length);
       this.pinned = null;
-      this.most = Math.max(...(this.grids ?? []).map((grid) =>
-        greatest(smooth(grid, ...shape(this.image, PANEL)))));
+      const attentions = (this.grids ?? []).map((grid) => smooth(grid, ...shape(this.image, PANEL)));
+      this.most = Math.max(...attentions.map(greatest));
       this.build(i);
       this.panels.forEach((panel, t) =>
-        draw(panel.querySelector("canvas"), this.image, PANEL, this.grids[t], this.most));
+        draw(panel.querySelector("canvas"), this.image, PANEL, this.grids[t], this.most, attentions[t]));
       this.show(null);
     }
 
