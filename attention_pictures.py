@@ -1,6 +1,7 @@
 """Pictures of where the decoder looked for each word."""
 
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -11,41 +12,69 @@ from PIL import Image, ImageDraw, ImageFont
 
 from groundwork import fonts
 
-LINE = "#ffb81c"  # around where the attention is half its maximum or more
-LEGEND = "half of the strongest attention; bright: looked at for the word; gray: not"
+LINE = 255, 184, 28  # around where a word's attention is half its maximum or more
+EVEN = 1.001  # times the least alpha: where the largest is no more, attention counts as even
+
+# No-break spaces hold a sign and the word behind it together.
+LEGEND = (
+    "Bright: as much attention as anywhere in the caption; gray: little or none. "
+    "━━\N{NO-BREAK SPACE}half of the word's own maximum. ◎\N{NO-BREAK SPACE}its strongest place."
+)
+NUMBERS = (
+    " In the corners: the share of the image that the attention is spread over, and the share of "
+    "it at the strongest place."
+)
+_SIGNS = {"━━": LINE, "◎": "black"}
 
 
-def draw_attention(image, words, alphas):
+def draw_attention(image, words, alphas, numbers=False):
     """Draws where the decoder looked for each word: an RGB PIL.Image 1320 pixels wide or less.
 
-    The photograph under its caption, then a panel a word: what the decoder looked at is as
-    photographed, the rest dim and gray, with a line where the attention is half its maximum.
-    Attention spread evenly leaves the whole panel as photographed, and draws no line. The panels
-    of a dark photograph are lightened. The last line of the picture says so.
+    The photograph under its caption, then a panel a word: as photographed where the attention is
+    as strong as it is anywhere in the caption, and the less of it there is, the dimmer and grayer.
+    All panels have this one scale, so that a word that looks nowhere in particular is dim all over
+    beside one that looks at an object. It is logarithmic, log(1 + x) with x times as much attention
+    as a place would get were it even, so that one sharp word does not put out the others. A line
+    runs where a word's attention is half of its own maximum, and a ring marks its largest alpha, or
+    the mean of the places that share it. A word whose attention is even has neither, and where all
+    have, every panel is as photographed. The panels of a dark photograph are lightened. The last
+    lines of the picture say what it shows.
 
     Args:
         image: upright RGB PIL.Image of any size.
         words: T strings.
         alphas: (T, L) array or tensor of non-negative numbers, no row all zero; L = size², a
-            row-major grid that stretches over the whole image. None of a model without attention:
-            then there are no panels.
+            row-major grid that stretches over the whole image. Rows are scaled to a sum of one.
+            None of a model without attention: then there are no panels.
+        numbers: whether each panel has in a corner, in per cent, the share of the image that its
+            word's attention is spread over, e^entropy / L, and its largest alpha.
     """
     count = 0 if alphas is None else len(words)
-    grid = _choose_grid(words, count, image.width / image.height)
-    canvas = Image.new("RGB", _pixels(grid.width, grid.height), "white")
+    grid = _choose_grid(words, count, image.width / image.height, numbers)
+    canvas = Image.new("RGB", _pixels(grid.width, grid.height + grid.foot), "white")
     for i, line in enumerate(grid.lines):
         _write(canvas, (_MARGIN, _MARGIN + 0.31 * (i + 0.75)), line, 17, grid.inner)
     photograph, *panels = grid.boxes()
     photo = _resize(image, photograph)
     canvas.paste(photo, _pixels(*photograph[:2]))
-    if alphas is None:
+    if not panels:
         return canvas
     small = _resize(photo, panels[-1])
-    bright = _brighten(np.asarray(small, dtype=np.float32) / 255)
+    bright = 255 * _brighten(np.asarray(small, dtype=np.float32) / 255)
     dim = 0.4 * bright @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
+    contrast = bright - dim
     alphas = torch.as_tensor(alphas).detach().float().cpu().numpy()
-    for word, alpha, box in zip(words, alphas, panels, strict=True):
-        panel = _panel(bright, dim, alpha, 4 * grid.strip / 72 * _DPI)
+    alphas = alphas / alphas.sum(axis=1, keepdims=True)
+    attentions = [_smooth(alpha, bright.shape[:2]) for alpha in alphas]
+    most = max(attention.max() for attention in attentions)
+    for word, alpha, attention, box in zip(words, alphas, attentions, panels, strict=True):
+        light = np.log1p(attention) / np.log1p(most)
+        panel = Image.fromarray((dim + light[..., None] * contrast + 0.5).astype(np.uint8))
+        if alpha.max() > EVEN * alpha.min():
+            _draw_line(panel, attention, grid.stroke)
+            _draw_ring(panel, _peak(alpha), grid.stroke)
+        if numbers:
+            _write_numbers(panel, alpha, 26 * grid.strip)
         canvas.paste(panel, _pixels(*box[:2]))
         above = (box[0], box[1] - 0.22 * grid.strip)
         _write(canvas, above, word, 40 * grid.strip, box[2] + 0.1)
@@ -53,22 +82,49 @@ def draw_attention(image, words, alphas):
     return canvas
 
 
-def _panel(bright, dim, alpha, width):
-    """The photograph (h, w, 3), 0..1, in full where the decoder looked, `dim` (h, w, 1) elsewhere,
-    with a line of some pixels' width between."""
+def _peak(alpha):
+    """Centre (x, y) of the largest of L = size² alphas, fractions of width and height; of several
+    that are the largest, the mean of their centres."""
     size = math.isqrt(len(alpha))
-    attention = _smooth(alpha.reshape(size, size), bright.shape[:2])
-    pixels = dim + (attention**0.8)[..., None] * (bright - dim)
-    panel = Image.fromarray((255 * pixels + 0.5).astype(np.uint8))
-    if attention.min() < 0.5:
+    rows, columns = np.divmod(np.flatnonzero(alpha >= alpha.max()), size)
+    return (columns.mean() + 0.5) / size, (rows.mean() + 0.5) / size
+
+
+def _spread(alpha):
+    """Over what share of the image attention is spread: e^entropy of L alphas that sum to one, by
+    L. 1 where it is even over all places, 1/n where it is even over an n-th of them."""
+    return math.exp(-(alpha * np.log(alpha.clip(1e-30))).sum()) / len(alpha)
+
+
+def _draw_line(panel, attention, width):
+    """Draws into a panel the line where its attention (h, w) is half its maximum, `width` pixels
+    wide."""
+    half = attention.max() / 2
+    if attention.min() < half:
         # by the slope, how many pixels away the attention is half
         slope = np.hypot(*np.gradient(attention)) + 1e-9
-        line = np.clip(width / 2 + 0.5 - abs(attention - 0.5) / slope, 0, 1)
-        panel.paste(LINE, mask=Image.fromarray((255 * line + 0.5).astype(np.uint8)))
-    return panel
+        panel.paste(LINE, mask=_stroke(abs(attention - half) / slope, width))
 
 
-_DPI, _MARGIN, _LEGEND = 110, 0.25, 0.15  # dots per inch, inches, inches for the legend
+def _draw_ring(panel, place, width):
+    """Draws into a panel a ring around (x, y), fractions of width and height, white in black, which
+    shows on any ground."""
+    reach, radius = math.ceil(4 * width), 2.5 * width
+    centre = np.array(place) * panel.size
+    corner = centre.astype(int) - reach
+    xs, ys = np.arange(2 * reach + 1) + 0.5 - (centre - corner)[:, None]
+    distance = abs(np.hypot(xs, ys[:, None]) - radius)
+    for colour, times in (("black", 2), ("white", 1)):
+        panel.paste(colour, tuple(map(int, corner)), _stroke(distance, times * width))
+
+
+def _stroke(distance, width):
+    """The mask of a stroke of some width, from the distance (h, w) of each pixel to its middle."""
+    share = np.clip(width / 2 + 0.5 - distance, 0, 1)
+    return Image.fromarray((255 * share + 0.5).astype(np.uint8))
+
+
+_DPI, _MARGIN, _LEGEND = 110, 0.25, 0.16  # dots per inch, inches, inches a line of the legend
 
 
 @dataclass
@@ -79,6 +135,7 @@ class _Grid:
     """
 
     lines: list[str]  # the caption
+    legend: list[str]  # in lines, too; none without panels
     count: int  # panels
     aspect: float  # a picture's width / height
     width: float  # of the whole figure
@@ -95,7 +152,8 @@ class _Grid:
         self.cell = (self.inner - (self.columns - 1) * self.gap) / self.columns
         self.head = _MARGIN + 0.31 * len(self.lines)
         self.height = self.head + self.rows * (self.strip + self.cell / self.aspect) + _MARGIN
-        self.height += _LEGEND if self.count else 0
+        self.foot = _LEGEND * len(self.legend)  # under it; the legend does not change the grid
+        self.stroke = 4 * self.strip / 72 * _DPI  # pixels, of lines in the panels
 
     def cost(self):
         """How far the figure is from 16:10, from no empty cells, and the photograph from 30 %."""
@@ -118,14 +176,16 @@ class _Grid:
         return boxes[: 1 + self.count]
 
 
-def _choose_grid(words, count, aspect):
+def _choose_grid(words, count, aspect, numbers):
     """The best grid 12 inches wide, or less where that would be over 10 high."""
+    about = (LEGEND + NUMBERS * numbers).split(" ") if count else []
 
     def best(width):
         lines = _wrap(words, 17, width - 2 * _MARGIN)
+        legend = _wrap(about, 9, width - 2 * _MARGIN)
         spans = range(1, min(max(count, 1), 3) + 1)
         grids = [
-            _Grid(lines, count, aspect, width, span, columns)
+            _Grid(lines, legend, count, aspect, width, span, columns)
             for span in spans
             for columns in range(span, span + count + 1)
         ]
@@ -135,12 +195,30 @@ def _choose_grid(words, count, aspect):
     return grid if grid.height <= 10 else best(max(4, 120 / grid.height))
 
 
+def _write_numbers(panel, alpha, size):
+    """Writes a word's numbers into the lower left corner of its panel, on a ground that they show
+    on; into the upper one where they would hide the ring."""
+    text = f"{_percent(_spread(alpha))} · {_percent(alpha.max())}"
+    breadth, depth = panel.width / _DPI, panel.height / _DPI
+    size *= min(1, (breadth - 0.08) / _width(text, size))
+    width, height = _width(text, size) + 0.08, 1.6 * size / 72
+    top = 0 if _peak(alpha)[1] > 0.7 else depth - height
+    ImageDraw.Draw(panel).rectangle((_pixels(0, top), _pixels(width, top + height)), 0)
+    _write(panel, (0.04, top + 0.75 * height), text, size, width, "white")
+
+
+def _percent(share):
+    return f"{share:.{0 if share >= 0.0995 else 1}%}"
+
+
 def _write_legend(canvas, grid):
-    """What bright, gray and the line mean, under all else."""
-    left, base, dash = _MARGIN, grid.height - 0.6 * _MARGIN, 0.22
-    (x, y), (end, _) = _pixels(left, base - 0.05), _pixels(left + dash, base)
-    ImageDraw.Draw(canvas).line([(x, y), (end, y)], fill=LINE, width=3)
-    _write(canvas, (left + dash + 0.07, base), LEGEND, 9, grid.inner - dash, "#666")
+    """What the picture shows, under all else."""
+    base = grid.height - 0.6 * _MARGIN
+    for line in grid.legend:
+        left, base = _MARGIN, base + _LEGEND
+        for piece in re.split("(━━|◎)", line):
+            _write(canvas, (left, base), piece, 9, grid.inner, _SIGNS.get(piece, "#666"))
+            left += _width(piece, 9)
 
 
 def _wrap(words, size, room):
@@ -162,6 +240,7 @@ def _write(canvas, place, text, size, room, colour="black"):
         x += _font(path, size).getlength(piece)
 
 
+@lru_cache(1024)
 def _width(text, size):
     """Inches."""
     return sum(_font(path, size).getlength(piece) for piece, path in fonts.runs(text)) / _DPI
@@ -184,20 +263,23 @@ def _resize(image, box):
 
 def _brighten(photo):
     """Lightens a dark photograph, on which dim and lit places would look alike."""
-    return photo ** np.clip(np.log(0.4) / np.log(photo.mean().clip(0.01, 0.99)), 0.45, 1)
+    mean = float(photo.mean().clip(0.01, 0.99))
+    return photo ** min(max(math.log(0.4) / math.log(mean), 0.45), 1.0)
 
 
-def _smooth(grid, shape):
-    """A square grid blown up to `shape` and scaled to a maximum of 1.
+def _smooth(alpha, shape):
+    """L alphas that sum to one, a square grid, blown up to `shape`: how many times as much as if
+    it were even the attention is at each pixel.
 
-    Each pixel is the mean of the grid weighted by a Gaussian of the distance to its places, so
-    that peaks are round, and what is even stays even up to the edges.
+    A pixel is the mean of the grid weighted by a Gaussian of the distance to its places, so that
+    peaks are round, and what is even stays even up to the edges.
     """
+    size = math.isqrt(len(alpha))
+    grid = len(alpha) * alpha.reshape(size, size)
 
     def weights(length):
-        pixels = (np.arange(length)[:, None] + 0.5) * len(grid) / length
-        weights = np.exp(-0.5 * ((pixels - np.arange(len(grid)) - 0.5) / 0.65) ** 2)
+        pixels = (np.arange(length)[:, None] + 0.5) * size / length
+        weights = np.exp(-0.5 * ((pixels - np.arange(size) - 0.5) / 0.65) ** 2)
         return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
-    smooth = weights(shape[0]) @ grid @ weights(shape[1]).T
-    return smooth / smooth.max()
+    return weights(shape[0]) @ grid @ weights(shape[1]).T

@@ -39,6 +39,7 @@ def parse_arguments():
     add("--batch_size", type=positive, default=32, help="images captioned together")
     add("--output_folder", default="captions", help="for the pictures, one a caption")
     add("--no_pictures", action="store_true", help="draw none, which is faster")
+    add("--numbers", action="store_true", help="in the pictures, how spread the attention is")
     add("--json", nargs="?", const="-", metavar="FILE", help="for all captions; -: print, no lines")
     add("--results", metavar="FILE", help="for the best captions as COCO results JSON")
     add("--ids", metavar="JSON", help="--results: COCO's or Karpathy's images, or name -> id")
@@ -48,6 +49,8 @@ def parse_arguments():
     options = parser.parse_args()
     if options.show and options.no_pictures:
         parser.error("--show opens the pictures that --no_pictures leaves out")
+    if options.numbers and options.no_pictures:
+        parser.error("--numbers are in the pictures that --no_pictures leaves out")
     if options.ids and not options.results:
         parser.error("--ids are for --results")
     if options.results == "-":
@@ -161,7 +164,7 @@ def caption_all(model, paths, options):
     def draw(item):
         """The item, with its captions' pictures as PNG."""
         path, image, captions = item
-        return path, captions, [draw_png(caption, image) for caption in captions]
+        return path, captions, [draw_png(caption, image, options.numbers) for caption in captions]
 
     records, unreadable = [], []
     with progress(total=len(paths), desc="captions", unit="image") as bar:
@@ -219,9 +222,10 @@ def caption_images(model, paths, unreadable, options):
         yield *waiting.popleft(), captions
 
 
-def draw_png(caption, image):
+def draw_png(caption, image, numbers):
     contents = io.BytesIO()
-    caption.draw(image).save(contents, format="PNG", compress_level=1)  # others take twice as long
+    # other levels take twice as long
+    caption.draw(image, numbers).save(contents, format="PNG", compress_level=1)
     return contents.getvalue()
 
 

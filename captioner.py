@@ -47,16 +47,18 @@ class Caption:
     def text(self):
         return " ".join(self.words)
 
-    def draw(self, image):
+    def draw(self, image, numbers=False):
         """The picture of where the model looked for each word.
 
         Args:
             image: what was captioned, as `Captioner.caption` takes it.
+            numbers: whether each word has, in per cent, the share of the image that its attention
+                is spread over, and the share of the attention that its strongest place has.
 
         Returns:
             RGB PIL.Image, 1320 pixels wide or less.
         """
-        return draw_attention(to_picture(image), self.words, self.alphas)
+        return draw_attention(to_picture(image), self.words, self.alphas, numbers)
 
 
 @dataclass

@@ -150,9 +150,9 @@ def attention_view(image, captions, size):
 
 
 def _encode(alphas):
-    """Base64 of bytes, each word's 255 at the greatest."""
+    """Base64 of 16 bits each, the lower byte first, each word's 65535 at the greatest."""
     alphas = np.asarray(alphas, np.float64)
-    levels = np.rint(255 * alphas / alphas.max(axis=1, keepdims=True)).astype(np.uint8)
+    levels = np.rint(65535 * alphas / alphas.max(axis=1, keepdims=True)).astype("<u2")
     return base64.b64encode(levels.tobytes()).decode()
 
 

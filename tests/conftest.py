@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -105,6 +106,27 @@ def close(actual, expected, tolerance=1e-5):
     """Asserts that a tensor is near another, in the other's dtype."""
     expected = torch.as_tensor(expected)
     torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=tolerance, atol=tolerance)
+
+
+def attention_in_pixels(alphas, shape):
+    """What the pictures of attention show at each pixel of panels of `shape`, by their formula.
+
+    Args:
+        alphas: (T, L) array, rows that sum to one.
+
+    Returns:
+        how many times as strong as if it were even the attention is, and how far the panel is as
+        photographed, 0 to 1; both (T, height, width).
+    """
+    size = round(alphas.shape[1] ** 0.5)
+    near = []
+    for length in shape:
+        places = (np.arange(length) + 0.5) * size / length - 0.5
+        distances = places[:, None] - np.arange(size)
+        weights = np.exp(-0.5 * (distances / 0.65) ** 2)
+        near.append(weights / weights.sum(axis=1, keepdims=True))
+    times = size**2 * np.einsum("yi,xj,tij->tyx", *near, alphas.reshape(-1, size, size))
+    return times, np.log(1 + times) / np.log(1 + times.max())
 
 
 def failure(process):

@@ -166,8 +166,17 @@ def test_no_picture_takes_the_place_of_another(caption, photographs):
 def test_without_pictures_no_file_is_written(caption, photographs):
     [record] = records_of(caption("--img", "in/a.jpg", "--no_pictures", "--json"))
     assert record["picture"] is None and not Path("captions").exists()
-    line = failure_of_options(caption("--img", "in/a.jpg", "--no_pictures", "--show"))
-    assert "--show" in line
+    for option in ("--show", "--numbers"):
+        line = failure_of_options(caption("--img", "in/a.jpg", "--no_pictures", option))
+        assert option in line
+
+
+def test_numbers_are_drawn_when_they_are_asked_for(caption, photographs, model):
+    [record] = records_of(caption("--img", "in/a.jpg", "--numbers", "--json"))
+    [expected] = model.caption("in/a.jpg")
+    picture = np.asarray(Image.open(record["picture"]))
+    assert np.array_equal(picture, np.asarray(expected.draw("in/a.jpg", numbers=True)))
+    assert not np.array_equal(picture, np.asarray(expected.draw("in/a.jpg")))
 
 
 def failure_of_options(process):

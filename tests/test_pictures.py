@@ -6,8 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import attention_in_pixels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 
+import metrics
 from attention_pictures import draw_attention
 from groundwork.errors import UserError
 from pictures import curves, draw_curves
@@ -93,10 +97,10 @@ def test_curves_that_cannot_be_written(tmp_path):
 COLOUR = (90, 220, 140)  # neither gray nor dark
 
 
-def draw(path, alphas, size=(300, 200), words=None, colour=COLOUR):
+def draw(path, alphas, size=(300, 200), words=None, colour=COLOUR, numbers=False):
     """The picture that draw_attention makes of a plain photograph: uint8 (H, W, 3)."""
     words = words or ["word"] * len(alphas)
-    draw_attention(Image.new("RGB", size, colour), words, alphas).save(path)
+    draw_attention(Image.new("RGB", size, colour), words, alphas, numbers).save(path)
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")).astype(int)
@@ -204,7 +208,8 @@ def test_nearly_even_attention_looks_nearly_even(tmp_path):
     pixels = draw(tmp_path / "noise.png", noise / noise.sum(1, keepdims=True))
     for left, top, width, height in boxes:
         panel = pixels[top : top + height, left : left + width]
-        assert (abs(panel - COLOUR) < 0.15 * 255).all()
+        other = np.argwhere((abs(panel - COLOUR) >= 0.15 * 255).any(-1))
+        assert (np.ptp(other, axis=0) < 25).all()  # but for the ring
 
 
 def test_attention_shows_on_a_dark_photograph(tmp_path):
@@ -259,6 +264,136 @@ def test_what_does_not_fit_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def crop(pixels, box):
+    left, top, width, height = box
+    return pixels[top : top + height, left : left + width]
+
+
+def ring(panel):
+    """Centre (x, y) of the white in a panel, fractions of width and height, and how many pixels
+    across it is; None where there is none."""
+    ys, xs = np.nonzero((panel > 240).all(-1))
+    if not len(xs):
+        return None
+    height, width, _ = panel.shape
+    return (xs.mean() + 0.5) / width, (ys.mean() + 0.5) / height, np.ptp(xs) + 1
+
+
+def mixed(size=8):
+    """Attention of four words: even, on few places, on one, and nearly even."""
+    rng = np.random.default_rng(5)
+    one = np.eye(size**2)[27]
+    rows = [np.ones(size**2), rng.gamma(0.1, size=size**2), one, rng.uniform(0.8, 1.2, size**2)]
+    return np.stack([row / row.sum() for row in rows])
+
+
+def test_all_panels_have_one_scale(tmp_path):
+    """That of the docstring, pixel by pixel, away from lines and rings."""
+    alphas = mixed()
+    boxes = panels(tmp_path / "even.png", len(alphas))
+    pixels = draw(tmp_path / "mixed.png", alphas)
+    [shape] = {box[:1:-1] for box in boxes}
+    times, light = attention_in_pixels(alphas, shape)
+    gray = 0.4 * (np.array(COLOUR) @ [0.299, 0.587, 0.114])
+    for box, own, share in zip(boxes, times, light, strict=True):
+        panel, share = crop(pixels, box), share[..., None]
+        expected = gray + share * (np.array(COLOUR) - gray)
+        slope = np.hypot(*np.gradient(own)) + 1e-9
+        away = abs(own - own.max() / 2) / slope > 4
+        if found := ring(panel):
+            ys, xs = np.indices(shape)
+            away &= np.hypot(xs - found[0] * shape[1], ys - found[1] * shape[0]) > 15
+        assert away.mean() > 0.7
+        assert abs(panel - expected)[away].max() <= 1.5
+
+
+def test_a_word_that_looks_nowhere_is_dim_beside_one_that_looks_somewhere(tmp_path):
+    alphas = mixed()
+    boxes = panels(tmp_path / "even.png", len(alphas))
+    pixels = draw(tmp_path / "mixed.png", alphas)
+    even, few, one, nearly = (crop(pixels, box) for box in boxes)
+    assert np.ptp(even, axis=(0, 1)).max() == 0  # no line and no ring, either
+    for panel in (few, one):
+        x, y, _ = ring(panel)
+        centre = panel[int(y * len(panel)), int(x * panel.shape[1])]  # what the ring leaves open
+        assert centre[1] > 1.4 * even[0, 0, 1]
+        if panel is few:  # beside one that is much sharper it can still be read
+            assert centre[1] > 1.3 * np.median(panel[..., 1])
+    assert abs(nearly - even)[..., 1].mean() < 6
+
+
+@given(
+    st.integers(2, 6).flatmap(lambda n: st.lists(st.integers(1, 4), min_size=n**2, max_size=n**2))
+)
+@settings(max_examples=25)
+def test_a_ring_is_where_the_largest_alpha_is(alpha):
+    """In the middle of several; none where all are alike. `metrics` finds the same place."""
+    size, alpha = round(len(alpha) ** 0.5), np.array(alpha, float)
+    photograph = Image.new("RGB", (240, 160), COLOUR)
+    pictures = [np.asarray(draw_attention(photograph, ["a"], a)) for a in (even(1), alpha[None])]
+    found = ring(crop(pictures[1], rectangles(pictures[0].astype(int))[1]))
+    if alpha.min() == alpha.max():
+        assert found is None
+        return
+    places = [divmod(i, size) for i in range(size**2) if alpha[i] == alpha.max()]
+    y, x = (np.mean([place[axis] + 0.5 for place in places]) / size for axis in (0, 1))
+    assert found[:2] == pytest.approx((x, y), abs=0.005)
+    around = [x - 0.01, y - 0.01, x + 0.01, y + 0.01]
+    assert metrics.pointing_game([(["a"], [alpha])], [{"a": around}], {"a"}).hits == 1
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (255, 184, 28)])
+def test_a_ring_shows_on_any_ground(tmp_path, colour):
+    boxes = panels(tmp_path / "even.png", 2)
+    alphas = peaks([(2, 5), (6, 1)])
+    pixels = draw(tmp_path / "a.png", alphas, colour=colour)
+    for box, (row, column) in zip(boxes, [(2, 5), (6, 1)], strict=True):
+        panel = crop(pixels, box)
+        height, width, _ = panel.shape
+        x, y = round((column + 0.5) / 8 * width), round((row + 0.5) / 8 * height)
+        near = panel[y - 12 : y + 12, x - 12 : x + 12]
+        assert ((near > 240).all(-1)).sum() > 20 and ((near < 15).all(-1)).sum() > 20
+
+
+def test_numbers_stand_in_the_panels_when_they_are_asked_for(monkeypatch):
+    """The share of the image that the attention is spread over, and that of the largest alpha."""
+    alphas = np.zeros((4, 16))
+    alphas[0], alphas[1, 5], alphas[2, :4], alphas[3, 12:15] = 1 / 16, 1, 1 / 4, 1 / 3
+    texts, draw_text = [], ImageDraw.ImageDraw.text
+
+    def note(self, place, text, *rest, **options):
+        texts.append(text)
+        return draw_text(self, place, text, *rest, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    pictures = []
+    for numbers in (False, True):
+        texts.clear()
+        photograph = Image.new("RGB", (300, 200), COLOUR)
+        picture = draw_attention(photograph, ["a", "b", "c", "d"], alphas, numbers)
+        pictures.append(np.asarray(picture).astype(int))
+        found = [text for text in texts if " · " in text]
+        expected = ["100% · 6.2%", "6.2% · 100%", "25% · 25%", "19% · 33%"]
+        assert found == (expected if numbers else [])
+        assert ("In the corners" in " ".join(texts)) == numbers
+    plain, numbered = pictures
+    # by a line of the legend the picture is higher, and by no more
+    assert 0 < len(numbered) - len(plain) < 20
+    changed = (plain != numbered[: len(plain)]).any(-1)
+    boxes = rectangles(np.asarray(draw_attention(photograph, ["a"] * 4, even(4))).astype(int))[1:]
+    for box, alpha in zip(boxes, alphas, strict=True):
+        _, _, width, height = box
+        ys, xs = np.nonzero(crop(changed, box))
+        assert 0 <= xs.min() <= 1 and xs.max() < 0.6 * width  # a corner
+        assert np.ptp(ys) < 0.2 * height
+        assert (ys.max() < height / 2) == (alpha[13] > 0.3)  # off the ring
+
+
+def test_a_caption_without_words_has_no_panels():
+    picture = draw_attention(Image.new("RGB", (300, 200), COLOUR), [], np.zeros((0, 9)))
+    assert len(rectangles(np.asarray(picture).astype(int))) == 1
+
+
 def legend(pixels):
     """The rows under the panels, and how many of their pixels have the colour of the line."""
     bottom = max(top + height for _, top, _, height in rectangles(pixels))
@@ -267,13 +402,16 @@ def legend(pixels):
 
 
 @pytest.mark.parametrize("count", [1, 12, 40])
-@pytest.mark.parametrize("size", [(300, 200), (100, 400)])
-def test_a_legend_stands_under_all_panels(tmp_path, count, size):
-    under, coloured = legend(draw(tmp_path / "a.png", even(count), size))
+@pytest.mark.parametrize("size", [(300, 200), (100, 400), (30, 1200)])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_legend_stands_under_all_panels(tmp_path, count, size, numbers):
+    pixels = draw(tmp_path / "a.png", even(count), size, numbers=numbers)
+    under, coloured = legend(pixels)
     assert 20 < coloured < 150  # a dash, as long as two letters
-    assert len(under) < 60
-    inked = (under.min(-1) < 200).any(1).nonzero()[0]
-    assert 3 < np.ptp(inked) < 20  # one line, which stays off the edges
+    inked = (under.min(-1) < 200).any(1)
+    lines = (inked[1:] & ~inked[:-1]).sum()  # which stay off each other, and off the edges
+    assert lines <= 2 if pixels.shape[1] > 1300 else lines <= 6
+    assert np.ptp(inked.nonzero()[0]) < 18 * lines and len(under) < 45 + 18 * lines
     assert (under[:, -10:] > 250).all() and (under[-5:] > 250).all()
 
 

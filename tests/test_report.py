@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import failure, least_contrast, needs_java, run_here
+from conftest import attention_in_pixels, failure, least_contrast, needs_java, run_here
 from PIL import Image
 
 import evaluation
@@ -273,34 +273,37 @@ def noise(seed, size, mean):
 
 @pytest.mark.parametrize(("size", "mean"), [((220, 220), 140), ((220, 130), 30), ((90, 220), 90)])
 def test_panels_show_where_the_attention_is(page, tmp_path, size, mean):
-    """The formula of caption.py's pictures, pixel by pixel, away from the line at half."""
+    """The formula of caption.py's pictures, pixel by pixel, away from the line at half and from the
+    ring; that of weak words, too."""
     rng = np.random.default_rng(0)
-    alphas = rng.dirichlet(np.full(36, 0.3), size=2)
-    view = report.attention_view(noise(1, size, mean), [Caption(["a", "dog"], -1.0, alphas)], 220)
+    alphas = np.stack([*rng.dirichlet(np.full(36, 0.3), size=2), np.eye(36)[15]])
+    alphas = np.stack([*alphas, 0.999 / 36 + 0.001 * alphas[2], np.full(36, 1 / 36)])
+    words = ["a", "dog", "sharp", "nearly", "even"]
+    view = report.attention_view(noise(1, size, mean), [Caption(words, -1.0, alphas)], 220)
     open_views(page, tmp_path, view)
     photo = np.asarray(image_of(view), float) / 255
     photo = photo ** np.clip(np.log(0.4) / np.log(photo.mean()), 0.45, 1)
+    dim = 0.4 * photo @ np.array([[0.299], [0.587], [0.114]])
     width, height = size
+    ys, xs = np.indices((height, width)) + 0.5
+    times, light = attention_in_pixels(alphas, (height, width))
     for t, canvas in enumerate(page.locator("figure canvas").all()):
         url = canvas.evaluate("canvas => canvas.toDataURL()")
         drawn = np.asarray(image_of({"image": url}).convert("RGB"), float) / 255
         assert drawn.shape == (height, width, 3)
-        attention = np.zeros((height, width))
-        for y, x in np.ndindex(height, width):
-            near = [
-                np.exp(-0.5 * (((at + 0.5) * 6 / length - np.arange(6) - 0.5) / 0.65) ** 2)
-                for at, length in ((y, height), (x, width))
-            ]
-            weights = np.outer(*near) / near[0].sum() / near[1].sum()
-            attention[y, x] = (weights * alphas[t].reshape(6, 6)).sum()
-        attention = attention[..., None] / attention.max()
-        dim = 0.4 * photo @ np.array([[0.299], [0.587], [0.114]])
-        expected = dim + attention**0.8 * (photo - dim)
-        away = (abs(attention - 0.5) > 0.12)[..., 0]
-        assert 0.5 < away.mean() < 1
-        assert abs(drawn - expected)[away].max() < 0.03
+        expected = dim + light[t][..., None] * (photo - dim)
+        away = abs(times[t] / times[t].max() - 0.5) > 0.12
         amber = abs(drawn * 255 - [255, 184, 28]).max(axis=2) < 3
-        assert amber.any() and not (amber & away).any()
+        assert amber.any() == (t < 3) and not (amber & away).any()
+        if t < 4:
+            row, column = divmod(int(alphas[t].argmax()), 6)
+            x, y = (column + 0.5) / 6 * width, (row + 0.5) / 6 * height
+            distance = np.hypot(xs - x, ys - y)
+            for radius, level in ((6, 1), (4, 0), (8, 0)):  # white in black
+                assert abs(drawn[abs(distance - radius) < 0.3] - level).max() < 0.5
+            away &= distance > 10
+        assert 0.5 < away.mean() <= 1
+        assert abs(drawn - expected)[away].max() < 0.03
 
 
 def test_even_attention_leaves_the_photograph_as_it_is(page, tmp_path):
@@ -382,12 +385,32 @@ def test_a_legend_says_what_the_panels_show(page, tmp_path):
     looked = Caption(["a", "dog"], -1.5, np.ones((2, 9)))
     open_views(page, tmp_path, report.attention_view(image, [looked], 256))
     legend, strip = page.locator(".legend"), page.locator(".strip").bounding_box()
-    assert all(word in legend.inner_text() for word in ("Bright", "gray", "Line", "half"))
+    assert all(word in legend.inner_text() for word in ("Bright", "gray", "Line", "half", "Ring"))
     box = legend.bounding_box()
     assert 0 <= strip["y"] - box["y"] - box["height"] < 20
     blind = Caption(["a", "dog"], -1.5, None)
     open_views(page, tmp_path, report.attention_view(image, [blind], 256))
-    assert legend.count() == 0 and page.locator(".caption .p").inner_text() == "log p −1.50"
+    page.locator(".word").first.hover()
+    assert legend.count() == 0 and page.locator(".numbers").inner_text() == ""
+    assert page.locator(".caption .p").inner_text() == "log p −1.50"
+
+
+@pytest.mark.parametrize("width", [1100, 380])
+def test_numbers_under_the_photograph_say_how_spread_the_attention_is(page, tmp_path, width):
+    """And nothing moves away from under the mouse as they come and go."""
+    alphas = np.zeros((3, 16))
+    alphas[0], alphas[1, 5], alphas[2, :4] = 1 / 16, 1, 1 / 4
+    captions = [Caption(["a", "big", "dog"], -1.0, alphas)]
+    open_views(page, tmp_path, report.attention_view(noise(3, (300, 200), 120), captions, 256),
+               width=width)  # fmt: skip
+    numbers, strip = page.locator(".numbers"), page.locator(".strip")
+    before = strip.bounding_box()
+    assert numbers.inner_text() == ""
+    for t, (spread, most) in enumerate([("100%", "6.3%"), ("6.3%", "100%"), ("25%", "25%")]):
+        page.locator(".word").nth(t).hover()
+        expected = f"Attention: spread over {spread} of the image, {most} at its strongest place"
+        assert numbers.inner_text() == expected
+        assert strip.bounding_box() == before
 
 
 def write_by_hand(tiny_data, folder, texts, references=None, log=()):

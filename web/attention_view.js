@@ -3,11 +3,12 @@
 // them. Hovering over a word or panel shows it on the photograph; a click keeps it there; the arrow
 // keys step. Of several captions one is chosen by a click. Its colours are those of the page around.
 //
-// alphas: base64 of T rows of L = size² bytes, one a word, row by row over the image, 255 at the
-// greatest of each word; null of a model without attention, which then has no panels.
+// alphas: base64 of T rows of L = size² numbers of 16 bits, the lower byte first, one row a word, row
+// by row over the image, 65535 at the greatest of each word; null of a model without attention, which
+// then has no panels.
 (() => {
   const AMBER = [255, 184, 28];
-  const PANEL = 220; // pixels along the longer side; shown at half of that, or less
+  const PANEL = 220, PHOTO = 600; // pixels along the longer side; shown at half of that, or less
 
   const STYLE = `
     :host { display: block; font: 15px/1.45 system-ui, sans-serif; color: inherit; }
@@ -22,10 +23,15 @@
     .steps[hidden] { display: none; }
     .steps button { font: inherit; color: inherit; background: none; cursor: pointer;
                     border: 1px solid currentColor; border-radius: 4px; padding: 1px 9px; }
-    .steps span, .legend { opacity: 0.8; }
+    .steps span, .legend, .numbers { opacity: 0.8; }
     .legend { margin: 0 0 10px; font-size: 13px; }
+    .numbers { margin: 6px 0 0; font-size: 13px; min-height: 2.9em; } /* nothing moves as it changes */
+    .legend > span { display: inline-block; margin-right: 4px; }
     .legend .line { display: inline-block; width: 22px; height: 11px; border-radius: 2px;
                     background: linear-gradient(#444 37%, rgb(${AMBER}) 37% 63%, #444 63%); }
+    .legend .ring { display: inline-block; width: 5px; height: 5px; margin: 0 2px; border-radius: 50%;
+                    border: 2px solid white; box-shadow: 0 0 0 1px black, inset 0 0 0 1px black;
+                    background: #888; }
     .caption .p { align-self: center; padding-left: 8px; font-size: 14px; white-space: nowrap; }
     .strip { display: grid; gap: 8px 8px; grid-template-columns: repeat(auto-fill, 98px); }
     figure { margin: 0; cursor: pointer; }
@@ -50,18 +56,41 @@
 
   const signed = (number) => number.toFixed(2).replace("-", "−");
 
+  const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`;
+
   // what the panels show, in words
   const legend = () =>
-    element("p", { className: "legend" }, "Bright: where the model looked for the word. Dim and gray: " +
-      "elsewhere. Line ", element("span", { className: "line" }), ": attention at half its maximum.");
+    element("p", { className: "legend" },
+      "Bright: as much attention as anywhere in the caption; gray: little or none. ",
+      element("span", {}, element("span", { className: "line" }), " Line: half of the word’s own maximum. "),
+      element("span", {}, element("span", { className: "ring" }), " Ring: its strongest place."));
 
-  // rows of L bytes -> each word's share of attention, 0 to 1 at its greatest
+  // rows of L numbers -> each word's attention at L places, 1 where it is as strong as if it were even
   const decode = (text, count) => {
     const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-    const places = bytes.length / count;
-    return Array.from({ length: count }, (_, t) =>
-      Float32Array.from(bytes.subarray(t * places, (t + 1) * places), (b) => b / 255));
+    const levels = new Uint16Array(bytes.buffer), places = levels.length / count;
+    return Array.from({ length: count }, (_, t) => {
+      const row = Float32Array.from(levels.subarray(t * places, (t + 1) * places));
+      const sum = row.reduce((a, b) => a + b);
+      return row.map((level) => (places * level) / sum);
+    });
   };
+
+  const greatest = (values) => values.reduce((a, b) => (a > b ? a : b));
+
+  // Centre [x, y] of the greatest of the places, or the mean of those that share it, as fractions of
+  // width and height; null where the attention is even.
+  const peak = (grid) => {
+    const most = greatest(grid), size = Math.round(Math.sqrt(grid.length));
+    if (grid.every((value) => most <= 1.001 * value)) return null;
+    const places = Array.from(grid.keys()).filter((i) => grid[i] === most);
+    const mean = (along) => places.reduce((sum, i) => sum + along(i) + 0.5, 0) / places.length / size;
+    return [mean((i) => i % size), mean((i) => Math.floor(i / size))];
+  };
+
+  // Over what share of the image the attention is spread: e to the entropy, by the places.
+  const spread = (grid) =>
+    Math.exp(-grid.reduce((sum, value) => sum + (value ? value * Math.log(value) : 0), 0) / grid.length);
 
   // How much each of `size` places counts for each of `length` pixels: a Gaussian of the distance.
   const weights = (length, size) =>
@@ -72,7 +101,7 @@
       return row.map((value) => value / sum);
     });
 
-  // A square grid blown up to width × height pixels, round peaks, scaled to a maximum of 1.
+  // A square grid blown up to width × height pixels, with round peaks.
   const smooth = (grid, width, height) => {
     const size = Math.round(Math.sqrt(grid.length));
     const across = weights(width, size), down = weights(height, size);
@@ -80,16 +109,14 @@
       Float32Array.from({ length: size }, (_, x) =>
         row.reduce((sum, weight, y) => sum + weight * grid[y * size + x], 0)));
     const out = new Float32Array(width * height);
-    let most = 0;
     for (let y = 0; y < height; y++) {
       for (let x = 0; x < width; x++) {
         let sum = 0;
         for (let i = 0; i < size; i++) sum += across[x][i] * columns[y][i];
         out[y * width + x] = sum;
-        if (sum > most) most = sum;
       }
     }
-    return out.map((value) => value / most);
+    return out;
   };
 
   // Dark photographs are lightened, on which dim and lit places would look alike.
@@ -102,26 +129,48 @@
     return (level) => table[level];
   };
 
-  // Draws the image: as it is, or, given a grid, in full where attention is, dim and gray elsewhere,
-  // with a line where it is half its maximum.
-  const draw = (canvas, image, longer, grid) => {
-    const scale = longer / Math.max(image.naturalWidth, image.naturalHeight);
-    const width = (canvas.width = Math.max(1, Math.round(image.naturalWidth * scale)));
-    const height = (canvas.height = Math.max(1, Math.round(image.naturalHeight * scale)));
+  const shape = (image, longer) =>
+    [image.naturalWidth, image.naturalHeight].map((side) =>
+      Math.max(1, Math.round((side * longer) / Math.max(image.naturalWidth, image.naturalHeight))));
+
+  // How far a stroke of half that width, at some distance in pixels from its middle, covers a pixel.
+  const stroke = (distance, thick) => Math.min(Math.max(thick + 0.5 - Math.abs(distance), 0), 1);
+
+  // Draws a ring into pixels around a place [x, y], as fractions; white in black shows on any ground.
+  const drawRing = ({ data, width, height }, place, thick) => {
+    const [left, top] = [place[0] * width, place[1] * height], reach = 8 * thick;
+    for (let y = Math.max(0, Math.floor(top - reach)); y < Math.min(height, top + reach); y++) {
+      for (let x = Math.max(0, Math.floor(left - reach)); x < Math.min(width, left + reach); x++) {
+        const away = Math.hypot(x + 0.5 - left, y + 0.5 - top) - 5 * thick;
+        const black = stroke(away, 2 * thick), white = stroke(away, thick);
+        for (let at = 4 * (y * width + x), i = 0; i < 3; i++) {
+          data[at + i] = (1 - white) * (1 - black) * data[at + i] + white * 255;
+        }
+      }
+    }
+  };
+
+  // Draws the image as it is. Given a word's grid, with `most`, the strongest attention of the caption:
+  // in full where the attention is as strong, dim and gray where it is little, with a line where it is
+  // half of its own maximum and a ring around its peak.
+  const draw = (canvas, image, longer, grid, most, attention) => {
+    const [width, height] = ([canvas.width, canvas.height] = shape(image, longer));
     const context = canvas.getContext("2d", { willReadFrequently: true });
     context.imageSmoothingQuality = "high";
     context.drawImage(image, 0, 0, width, height);
     if (!grid) return;
+    attention ??= smooth(grid, width, height);
     const picture = context.getImageData(0, 0, width, height);
-    const pixels = picture.data, light = brighten(pixels), attention = smooth(grid, width, height);
-    const thick = 0.6 + longer / 350;
+    const pixels = picture.data, light = brighten(pixels), centre = peak(grid);
+    const half = greatest(attention) / 2, full = Math.log1p(most), thick = 0.6 + longer / 350;
+    const lined = centre && attention.some((value) => value < half);
     for (let y = 0; y < height; y++) {
       for (let x = 0; x < width; x++) {
-        const at = y * width + x, share = attention[at] ** 0.8;
+        const at = y * width + x, share = Math.min(Math.log1p(attention[at]) / full, 1);
         const slope = Math.hypot(
           attention[at + (x + 1 < width)] - attention[at - (x > 0)],
           attention[y + 1 < height ? at + width : at] - attention[y > 0 ? at - width : at]) / 2;
-        const line = slope ? Math.min(Math.max(thick + 0.5 - Math.abs(attention[at] - 0.5) / slope, 0), 1) : 0;
+        const line = lined ? stroke((attention[at] - half) / (slope + 1e-9), thick) : 0;
         const [r, g, b] = [0, 1, 2].map((i) => light(pixels[4 * at + i]));
         const dim = 0.4 * (0.299 * r + 0.587 * g + 0.114 * b);
         [r, g, b].forEach((value, i) => {
@@ -130,6 +179,7 @@
         });
       }
     }
+    if (centre) drawRing(picture, centre, thick);
     context.putImageData(picture, 0, 0);
   };
 
@@ -148,9 +198,11 @@
       this.words = words;
       this.grids = alphas && decode(alphas, words.length);
       this.pinned = null;
+      const attentions = (this.grids ?? []).map((grid) => smooth(grid, ...shape(this.image, PANEL)));
+      this.most = Math.max(...attentions.map(greatest));
       this.build(i);
       this.panels.forEach((panel, t) =>
-        draw(panel.querySelector("canvas"), this.image, PANEL, this.grids[t]));
+        draw(panel.querySelector("canvas"), this.image, PANEL, this.grids[t], this.most, attentions[t]));
       this.show(null);
     }
 
@@ -168,6 +220,7 @@
         watch(element("figure", { title: word },
           element("figcaption", { textContent: word }), element("canvas")), t));
       this.where = element("span", { ariaLive: "polite" });
+      this.numbers = element("p", { className: "numbers", hidden: !this.grids });
       const step = (text, label, by) =>
         element("button", { textContent: text, ariaLabel: label, onclick: () => this.step(by) });
       const others = this.captions.map(({ words, log_prob }, i) =>
@@ -184,7 +237,7 @@
         if (event.key === "Escape") this.pin(null);
         if (by) { event.preventDefault(); this.step(by); }
       } },
-        element("div", { className: "photo" }, this.photo),
+        element("div", { className: "photo" }, this.photo, this.numbers),
         element("div", { className: "side" },
           element("div", { className: "caption" }, ...this.labels, sure),
           element("div", { className: "steps", hidden: !this.grids },
@@ -208,7 +261,10 @@
     }
 
     show(t) {
-      draw(this.photo, this.image, 600, t === null || !this.grids ? null : this.grids[t]);
+      const grid = t === null || !this.grids ? null : this.grids[t];
+      draw(this.photo, this.image, PHOTO, grid, this.most);
+      this.numbers.textContent = grid && "Attention: spread over " + percent(spread(grid)) +
+        " of the image, " + percent(greatest(grid) / grid.length) + " at its strongest place";
       for (const parts of [this.labels, this.panels]) {
         parts.forEach((part, i) => part.classList.toggle("shown", i === t));
       }
