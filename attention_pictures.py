@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from attention_metrics import peak
 from groundwork import fonts
 
 LINE = 255, 184, 28  # around where a word's attention is half its maximum or more
@@ -72,7 +73,7 @@ def draw_attention(image, words, alphas, numbers=False):
         panel = Image.fromarray((dim + light[..., None] * contrast + 0.5).astype(np.uint8))
         if alpha.max() > EVEN * alpha.min():
             _draw_line(panel, attention, grid.stroke)
-            _draw_ring(panel, _peak(alpha), grid.stroke)
+            _draw_ring(panel, peak(alpha), grid.stroke)
         if numbers:
             _write_numbers(panel, alpha, 26 * grid.strip)
         canvas.paste(panel, _pixels(*box[:2]))
@@ -80,14 +81,6 @@ def draw_attention(image, words, alphas, numbers=False):
         _write(canvas, above, word, 40 * grid.strip, box[2] + 0.1)
     _write_legend(canvas, grid)
     return canvas
-
-
-def _peak(alpha):
-    """Centre (x, y) of the largest of L = size² alphas, fractions of width and height; of several
-    that are the largest, the mean of their centres."""
-    size = math.isqrt(len(alpha))
-    rows, columns = np.divmod(np.flatnonzero(alpha >= alpha.max()), size)
-    return (columns.mean() + 0.5) / size, (rows.mean() + 0.5) / size
 
 
 def _spread(alpha):
@@ -202,7 +195,7 @@ def _write_numbers(panel, alpha, size):
     breadth, depth = panel.width / _DPI, panel.height / _DPI
     size *= min(1, (breadth - 0.08) / _width(text, size))
     width, height = _width(text, size) + 0.08, 1.6 * size / 72
-    top = 0 if _peak(alpha)[1] > 0.7 else depth - height
+    top = 0 if peak(alpha)[1] > 0.7 else depth - height
     ImageDraw.Draw(panel).rectangle((_pixels(0, top), _pixels(width, top + height)), 0)
     _write(panel, (0.04, top + 0.75 * height), text, size, width, "white")
 

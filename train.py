@@ -13,7 +13,7 @@ from config import ModelConfig, TrainingConfig
 from groundwork.errors import UserError, run
 from groundwork.files import make_folder, sole_writer
 from groundwork.options import as_arguments, as_flags
-from training_options import DEMO_DEFAULTS, make_parser
+from training_options import DEMO_DEFAULTS, make_parser, typed_options
 
 # Of the model's options, those that a checkpoint that is continued may have otherwise
 DROPOUTS = ("dropout", "embed_dropout")
@@ -25,7 +25,7 @@ APART = {
 
 def main():
     parser = make_parser(__doc__)
-    typed = parser.typed()
+    typed = typed_options(parser)
 
     # what follows takes seconds to import
     import torch
@@ -210,7 +210,7 @@ def settle(parser, typed, start, defaults=None):
     """The options: those typed, else those of the run that goes on, else the defaults.
 
     Args:
-        typed: from `Parser.typed`.
+        typed: from `typed_options`.
         start: the `continuation.Start`, None of a new run.
         defaults: that take the place of the parser's.
     """

@@ -3,6 +3,7 @@
 import argparse
 import math
 import shlex
+from argparse import SUPPRESS  # noqa: F401 -- a default: none, and nothing in the namespace
 
 from groundwork import __version__
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-import metrics
+import attention_metrics
 from attention_pictures import draw_attention
 from groundwork.errors import UserError
 from pictures import curves, draw_curves
+from regions import Region, Regions
 
 # ----------------------------------------------------------------------------------------- curves
 
@@ -327,7 +328,7 @@ def test_a_word_that_looks_nowhere_is_dim_beside_one_that_looks_somewhere(tmp_pa
 )
 @settings(max_examples=25)
 def test_a_ring_is_where_the_largest_alpha_is(alpha):
-    """In the middle of several; none where all are alike. `metrics` finds the same place."""
+    """In the middle of several, as in the pointing game; none where all are alike."""
     size, alpha = round(len(alpha) ** 0.5), np.array(alpha, float)
     photograph = Image.new("RGB", (240, 160), COLOUR)
     pictures = [np.asarray(draw_attention(photograph, ["a"], a)) for a in (even(1), alpha[None])]
@@ -339,7 +340,8 @@ def test_a_ring_is_where_the_largest_alpha_is(alpha):
     y, x = (np.mean([place[axis] + 0.5 for place in places]) / size for axis in (0, 1))
     assert found[:2] == pytest.approx((x, y), abs=0.005)
     around = [x - 0.01, y - 0.01, x + 0.01, y + 0.01]
-    assert metrics.pointing_game([(["a"], [alpha])], [{"a": around}], {"a"}).hits == 1
+    known = Regions([{"a": Region.of_boxes([around])}])
+    assert attention_metrics.pointing_game([(["a"], [alpha])], known).hits == 1
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (255, 184, 28)])
