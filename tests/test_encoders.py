@@ -450,6 +450,7 @@ def test_stages_are_those_of_the_network_cut_by_hand(resnet18):
         ("efficientnet_b0", (112, 320, 1280), (2, 1, 1)),
         ("mobilenet_v3_small", (48, 96, 576), (2, 1, 1)),
         ("resnet18", (256, 512, 512), (2, 1, 1)),
+        ("resnet101", (1024, 2048, 2048), (2, 1, 1)),
         ("swin_t", (384, 768, 768), (2, 1, 1)),
         ("timm:resnet10t", (256, 512, 512), (2, 1, 1)),
     ],
