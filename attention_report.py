@@ -157,7 +157,7 @@ def probe_tables(probes, english):
     kinds = [_kinds(probe.words, english) for probe in probes]
     fallen = [
         {"": f"{order} first, {kind}"}
-        | {f"{share:.0%}": f"{fall:.2f}" for share, fall in zip(SHARES, falls, strict=True)}
+        | {f"{share:.0%}": f"{round(fall, 2) + 0:.2f}" for share, fall in zip(SHARES, falls, strict=True)}
         for order in ORDERS
         for kind, falls in _falls(probes, kinds, order).items()
     ]

@@ -228,12 +228,12 @@ def test_no_demo_takes_the_place_of_data_not_named(folder, tiny_data, tmp_path, 
 def test_options_that_an_older_checkpoint_lacks_are_named(folder, tiny_data):
     newest, _ = paths(folder, tiny_data)
     older = load(newest)
-    del older["options"]["alpha_c"], older["options"]["label_smoothing"]
+    del older["options"]["decoder_lr"], older["options"]["label_smoothing"]
     torch.save(older, newest)
     process = run_here("train.py", "--resume", "--output_folder", folder, "--epochs", 3)
     assert process.returncode == 0, process.stderr
     [line] = [line for line in process.stdout.splitlines() if "does not tell" in line]
-    assert line.endswith(": --alpha_c 0.1")  # the default on demo data
+    assert line.endswith(": --decoder_lr 0.001")  # the default on demo data
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_fine_tuning_without_a_decoder_is_refused_before_data_are_made(tmp_path,
     [
         (["--decoder_dim", 9], "--decoder_dim 8"),
         (["--encoder", "resnet18", "--gate", "channel"], f"--encoder {OFFLINE} --gate scalar"),
-        (["--deep_output"], "--no-deep_output"),
+        (["--no-deep_output"], "--deep_output"),
         (["--encoder_weights", "other.pth"], "its own"),
     ],
 )

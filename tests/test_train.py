@@ -56,6 +56,22 @@ def test_the_cosine_schedule_ends_near_zero(tiny_data, tmp_path):
     assert found == pytest.approx(expected)
 
 
+def test_a_recipe_is_several_options_and_those_typed_beside_it_win(tiny_data, tmp_path):
+    bare = {"encoder_stages": "last", "feature_norm": "none", "query": "state", "gate": "scalar"}
+    for name, arguments, expected in (
+        ("paper", [], bare | {"deep_output": False, "alpha_c": 1.0, "attention_dim": 8}),
+        ("paper", ["--query", "word"], bare | {"query": "word", "alpha_c": 1.0}),
+        ("attending", [], {"encoder_stages": "16 32", "feature_norm": "layer", "query": "word",
+                           "deep_output": True, "alpha_c": 0.0}),
+    ):  # fmt: skip
+        output = tmp_path / f"{name}{len(arguments)}"
+        rates(tiny_data, output, "--epochs", 1, "--recipe", name, *arguments)
+        path = checkpoints.checkpoint_path(output, tiny_data[1])
+        found = checkpoints.load_checkpoint(path)["options"]
+        assert {option: found[option] for option in expected} == expected
+        assert "recipe" not in found
+
+
 def test_an_earlier_run_is_not_overwritten_unasked(tiny_data, tmp_path):
     folder, _ = tiny_data
     found, _ = rates(tiny_data, tmp_path, "--epochs", 1)
