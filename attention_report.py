@@ -157,7 +157,10 @@ def probe_tables(probes, english):
     kinds = [_kinds(probe.words, english) for probe in probes]
     fallen = [
         {"": f"{order} first, {kind}"}
-        | {f"{share:.0%}": f"{round(fall, 2) + 0:.2f}" for share, fall in zip(SHARES, falls, strict=True)}
+        | {
+            f"{share:.0%}": f"{round(fall, 2) + 0:.2f}"  # no minus zero
+            for share, fall in zip(SHARES, falls, strict=True)
+        }
         for order in ORDERS
         for kind, falls in _falls(probes, kinds, order).items()
     ]
@@ -190,7 +193,7 @@ def draw_deletion(probes, english):
     kinds = [_kinds(probe.words, english) for probe in probes]
     curves = {order: _falls(probes, kinds, order) for order in ORDERS}
     shown = curves[ORDERS[0]]
-    drawing = Figure(figsize=(3.6 * len(shown), 2.8), layout="constrained")
+    drawing = Figure(figsize=(max(5, 3.6 * len(shown)), 3), layout="constrained")
     panels = drawing.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, shown, strict=True):
         for order, falls in curves.items():
@@ -200,7 +203,8 @@ def draw_deletion(probes, english):
         axes.set_xlabel("% of the places blotted out")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("change of log p")
-    panels[0].legend(frameon=False, fontsize=8)
+    lines = panels[0].get_lines()
+    drawing.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     return drawing
 
 
