@@ -168,9 +168,6 @@ def test_where_it_looked_is_measured_in_every_epoch(run, tiny_data):
             (_, _), (step, value) = found[f"attention {name}/{kind}"]
             expected = np.mean([v for v, k in zip(values, own, strict=True) if k == kind])
             assert step == 2 * CAPTIONS and value == pytest.approx(expected, abs=1e-3)
-    assert 0 <= found["attention pointing/peak"][-1][1] <= 1
-    shares = [found[f"attention pointing/{name}"] for name in ("attention", "even attention")]
-    assert all(0 < value < 1 for points in shares for _, value in points)
 
 
 def test_regions_of_a_file_are_those_that_count(tiny_data, tmp_path):
@@ -207,7 +204,7 @@ def test_hyperparameters_and_the_record_are_shown(run, tiny_data):
     events = read(output, base)
     found = hyperparameters(events)
     assert found["decoder_dim"].number_value == 8 and found["seed"].number_value == 0
-    assert found["encoder"].string_value == OFFLINE and found["deep_output"].string_value == "False"
+    assert found["encoder"].string_value == OFFLINE and found["deep_output"].string_value == "True"
     assert found["precision"].string_value == "float32"
     assert not {"data_folder", "device", "workers", "resume"} & set(found)
     metrics = plugin(events, "_hparams_/experiment").experiment.metric_infos
