@@ -103,8 +103,8 @@ def test_two_processes_train_the_same_parameters_as_one(runs, tiny_data):
         for output, _ in runs
     )
     torch.manual_seed(0)
-    encoder = Encoder(OFFLINE, 3)
-    decoder = DecoderWithAttention(LSTMConfig(len(one["word_map"]), encoder.dim, 32, 32, 32, 0, 3))
+    encoder = Encoder(OFFLINE, 3, stages=one["encoder_stages"])
+    decoder = DecoderWithAttention(LSTMConfig(**one["decoder_config"]))
     # Adam makes a full step of a gradient that is nothing but rounding, as the encoder's are here,
     # so the parameters are compared as a whole, with how far training has brought them
     for part, start, apart in (("encoder", encoder, 0.25), ("decoder", decoder, 0.05)):
