@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.spatial.distance import pdist
 
 
 class Pointing(NamedTuple):
@@ -123,12 +124,15 @@ def movement(alphas):
     return np.concatenate([np.full(min(len(alphas), 1), np.nan), moved])
 
 
-def movement_by_chance(captions, seed=0):
-    """The mean of `movement` between words in a random order, of all captions together: what it
-    would be if it did not matter which word follows which."""
-    alphas = np.concatenate([np.asarray(alphas, np.float64) for _, alphas in captions])
-    order = np.random.default_rng(seed).permutation(len(alphas))
-    return float(np.nanmean(movement(alphas[order]))) if len(alphas) > 1 else math.nan
+def movement_by_chance(captions):
+    """The mean of `movement` were the words of each caption in a random order: that over all pairs
+    of its words."""
+    moved = moves = 0.0
+    for _, alphas in captions:
+        if (steps := len(alphas) - 1) > 0:
+            distances = pdist(np.asarray(alphas, np.float64), "cityblock") / 2
+            moved, moves = moved + steps * distances.mean(), moves + steps
+    return moved / moves if moves else math.nan
 
 
 def coverage(captions):

@@ -19,42 +19,56 @@ class Findings(NamedTuple):
     """What is known of a model's attention."""
 
     tables: list[tuple[str, list[dict]]]  # title, and rows as `groundwork.tables` prints them
-    curves: Figure | None  # of deletion
     notes: list[str]  # lines, of what cannot be computed, too
+    curves: Figure | None = None  # of deletion
 
 
-def measure(model, data, captions, regions=None, count=None):
-    """`Findings`; of several processes all call it.
+def measure(captions, references, regions=None, whole=False):
+    """`Findings` from the attention alone.
 
     Args:
-        model: a `captioner.Captioner`.
-        data: an `evaluation_data.EvaluationData`.
         captions: beam_size -> for each image its `captioner.Caption`.
+        references: of the images, with `filename` and `captions`.
         regions: `regions.Regions` of the images, or None.
-        count: on how many images the words' dependence is tried, with the captions of the widest
-            beam; None: the pointing game alone.
+        whole: whether more is asked for than the pointing game.
     """
-    if any(caption.alphas is None for found in captions.values() for caption in found):
-        asked = count is not None or (regions is not None and regions.names is None)
-        return Findings([], None, ["no attention report: this decoder has no attention"] * asked)
+    if not _has_attention(captions):
+        asked = whole or (regions is not None and regions.names is None)
+        return Findings([], ["no attention report: this decoder has no attention"] * asked)
     tables, notes = [], []
     if regions is not None:
         tables.append(pointing_table(captions, regions))
-        median = attention_metrics.median_image(_looks(captions)[max(captions)], regions)
-        if median is not None:
-            name = data.references[median]["filename"]
-            notes.append(f"beam {max(captions)}: the pointing game's median image is {name}")
-    if count is None:
-        return Findings(tables, None, notes)
-    english = are_english([reference["captions"] for reference in data.references])
-    tables += attention_tables(captions, english)
-    probes = probe(model, data, captions[max(captions)], count)
-    curves = draw_deletion(probes, english) if probes else None
-    if probes:
-        tables += probe_tables(probes, english)
-    if not english:
-        notes.append("nouns are told from other words in English alone")
-    return Findings(tables, curves, notes)
+        widest = max(captions)
+        median = attention_metrics.median_image(_looks(captions)[widest], regions)
+        if median is None:
+            notes.append("no caption has a word that the regions of its image are of")
+        else:
+            name = references[median]["filename"]
+            notes.append(f"beam {widest}: the pointing game's median image is {name}")
+    if whole:
+        tables += attention_tables(captions, _are_english(references))
+        if not _are_english(references):
+            notes.append("nouns are told from other words in English alone")
+    return Findings(tables, notes)
+
+
+def probe_words(model, data, captions, count):
+    """`Findings` on whether words depend on where the model looked; of several processes all call
+    it.
+
+    Args:
+        model: a `captioner.Captioner` of a decoder with attention.
+        data: an `evaluation_data.EvaluationData`.
+        captions: as in `measure`; those of the widest beam are tried.
+        count: of how many images.
+    """
+    widest, english = max(captions), _are_english(data.references)
+    probes = probe(model, data, captions[widest], count)
+    if not probes:
+        return Findings([], ["no deletion and no pairs: the captions have no words"])
+    tables = probe_tables(probes, english, f"beam {widest}")
+    notes = ["no pairs: they take two images"] if len(tables) == 1 else []
+    return Findings(tables, notes, draw_deletion(probes, english))
 
 
 def pointing_table(captions, regions):
@@ -82,7 +96,10 @@ def pointing_table(captions, regions):
             }
         )
     images = f"{regions.known} of {counted(len(regions.of_images), 'image')}"
-    return f"pointing game: how much is {regions.about}, {images}", rows
+    return (
+        f"pointing game: for a word that names something, how much is {regions.about}, {images}",
+        rows,
+    )
 
 
 def attention_tables(captions, english):
@@ -105,7 +122,7 @@ def attention_tables(captions, english):
                 "words": str(len(even[kind])),
                 "entropy / ln L": figure(_mean(even[kind]), ".1%"),
                 "moves": figure(_mean(moved[kind]), ".1%"),
-                "between random words": figure(chance, ".1%"),
+                "in random order": figure(chance, ".1%"),
             }
             for kind in even
         ]
@@ -119,7 +136,7 @@ def attention_tables(captions, english):
             spread,
         )
     ] * bool(spread) + [
-        ("Σα, over a caption's words, should be near 1 at every place", covered),
+        ("Σα at a place, over a caption's words: what --alpha_c pulls towards 1", covered),
     ]
 
 
@@ -133,7 +150,7 @@ def scalars(captions, english, regions=None):
     if any(alphas is None for _, alphas in captions):
         return {}
     kinds = [_kinds(words, english) for words, _ in captions]
-    found = {"movement/between random words": attention_metrics.movement_by_chance(captions)}
+    found = {"movement/in random order": attention_metrics.movement_by_chance(captions)}
     for name in ("evenness", "movement"):
         measured = [getattr(attention_metrics, name)(alphas) for _, alphas in captions]
         for kind, values in _by_kind(kinds, measured).items():
@@ -147,28 +164,26 @@ def scalars(captions, english, regions=None):
     return {f"attention {tag}": v for tag, v in found.items() if not math.isnan(v)}
 
 
-def probe_tables(probes, english):
+def probe_tables(probes, english, name):
     """What changed pictures tell.
 
     Args:
         probes: of `attention_probes.probe`, at least one.
         english: as in `attention_tables`.
+        name: of the captions.
     """
     kinds = [_kinds(probe.words, english) for probe in probes]
     fallen = [
         {"": f"{order} first, {kind}"}
-        | {
-            f"{share:.0%}": f"{round(fall, 2) + 0:.2f}"  # no minus zero
-            for share, fall in zip(SHARES, falls, strict=True)
-        }
+        | {f"{share:.0%}": figure(fall, ".2f") for share, fall in zip(SHARES, falls, strict=True)}
         for order in ORDERS
         for kind, falls in _falls(probes, kinds, order).items()
     ]
     images = counted(len(probes), "image")
     tables = [
         (
-            f"deletion, {images}: log p of a word falls by so much when such a share of the places "
-            "is blotted out; at random, as an even attention would have it",
+            f"deletion, {name}, {images}: by how much log p of a word falls when such a share of "
+            "the places is blotted out; random is what an even attention would have",
             fallen,
         )
     ]
@@ -184,7 +199,9 @@ def probe_tables(probes, english):
         for kind in half
         if half[kind]
     ]
-    title = "pairs: two images side by side; on the own image's half, for the words of its caption"
+    title = (
+        f"pairs, {name}: of two images side by side, how much is on the half of the captioned one"
+    )
     return tables + [(title, rows)] * bool(rows)
 
 
@@ -206,6 +223,15 @@ def draw_deletion(probes, english):
     lines = panels[0].get_lines()
     drawing.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     return drawing
+
+
+def _has_attention(captions):
+    """Whether the model that made captions, by beam width, looks at places."""
+    return all(caption.alphas is not None for found in captions.values() for caption in found)
+
+
+def _are_english(references):
+    return are_english([reference["captions"] for reference in references])
 
 
 def _looks(captions):

@@ -5,7 +5,6 @@ With --results and --references it scores captions that any other system made.
 
 import sys
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from config import SearchConfig
@@ -80,8 +79,15 @@ def main():
     if (options.results is None) != (options.references is None):
         raise UserError("--results and --references go together")
     if options.results is not None:
-        for name in ("model", "report", "robustness", "attention_report", "regions"):
-            if getattr(options, name) is not None:
+        for name in (
+            "model",
+            "report",
+            "robustness",
+            "attention_report",
+            "regions",
+            "region_words",
+        ):
+            if getattr(options, name) not in (None, ""):
                 raise UserError(f"--{name} is about a model: it goes without --results")
         score_results(options)
         return
@@ -92,6 +98,10 @@ def main():
     from groundwork import distributed
     from groundwork.devices import choose_device
 
+    if options.attention_report is not None:
+        from parts_of_speech import check_installed
+
+        check_installed()
     with distributed.group(choose_device(options.device)):
         evaluate(options)
 
@@ -101,7 +111,6 @@ def evaluate(options):
     import attention_report
     import evaluation
     import report
-    import robustness
     from captioner import Captioner
     from groundwork import distributed
 
@@ -124,34 +133,52 @@ def evaluate(options):
     search = SearchConfig(
         options.max_len, options.length_penalty, options.batch_size, options.workers
     )
-    whole = bool(page) and page.is_open
+    whole, asked_for_attention = bool(page) and page.is_open, options.attention_report is not None
     captions, beams = evaluation.caption_split(model, data, options.beam_size, search, whole)
     if distributed.is_main and results.is_open:
         with results.writing():
             write_captions(paths, data, captions)
-    attention = attention_report.measure(model, data, captions, regions, options.attention_report)
+    attention = attention_report.measure(captions, data.references, regions, asked_for_attention)
     if distributed.is_main:
         about, scores = print_scores(path, model, data, captions, attention, options)
-        if whole:  # before what may take long or fail
-            write_page = partial(
-                report.write, page.path, model.word_map, data, captions, beams, about, scores, log,
-                data.is_of_training, attention.curves,
-            )  # fmt: skip
+
+    def write_page(**further):
+        if distributed.is_main and whole:
             with page.writing():
-                write_page()
-                print(f"report: {page.path}")
+                report.write(
+                    page.path, model.word_map, data, captions, beams, about, scores, log,
+                    data.is_of_training, **further,
+                )  # fmt: skip
+                print(f"report{', with these' if further else ''}: {page.path}")
+
+    write_page()  # before what may take long or fail
+    with_attention = options.attention_report and attention.tables
+    change_images(options, model, data, captions, with_attention, picture, search, write_page)
+    places = (place for place in (results, page, picture) if place)
+    if any(place.asked and not place.is_open for place in places):
+        sys.exit(1)
+
+
+def change_images(options, model, data, captions, with_attention, picture, search, write_page):
+    """Says what is found on changed images: whether words depend on where the model looked, and how
+    robust the captions are."""
+    import attention_report
+    import robustness
+    from groundwork import distributed
+
+    further = {}
+    if with_attention:
+        count = options.attention_report
+        further["probed"] = attention_report.probe_words(model, data, captions, count)
+        print_tables("", further["probed"].tables, further["probed"].notes)
+        write_page(**further)
     if options.robustness:
         count, width = options.robustness, options.beam_size[0]
         shown = picture.path if picture.is_open else None
         with picture.writing():
             changed = robustness.report(model, data, count, options.split, width, search, shown)
-        if distributed.is_main and whole and picture.is_open:
-            with page.writing():
-                write_page(changed=changed)
-                print(f"report, with these: {page.path}")
-    places = (place for place in (results, page, picture) if place)
-    if any(place.asked and not place.is_open for place in places):
-        sys.exit(1)
+        if distributed.is_main and picture.is_open:
+            write_page(changed=changed, **further)
 
 
 def find_model(options):

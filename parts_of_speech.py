@@ -2,10 +2,22 @@
 
 from functools import cache
 
+from groundwork.errors import UserError
+
+
+def check_installed():
+    """Raises UserError where the tagger is missing."""
+    _tagger()
+
 
 @cache
 def _tagger():
-    from HanTa.HanoverTagger import HanoverTagger  # takes half a second, so only when asked for
+    try:
+        from HanTa.HanoverTagger import HanoverTagger  # takes half a second, so only when asked for
+    except ImportError as error:
+        raise UserError(
+            f"nouns cannot be told from other words: {error}: pip install HanTa"
+        ) from error
 
     return HanoverTagger("morphmodel_en.pgz")
 

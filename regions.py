@@ -30,10 +30,11 @@ class Region(NamedTuple):
         """The union of boxes [x0, y0, x1, y1], of which the picture's own part counts."""
         x0, y0, x1, y1 = np.asarray(boxes, np.float64).clip(0, 1).T
         rows, columns = (np.unique([0, 1, *low, *high]) for low, high in ((y0, y1), (x0, x1)))
-        y, x = ((edges[1:] + edges[:-1]) / 2 for edges in (rows, columns))
-        down = (y0 < y[:, None]) & (y[:, None] < y1)  # (R, boxes)
-        across = (x0 < x[:, None]) & (x[:, None] < x1)
-        return cls(rows, columns, (down[:, None] & across).any(axis=2))
+        covered = np.zeros((len(rows) - 1, len(columns) - 1), bool)
+        edges = rows.searchsorted([y0, y1]), columns.searchsorted([x0, x1])
+        for top, bottom, left, right in zip(*edges[0], *edges[1], strict=True):
+            covered[top:bottom, left:right] = True
+        return cls(rows, columns, covered)
 
     @classmethod
     def of_mask(cls, mask):
@@ -71,7 +72,7 @@ class Regions(NamedTuple):
 
     of_images: list  # for each image word -> Region, or None where nothing is known
     names: frozenset | None = None  # words that count everywhere, as the regions are complete
-    about: str = "in the region of what it names"
+    about: str = "on it"
 
     @property
     def known(self):
@@ -90,7 +91,7 @@ def complete(references, names):
     if not boxes or not all(boxes):
         return None
     own = [{word: Region.of_boxes([box]) for word, box in found.items()} for found in boxes]
-    return Regions(own, frozenset(names), "in the box of the object that it names")
+    return Regions(own, frozenset(names), "in the object's box")
 
 
 def of_split(references, found, path):
@@ -104,12 +105,12 @@ def of_split(references, found, path):
         UserError: it knows none of the images.
     """
     own = [found.get(reference["filename"]) for reference in references]
-    regions = Regions(own, about=f"in the region of {path} that is the word's")
+    regions = Regions(own, about=f"in its region of {path}")
     if not regions.known:
         raise UserError(
             f"{path} has regions of {counted(len(found), 'image')}, {next(iter(found))} the first, "
-            f"none of which is in this split, whose first is {references[0]['filename']}: choose "
-            "a file of this split"
+            f"none of which is in this split, whose first is {references[0]['filename']}: names "
+            "are those of the data set's JSON, without folders"
         )
     return regions
 
@@ -149,32 +150,45 @@ def read_regions(path, words=()):
 
 
 def _regions_of(path, image, entry, words):
-    if isinstance(entry, dict):
-        return {word.lower(): _region(path, image, values) for word, values in entry.items()}
-    return dict.fromkeys(map(str.lower, words), _region(path, image, entry))
+    """Word -> `Region` of an image; a mask without a one is no region."""
+    named = entry if isinstance(entry, dict) else dict.fromkeys(words, entry)
+    found = {}
+    for word, values in named.items():
+        if len(word.split()) != 1:
+            raise UserError(f"{path}: {word!r} of {image} is not one word")
+        if word.lower() in found:
+            raise UserError(f"{path} has {word.lower()!r} of {image} twice: give all boxes at once")
+        try:
+            found[word.lower()] = _region(values)
+        except ValueError as error:
+            raise UserError(
+                f"{path}: the region of {image} is neither boxes [x0, y0, x1, y1] nor a mask, rows "
+                f"of 0 and 1: {error}"
+            ) from error
+    return {word: region for word, region in found.items() if region.covered.any()}
 
 
-def _region(path, image, values):
-    """The `Region` of a box, boxes, or a mask."""
-    try:
-        if isinstance(values[0], str):
-            if set("".join(values)) - set("01") or len(set(map(len, values))) != 1 or not values[0]:
-                raise ValueError("its rows are empty, differ in length or are not of 0 and 1")
-            return Region.of_mask([[c == "1" for c in row] for row in values])
-        boxes = np.asarray(values, np.float64)
-        boxes = boxes[None] if boxes.ndim == 1 else boxes
-        if boxes.ndim != 2 or boxes.shape[1] != 4:
+def _region(values):
+    """The `Region` of a box, boxes, or a mask. Raises ValueError."""
+    if not isinstance(values, list) or not values:
+        raise ValueError("it is no list, or empty")
+    if all(isinstance(row, str) for row in values):
+        if set("".join(values)) - set("01") or len(set(map(len, values))) != 1 or not values[0]:
+            raise ValueError("its rows are empty, differ in length or are not of 0 and 1")
+        return Region.of_mask([[c == "1" for c in row] for row in values])
+    boxes = values if isinstance(values[0], list) else [values]
+    for box in boxes:
+        if (
+            not isinstance(box, list)
+            or len(box) != 4
+            or any(type(x) not in (int, float) for x in box)
+        ):
             raise ValueError("a box has four numbers")
-        if not ((boxes >= 0) & (boxes <= 1)).all():
+        if not all(0 <= x <= 1 for x in box):  # nor is NaN
             raise ValueError("a box's numbers are fractions, from 0 to 1")
-        if (boxes[:, :2] >= boxes[:, 2:]).any():
+        if box[0] >= box[2] or box[1] >= box[3]:
             raise ValueError("a box's second corner is right of its first and below it")
-        return Region.of_boxes(boxes)
-    except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise UserError(
-            f"{path}: the region of {image} is neither boxes [x0, y0, x1, y1] nor a mask, rows of "
-            f"0 and 1: {error}"
-        ) from error
+    return Region.of_boxes(boxes)
 
 
 PHRASE = re.compile(r"\[/EN#(\d+)\S* ([^\]]*)\]")  # entity's number, words
@@ -185,14 +199,21 @@ def _read_entities(folder):
     found = {}
     for sentences in sorted(folder.glob("Sentences/*.txt")):
         boxes = _boxes_of_entities(folder / "Annotations" / f"{sentences.stem}.xml")
+        try:
+            phrases = PHRASE.findall(sentences.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {sentences}: {error}") from error
         words = {}
-        for entity, phrase in PHRASE.findall(sentences.read_text(encoding="utf-8")):
-            words.setdefault(phrase.split()[-1].lower(), set()).update(boxes.get(entity, ()))
-        found[f"{sentences.stem}.jpg"] = {
-            word: Region.of_boxes(sorted(own)) for word, own in words.items() if own
-        }
+        for entity, phrase in phrases:
+            for word in phrase.split()[-1:]:
+                words.setdefault(word.lower(), set()).update(boxes.get(entity, ()))
+        named = {word: Region.of_boxes(sorted(own)) for word, own in words.items() if own}
+        if named:
+            found[f"{sentences.stem}.jpg"] = named
     if not found:
-        raise UserError(f"{folder} has no Sentences/*.txt, as Flickr30k Entities has them")
+        raise UserError(
+            f"{folder} has no Sentences/*.txt with boxes, as Flickr30k Entities has them"
+        )
     return found
 
 
@@ -205,6 +226,12 @@ def _boxes_of_entities(path):
         for thing in root.iter("object"):
             if (box := thing.find("bndbox")) is not None:
                 x0, y0, x1, y1 = (float(box.find(k).text) for k in ("xmin", "ymin", "xmax", "ymax"))
+                if not (
+                    x0 < x1 <= 2 * width and y0 < y1 <= 2 * height and x0 < width and y0 < height
+                ):
+                    raise ValueError(
+                        f"its size is {width:g}×{height:g}, a box {x0}, {y0}, {x1}, {y1}"
+                    )
                 for name in thing.iter("name"):
                     corners = x0 / width, y0 / height, x1 / width, y1 / height
                     found.setdefault(name.text, []).append(corners)

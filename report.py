@@ -29,7 +29,7 @@ def page_path(folder):
 
 
 def write(path, word_map, data, captions, beams, about, scores, log, trained=True,
-    curves=None, changed=None,
+    probed=None, changed=None,
 ):  # fmt: skip
     """Writes the page, which holds all that it shows, pictures too.
 
@@ -44,7 +44,7 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
         scores: `evaluation.Scores`, with all tables that the page is to have.
         log: records of the training, one an epoch; may be empty.
         trained: whether the data set is the model's, whose training captions tell what is new.
-        curves: matplotlib figure of what `attention_report` finds, or None.
+        probed: `attention_report.Findings` on whether words depend on where the model looked.
         changed: `robustness.Findings`, what the model makes of changed images, if it is known.
 
     Raises:
@@ -69,12 +69,12 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
         about=about,
         scores=scores,
         totals=totals(columns),
-        curves=_picture(pictures.curves(log)) if log else None,
-        deletion=_picture(curves) if curves else None,
+        curves=pictures.curves(log) if log else None,
+        probed=probed,
         language=language(
             texts, references, training_captions(data) if trained else None, word_map
         ),
-        lengths=_picture(draw_lengths(texts, references)),
+        lengths=draw_lengths(texts, references),
         changed=changed,
         changed_picture=changed and _data_url("image/png", changed.picture.read_bytes()),
         rank=rank,
@@ -91,13 +91,15 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
 
 
 def _template():
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(WEB),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    ).get_template("report.html")
+    )
+    environment.filters["picture"] = _picture
+    return environment.get_template("report.html")
 
 
 def totals(columns):

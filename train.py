@@ -20,6 +20,7 @@ DROPOUTS = ("dropout", "embed_dropout")
 # What says which run it is, and where; all other options are the run's own, until others are typed
 APART = {
     "model", "resume", "overwrite", "prune_features", "data_folder", "data_name", "output_folder",
+    "regions", "region_words",
 }  # fmt: skip
 
 
@@ -31,6 +32,7 @@ def main():
     import torch
 
     import continuation
+    import parts_of_speech
     from groundwork import distributed, tensorboard_log
     from groundwork.devices import choose_device
 
@@ -42,22 +44,14 @@ def main():
         torch.use_deterministic_algorithms(True)
     if options.tensorboard:
         tensorboard_log.check_installed()
-    check_regions(options)
+        parts_of_speech.check_installed()
+    if options.regions is not None and not options.tensorboard:
+        raise UserError("--regions are for --tensorboard, which shows how the attention fits")
+    if options.region_words and options.regions is None:
+        raise UserError("--region_words are for --regions")
     device = choose_device(options.device)
     with distributed.group(device):
         train(parser, options, typed, request, start, device)
-
-
-def check_regions(options):
-    """Raises UserError where they are not to be had, before hours of work."""
-    from regions import read_regions
-
-    if options.region_words and options.regions is None:
-        raise UserError("--region_words are for --regions")
-    if options.regions is not None:
-        if not options.tensorboard:
-            raise UserError("--regions are for --tensorboard, which shows how the attention fits")
-        read_regions(options.regions, options.region_words.split())
 
 
 def train(parser, options, typed, request, start, device):

@@ -9,6 +9,7 @@ import torch
 import checkpoints
 import engine
 import metrics
+from datasets import CaptionDataset
 from groundwork import distributed
 from groundwork.errors import UserError
 from groundwork.progress import progress
@@ -67,7 +68,7 @@ class Training:
             anew: whether what an earlier run left in the folder is given up.
         """
         if distributed.is_main:  # before features are cached, and an older run is given up
-            self.reports.check_writable()
+            self.reports.check(self._references)
         try:
             self._check_room(stages, anew)
             for stage in stages:
@@ -85,6 +86,11 @@ class Training:
                     self._fit()
         finally:
             self.reports.close()
+
+    def _references(self):
+        """Those of the validation images, before a stage is open."""
+        folder, json = self.data_folder, self.karpathy_json
+        return CaptionDataset(folder, self.state.base, "VAL", karpathy_json=json).references
 
     def _check_room(self, stages, anew):
         if distributed.is_main:

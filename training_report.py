@@ -32,11 +32,18 @@ class Reports:
         self.state, self.files = state, files
         self.with_events, self.events, self.regions_file = with_events, None, regions_file
 
-    def check_writable(self):
-        """Raises UserError where log, curves or events cannot be written."""
+    def check(self, references):
+        """Raises UserError where log, curves or events cannot be written, or regions are not to be
+        had.
+
+        Args:
+            references: gives those of the validation images.
+        """
         paths = [self.files.log, pictures.curves_path(self.files.log)]
         for path in paths + [self.files.events / "events"] * self.with_events:
             check_writable(path)
+        if self.with_events:
+            self.regions = self._regions(references())
 
     def open(self, data, data_folder):
         """Begins to follow a stage, whose `TrainingData` it takes, from where the run stands."""
@@ -47,7 +54,6 @@ class Reports:
         # its validation, so are the scores.
         start = self._captions_seen(state.step) + (state.step < data.steps)
         self.images = open_images(input_path(data_folder, state.base, "IMAGES", "VAL"))
-        self.regions = self._regions(data.references)
         self.events = tensorboard_log.EventLog(
             self.files.events, start, hyperparameters(state), state.records[-1]
         )

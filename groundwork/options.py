@@ -139,7 +139,7 @@ def add_region_options(add_to):
         action=Joined,
         default="",
         metavar="WORD",
-        help="those that a region of the whole file, without words, is for",
+        help="the words that the regions stand for, where the file has no words of its own",
     )
 
 

@@ -21,8 +21,9 @@ def size_of(count):
 
 
 def figure(value, form):
-    """A number in a format, a dash where there is none: where it is NaN."""
-    return "–" if math.isnan(value) else f"{value:{form}}"
+    """A number in a format, a dash where there is none: where it is NaN. Zero has no minus."""
+    text = "–" if math.isnan(value) else f"{value:{form}}"
+    return text if any(digit in text for digit in "123456789") else text.lstrip("-")
 
 
 def some(items, most=MOST):

@@ -1,6 +1,7 @@
 """Measures of attention against points on a fine grid, scipy, and counting by hand."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -124,13 +125,22 @@ def test_movement_is_scipys_distance_of_neighbours():
     assert attention_metrics.movement(np.zeros((0, 9))).shape == (0,)
 
 
-def test_movement_by_chance_is_that_of_words_in_any_order():
-    """Of two kinds of words that take turns: a half of the pairs are of one kind."""
-    words = 400
-    captions = [(["a"] * words, np.eye(2)[np.arange(words) % 2])]
-    assert np.nanmean(attention_metrics.movement(captions[0][1])) == 1
-    assert attention_metrics.movement_by_chance(captions) == pytest.approx(0.5, abs=0.08)
-    assert math.isnan(attention_metrics.movement_by_chance([(["a"], np.eye(1, 4))]))
+def test_movement_by_chance_is_the_mean_over_all_orders_of_each_captions_words():
+    rng = np.random.default_rng(0)
+    captions = [(["a"] * n, rng.dirichlet(np.ones(9), n)) for n in (4, 1, 3)]
+    orders = [
+        [attention_metrics.movement(alphas[list(order)])[1:] for order in permutations(range(n))]
+        for n, (_, alphas) in zip((4, 1, 3), captions, strict=True)
+    ]
+    by_hand = np.concatenate([np.mean(moved, axis=0) for moved in orders]).mean()
+    assert attention_metrics.movement_by_chance(captions) == pytest.approx(by_hand)
+    assert math.isnan(attention_metrics.movement_by_chance(captions[1:2]))
+
+
+def test_the_edges_of_places_are_inside_a_region_on_both_sides():
+    whole, half = Region.of_mask(np.ones((4, 4))), Region.of_boxes([[0, 0, 0.5, 1]])
+    assert whole.contains(0.25, 0.5) and whole.contains(0, 1)
+    assert half.contains(0.5, 0.5) and not half.contains(0.51, 0.5)
 
 
 def test_coverage_is_the_regularisers_and_its_least():

@@ -88,6 +88,18 @@ def test_places_that_are_attended_alike_are_blotted_out_in_a_random_order(model)
     assert 10 < sum(fallen) < 30  # half of the places are blotted out
 
 
+def test_the_random_order_is_not_the_attentions(model):
+    image = picture(np.eye(1, 16) * 255)
+    first = Caption(CAPTION, 0.0, torch.eye(2, 16))  # the first word looks at its own place
+    fallen = {name: 0 for name in attention_probes.ORDERS}
+    for seed in range(40):
+        found = attention_probes.deletion(model, image, first, torch.Generator().manual_seed(seed))
+        for name, log_probs in found.items():
+            fallen[name] += log_probs[0, 3] < log_probs[0, 0]  # half of the places blotted out
+    assert fallen["most attended"] == 40 and fallen["least attended"] == 0
+    assert 10 < fallen["random"] < 30
+
+
 def test_a_blot_has_the_mean_colour(model):
     image = picture(np.arange(16))
     blotted = attention_probes.blot_out(image, torch.arange(16) == 5)
@@ -114,7 +126,7 @@ def test_probes_are_of_the_first_images_and_their_tables_of_their_words(model):
     ]
     probes = attention_probes.probe(model, data, captions, 9)
     assert [probe.words for probe in probes] == [CAPTION, ["a"]]
-    deleted, (_, pairs) = attention_report.probe_tables(probes, english=True)
+    deleted, (_, pairs) = attention_report.probe_tables(probes, True, "beam 3")
     assert [row[""] for row in pairs] == ["nouns", "other words"]
     # bright beside half as bright; dim beside four times as bright
     assert pairs[0]["attention"] == "66.7%"
@@ -122,13 +134,13 @@ def test_probes_are_of_the_first_images_and_their_tables_of_their_words(model):
     assert all(row[share] == "0.00" for row in deleted[1] for share in ("10%", "90%"))
     [alone] = attention_probes.probe(model, data, captions, 1)
     assert np.isnan(alone.own_half).all()
-    [_] = attention_report.probe_tables([alone], english=False)  # no pairs of one image
+    [_] = attention_report.probe_tables([alone], False, "beam 3")  # no pairs of one image
     drawn = attention_report.draw_deletion(probes, english=True)
     assert [axes.get_title() for axes in drawn.axes] == ["nouns", "other words"]
 
 
 def test_a_decoder_without_attention_has_no_report():
     caption = SimpleNamespace(words=["a"], alphas=None)
-    for count, lines in ((None, 0), (5, 1)):
-        found = attention_report.measure(None, None, {1: [caption]}, None, count)
+    for whole, lines in ((False, 0), (True, 1)):
+        found = attention_report.measure({1: [caption]}, [{}], None, whole)
         assert found.tables == [] and len(found.notes) == lines

@@ -1,6 +1,7 @@
 """Files of regions: what they may hold, and what is refused in a line."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -61,6 +62,25 @@ def test_flickr30k_entities(tmp_path):
     (tmp_path / "Annotations" / "7.xml").write_text("<annotation></annotation>")
     with pytest.raises(UserError, match=r"7\.xml is no annotation of Flickr30k Entities"):
         regions.read_regions(tmp_path)
+    for wrong in (ANNOTATION.replace("500</width>", "0</width>"), ANNOTATION.replace("250", "20")):
+        (tmp_path / "Annotations" / "7.xml").write_text(wrong)
+        with pytest.raises(UserError, match=r"7\.xml is no annotation"):
+            regions.read_regions(tmp_path)
+    (tmp_path / "Annotations" / "7.xml").write_text(ANNOTATION)
+    (tmp_path / "Sentences" / "7.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"7\.txt"):
+        regions.read_regions(tmp_path)
+    (tmp_path / "Sentences" / "7.txt").write_text("[/EN#1/other  ] .")
+    with pytest.raises(UserError, match=r"no Sentences/\*\.txt with boxes"):
+        regions.read_regions(tmp_path)
+
+
+def test_a_mask_of_nothing_is_no_region_and_many_boxes_are_quick(tmp_path):
+    rng = np.random.default_rng(0)
+    many = np.sort(rng.random((2000, 2, 2)), axis=1).reshape(-1, 4).tolist()
+    path = write(tmp_path / "r.json", {"a.jpg": {"dog": ["00"], "cat": many}})
+    found = regions.read_regions(path)["a.jpg"]
+    assert set(found) == {"cat"} and 0.99 < found["cat"].area <= 1 + 1e-9
 
 
 @pytest.mark.parametrize("contents, words, message", [
@@ -76,6 +96,13 @@ def test_flickr30k_entities(tmp_path):
     ({"a.jpg": {"dog": ["02"]}}, [], "not of 0 and 1"),
     ({"a.jpg": {"dog": ["", ""]}}, [], "of a.jpg is neither"),
     ({"a.jpg": {"dog": []}}, [], "of a.jpg is neither"),
+    ({"a.jpg": {"dog": "0110"}}, [], "of a.jpg is neither"),
+    ({"a.jpg": {"dog": [False, False, True, True]}}, [], "four numbers"),
+    ({"a.jpg": {"dog": [0, 0, 10**400, 1]}}, [], "fractions, from 0 to 1"),
+    ({"a.jpg": {"dog": [0, 0, math.nan, 1]}}, [], "fractions, from 0 to 1"),
+    ({"a.jpg": {"dog": BOX, "Dog": BOX}}, [], "'dog' of a.jpg twice"),
+    ({"a.jpg": {"big dog": BOX}}, [], "'big dog' of a.jpg is not one word"),
+    ({"a.jpg": BOX}, ["red heart"], "'red heart' of a.jpg is not one word"),
     ({"a.jpg": {"dog": [[]]}}, [], "of a.jpg is neither"),
     ({"a.jpg": {"dog": {"x": 1}}}, [], "of a.jpg is neither"),
     ({"a.jpg": {"dog": None}}, [], "of a.jpg is neither"),

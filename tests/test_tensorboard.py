@@ -181,14 +181,19 @@ def test_regions_of_a_file_are_those_that_count(tiny_data, tmp_path):
     found = series(read(tmp_path, base))
     for name in ("peak", "attention", "random point", "even attention"):
         assert found[f"attention pointing/{name}"] == [(CAPTIONS, pytest.approx(1))]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"x.jpg": {"star": [0, 0, 1, 1]}}))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for arguments, message in (
         (["--regions", tmp_path / "no.json", "--tensorboard"], "no.json"),
+        (["--regions", other, "--tensorboard"], "none of which is in this split"),
         (["--regions", path, "--tensorboard"], "--region_words"),
         (["--regions", path, "--region_words", "man"], "--tensorboard"),
         (["--region_words", "man"], "--regions"),
     ):
-        process = run_here("train.py", "--data_folder", folder, *RUN, *arguments)
-        assert message in failure(process)
+        where = ["--data_folder", folder, "--output_folder", tmp_path, "--overwrite"]
+        assert message in failure(run_here("train.py", *where, *RUN, *arguments))
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def plugin(events, tag):
