@@ -18,7 +18,7 @@ EVEN = 1.001  # times the least alpha: where the largest is no more, attention c
 
 # No-break spaces hold a sign and the word behind it together.
 LEGEND = (
-    "Bright: as much attention as anywhere in the caption; gray: little or none. "
+    "Full colour: the caption's strongest attention; gray: little or none. "
     "━━\N{NO-BREAK SPACE}half of the word's own maximum. ◎\N{NO-BREAK SPACE}its strongest place."
 )
 NUMBERS = (

@@ -191,8 +191,8 @@ class LSTMConfig:
         dropout: probability, on what enters the vocabulary layer.
         encoded_image_size: side of the grid of L places that the alphas cover.
         gate: "scalar" for the paper's one β_t, "channel" for one for each of D channels.
-        query: what the attention is asked by: "state" for h_{t-1}, as in the paper, "word" for that
-            and the previous word, which it else knows of at the next step only.
+        query: what the attention's query is made of: "state" for h_{t-1}, as in the paper, "word"
+            for that and the previous word, which it else knows of at the next step only.
         deep_output: compute the words from h_t, ẑ_t and the previous word (eq. 7), not h_t alone.
         embed_dropout: probability, on the embeddings of the true words in `forward`.
         stage_dims, stage_factors: of the encoder's stages that `encoder_out` holds, as `Attention`

@@ -19,7 +19,7 @@ from groundwork.options import (
 )
 
 # Several options by one name. «paper» is the bare formulation, and the default on photographs;
-# «attending» looks where it speaks: docs/results.md has what each of its options brings.
+# «attending» looks at what it names: docs/results.md has what each of its options brings.
 ATTENDING = {
     "encoder_stages": "16 32",
     "encoded_image_size": 16,
@@ -127,8 +127,8 @@ def make_parser(description=None):
     add(
         "--query",
         choices=["state", "word"],
-        help="what the attention is asked by: the LSTM's state, as in the paper, or that and the "
-        "previous word",
+        help="what the attention's query is made of: the LSTM's state, as in the paper, or that "
+        "and the previous word",
     )
     add("--deep_output", action=SWITCH, help="the paper's output layer, eq. 7")
     add("--attention_dim", type=positive, help="attention's hidden layer")

@@ -185,7 +185,10 @@ def test_text_is_legible_in_light_and_dark(demo, photograph, scheme):
     background = demo.evaluate("getComputedStyle(document.body).backgroundColor")
     dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 3 * 128
     assert dark == (scheme == "dark")
-    assert "Bright: as much attention" in demo.locator(".legend").first.inner_text()
+    assert (
+        "Full colour: the caption's strongest attention"
+        in demo.locator(".legend").first.inner_text()
+    )
 
 
 def test_what_is_no_image_is_said_to_be_none(demo, tmp_path):

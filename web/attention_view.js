@@ -61,7 +61,7 @@
   // what the panels show, in words
   const legend = () =>
     element("p", { className: "legend" },
-      "Bright: as much attention as anywhere in the caption; gray: little or none. ",
+      "Full colour: the caption's strongest attention; gray: little or none. ",
       element("span", {}, element("span", { className: "line" }), " Line: half of the word’s own maximum. "),
       element("span", {}, element("span", { className: "ring" }), " Ring: its strongest place."));
 
