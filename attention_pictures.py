@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from attention_metrics import peak
+from attention_metrics import evenness, peak
 from groundwork import fonts
 
 LINE = 255, 184, 28  # around where a word's attention is half its maximum or more
@@ -86,7 +86,7 @@ def draw_attention(image, words, alphas, numbers=False):
 def _spread(alpha):
     """Over what share of the image attention is spread: e^entropy of L alphas that sum to one, by
     L. 1 where it is even over all places, 1/n where it is even over an n-th of them."""
-    return math.exp(-(alpha * np.log(alpha.clip(1e-30))).sum()) / len(alpha)
+    return len(alpha) ** (evenness(alpha[None])[0] - 1)
 
 
 def _draw_line(panel, attention, width):
