@@ -277,8 +277,8 @@ def check_model(typed, in_force, before):
     if other:
         theirs = as_flags({name: fixed[name] for name in other}) or "its own"
         raise UserError(
-            f"{as_flags(other)}: the model is the checkpoint's, {theirs}: leave it out, or the --recipe "
-            "that has it, or train another model in another --output_folder"
+            f"{as_flags(other)}: the model is the checkpoint's, {theirs}: leave it out, or the "
+            "--recipe that has it, or train another model in another --output_folder"
         )
 
 
