@@ -9,7 +9,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial.distance import pdist
 
 
 class Pointing(NamedTuple):
@@ -125,13 +124,15 @@ def movement(alphas):
 
 
 def movement_by_chance(captions):
-    """The mean of `movement` were the words of each caption in a random order: that over all pairs
-    of its words."""
+    """The mean of `movement` were the words of each caption in a random order: each move is then
+    between any two of its words."""
     moved = moves = 0.0
     for _, alphas in captions:
-        if (steps := len(alphas) - 1) > 0:
-            distances = pdist(np.asarray(alphas, np.float64), "cityblock") / 2
-            moved, moves = moved + steps * distances.mean(), moves + steps
+        if (count := len(alphas)) > 1:
+            alphas = np.asarray(alphas, np.float64)
+            distances = abs(alphas[:, None] - alphas).sum(axis=2) / 2
+            moved += (count - 1) * distances.sum() / (count * (count - 1))
+            moves += count - 1
     return moved / moves if moves else math.nan
 
 
