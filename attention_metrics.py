@@ -1,4 +1,4 @@
-"""How good attention is measured: where it peaks, how much of it lies on what a word names, how
+"""How attention is measured: where it peaks, how much of it lies on what a word names, how
 even it is, how far it moves from word to word.
 
 `captions` are (words, alphas) for each image: list of T words, and (T, L) array of the attention
@@ -131,7 +131,7 @@ def movement_by_chance(captions):
         if (count := len(alphas)) > 1:
             alphas = np.asarray(alphas, np.float64)
             distances = abs(alphas[:, None] - alphas).sum(axis=2) / 2
-            moved += (count - 1) * distances.sum() / (count * (count - 1))
+            moved += distances.sum() / count  # count - 1 moves, of the mean over all pairs
             moves += count - 1
     return moved / moves if moves else math.nan
 

@@ -7,6 +7,7 @@ Pairs: two pictures are set side by side, and the attention for the words of one
 stay on its half.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +85,7 @@ def deletion(model, image, caption, generator):
 
 def blot_out(image, places):
     """The image, uint8 (3, S, S), with its mean colour at some of L places, bool (L,)."""
-    size = round(len(places) ** 0.5)
+    size = math.isqrt(len(places))
     mask = F.interpolate(places.view(1, 1, size, size).float(), image.shape[1:], mode="nearest")
     mean = image.float().mean(dim=(1, 2), keepdim=True).round().to(torch.uint8)
     return torch.where(mask[0] > 0, mean, image)
@@ -105,7 +106,7 @@ def own_half(model, image, other, words):
     own, neighbour = F.pad(halves.round().to(torch.uint8), (0, side % 2))  # a column of black
     pairs = [torch.cat(pair, dim=2)[..., :side] for pair in ((own, neighbour), (neighbour, own))]
     _, alphas = _read(model, torch.stack(pairs), words)
-    size = round(alphas.shape[2] ** 0.5)
+    size = math.isqrt(alphas.shape[2])
     columns = alphas[:, :-1].unflatten(2, (size, size))  # (2, T, size, size)
     left = (size / 2 - torch.arange(size)).clamp(0, 1)  # half of a column in the middle
     peaks = (columns == columns.amax((2, 3), keepdim=True)).float()

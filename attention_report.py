@@ -46,8 +46,9 @@ def measure(captions, references, regions=None, whole=False):
             name = references[median]["filename"]
             notes.append(f"beam {widest}: the pointing game's median image is {name}")
     if whole:
-        tables += attention_tables(captions, _are_english(references))
-        if not _are_english(references):
+        english = _are_english(references)
+        tables += attention_tables(captions, english)
+        if not english:
             notes.append("nouns are told from other words in English alone")
     return Findings(tables, notes)
 
@@ -83,18 +84,9 @@ def pointing_table(captions, regions):
     """
     rows = []
     for beam_size, found in _looks(captions).items():
-        game = attention_metrics.pointing_game(found, regions)
-        hits, chance = (game.hits / game.words, game.chance) if game.words else (math.nan,) * 2
-        mass, area = attention_metrics.mass_in_regions(found, regions)
-        rows.append(
-            {
-                "": f"beam {beam_size}",
-                "peak": f"{figure(hits, '.1%')} of {counted(game.words, 'word')}",
-                "random point": figure(chance, ".1%"),
-                "attention": figure(mass, ".1%"),
-                "even attention": figure(area, ".1%"),
-            }
-        )
+        words, shares = _pointing(found, regions)
+        row = {"": f"beam {beam_size}"} | {k: figure(v, ".1%") for k, v in shares.items()}
+        rows.append(row | {"peak": f"{row['peak']} of {counted(words, 'word')}"})
     images = f"{regions.known} of {counted(len(regions.of_images), 'image')}"
     return (
         f"pointing game: for a word that names something, how much is {regions.about}, {images}",
@@ -156,11 +148,8 @@ def scalars(captions, english, regions=None):
         for kind, values in _by_kind(kinds, measured).items():
             found[f"{name}/{kind}"] = _mean(values)
     if regions is not None:
-        game = attention_metrics.pointing_game(captions, regions)
-        mass, area = attention_metrics.mass_in_regions(captions, regions)
-        found["pointing/peak"] = game.hits / game.words if game.words else math.nan
-        found |= {"pointing/random point": game.chance, "pointing/attention": mass}
-        found["pointing/even attention"] = area
+        _, shares = _pointing(captions, regions)
+        found |= {f"pointing/{name}": share for name, share in shares.items()}
     return {f"attention {tag}": v for tag, v in found.items() if not math.isnan(v)}
 
 
@@ -223,6 +212,16 @@ def draw_deletion(probes, english):
     lines = panels[0].get_lines()
     drawing.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     return drawing
+
+
+def _pointing(captions, regions):
+    """How many words name something, and by name the shares of their peaks and of their attention
+    that lie on it, each beside what chance would have; nan where there are none."""
+    game = attention_metrics.pointing_game(captions, regions)
+    hits, chance = (game.hits / game.words, game.chance) if game.words else (math.nan,) * 2
+    mass, area = attention_metrics.mass_in_regions(captions, regions)
+    shares = {"peak": hits, "random point": chance, "attention": mass, "even attention": area}
+    return game.words, shares
 
 
 def _has_attention(captions):

@@ -113,12 +113,13 @@ def evaluate(options):
     import report
     from captioner import Captioner
     from groundwork import distributed
+    from regions import find
 
     path = find_model(options)
     model = Captioner.load(path, options.device, options.amp, options.word_map)
     model.check_beam_size(max(options.beam_size))
     data = open_split(path, model, options)
-    regions = find_regions(data, options)
+    regions = find(data.references, options.regions, options.region_words.split())
     log = training_log(path, model.about) if options.report is not None else []
     asked = options.output_folder is not None
     folder = Path(options.output_folder if asked else path.parent)
@@ -300,18 +301,6 @@ def open_split(path, model, options):
     if options.subset is not None:
         data.keep(read_subset(options.subset), options.subset)
     return data
-
-
-def find_regions(data, options):
-    """`regions.Regions` of a file or of the data set itself; None where it has none. Raises
-    UserError."""
-    import demo
-    import regions
-
-    if options.regions is not None:
-        found = regions.read_regions(options.regions, options.region_words.split())
-        return regions.of_split(data.references, found, options.regions)
-    return regions.complete(data.references, demo.SHAPES)
 
 
 def score_results(options):

@@ -225,8 +225,7 @@ class LSTMConfig:
             ("gate", ("scalar", "channel")), ("query", ("state", "word")),
             ("feature_norm", ("layer", "none")),
         ):  # fmt: skip
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
+            if (value := getattr(self, name)) not in known:
                 raise ValueError(f"its {name} is {value!r}: known are {' and '.join(known)}")
         if len(self.stage_dims) != len(self.stage_factors):
             raise ValueError(f"its stages are {self.stage_dims} and {self.stage_factors}")

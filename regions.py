@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import demo
 from groundwork.errors import UserError
 from groundwork.files import read_json
 from groundwork.wording import counted
@@ -78,6 +79,21 @@ class Regions(NamedTuple):
     def known(self):
         """Images of which something is known."""
         return sum(own is not None for own in self.of_images)
+
+
+def find(references, path=None, words=()):
+    """`Regions` of a file, or of the data set itself; None where there are none.
+
+    Args:
+        references: of the images.
+        path, words: as `read_regions` takes them.
+
+    Raises:
+        UserError: the file is wrong, or knows none of the images.
+    """
+    if path is not None:
+        return of_split(references, read_regions(path, words), path)
+    return complete(references, demo.SHAPES)
 
 
 def complete(references, names):

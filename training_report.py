@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import attention_report
-import demo
 import pictures
 import regions
 from attention_pictures import draw_attention
@@ -43,7 +42,9 @@ class Reports:
         for path in paths + [self.files.events / "events"] * self.with_events:
             check_writable(path)
         if self.with_events:
-            self.regions = self._regions(references())
+            known = references()
+            self.regions = regions.find(known, *self.regions_file)
+            self.english = are_english([reference["captions"] for reference in known])
 
     def open(self, data, data_folder):
         """Begins to follow a stage, whose `TrainingData` it takes, from where the run stands."""
@@ -67,8 +68,7 @@ class Reports:
     def epoch_events(self, record, captions):
         """An epoch was done: its record and the validation captions, for TensorBoard."""
         if self.events is not None:
-            references = [reference["captions"] for reference in self.data.references]
-            scalars = attention_report.scalars(captions, are_english(references), self.regions)
+            scalars = attention_report.scalars(captions, self.english, self.regions)
             examples = self._examples(captions)
             self.events.epoch(self._captions_seen(0), record, scalars, examples)
 
@@ -107,13 +107,6 @@ class Reports:
         """The three validation images that are examples."""
         count = len(self.data.references)
         return range(0, count, math.ceil(count / 3))
-
-    def _regions(self, references):
-        """`regions.Regions` of the validation images, or None."""
-        path, words = self.regions_file
-        if path is None:
-            return regions.complete(references, demo.SHAPES)
-        return regions.of_split(references, regions.read_regions(path, words), path)
 
     def _captions_seen(self, steps):
         """Captions that the run has trained on, in the epochs of its log and in `steps` steps

@@ -3,7 +3,6 @@
 import argparse
 import math
 import shlex
-from argparse import SUPPRESS  # noqa: F401 -- a default: none, and nothing in the namespace
 
 from groundwork import __version__
 
@@ -33,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in vars(found).items() if value is not unset}
 
 
+SUPPRESS = argparse.SUPPRESS  # a default: the namespace has nothing where it is not typed
 SWITCH = argparse.BooleanOptionalAction  # a run that goes on may switch off what it had on
 
 
