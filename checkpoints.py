@@ -7,6 +7,7 @@ and what it holds is checked before anything uses it.
 import io
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from groundwork.files import atomic_write, check_listable, check_readable
 from groundwork.options import MAX_GRID, MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
 from models import DecoderWithAttention
+
+for module in ("recurrent",):  # each registers its decoders
+    import_module(module)
 
 # ------------------------------------------------------------------------------------- contents
 
