@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import contract
+import merge  # noqa: F401, its decoder's name
+import transformer  # noqa: F401
 from encoders import Encoder, encoder_shapes
 from groundwork import kinds, provenance, published, torch_files
 from groundwork.errors import UserError
