@@ -128,7 +128,7 @@ def _read(model, images, words):
     [features] = model.encode_ahead([images])
     with model.autocast():
         lengths = torch.full((len(images),), len(indices))
-        scores, _, alphas = model.decoder(features, captions, lengths)
+        scores, _, alphas, _ = model.decoder(features, captions, lengths)
     scores, _ = pad_packed_sequence(scores, batch_first=True)
     log_probs = scores.float().log_softmax(dim=2)
     own = log_probs.gather(2, captions[:, 1:, None]).squeeze(2)[:, :-1]

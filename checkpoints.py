@@ -7,14 +7,13 @@ and what it holds is checked before anything uses it.
 import io
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import contract
-import merge  # noqa: F401, its decoder's name
-import transformer  # noqa: F401
 from encoders import Encoder, encoder_shapes
 from groundwork import kinds, provenance, published, torch_files
 from groundwork.errors import UserError
@@ -22,6 +21,9 @@ from groundwork.files import atomic_write, check_listable, check_readable
 from groundwork.options import MAX_GRID, MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
 from models import DecoderWithAttention
+
+for module in ("recurrent", "transformer", "merge"):  # each registers its decoders
+    import_module(module)
 
 # ------------------------------------------------------------------------------------- contents
 

@@ -5,21 +5,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Encoder and decoder. Which of the sizes and choices a decoder has, its own `Config` tells."""
+    """Encoder and decoder. Which of the sizes and choices a decoder has, its own `Config` tells,
+    and what it takes where they are None here."""
 
     encoder: str = "resnet101"  # a torchvision model or timm:NAME
     encoder_stages: str = "last"  # which alone is the paper's; or strides, as "16 32"
     feature_norm: str | None = None  # "layer": a LayerNorm for each stage; "none"; or by the stages
     encoded_image_size: int = 14  # side of the attention's grid
     decoder: str = "lstm"  # of `contract.DECODERS`
+    attention: str | None = None  # of `attentions.ATTENTIONS`
+    heads: int | None = None  # of an attention that has several
     gate: str = "scalar"  # one β_t, or one for each "channel"
     query: str = "state"  # of the attention: h_{t-1} as in the paper, or with the previous "word"
     deep_output: bool = False  # the paper's output layer, eq. 7
-    attention_dim: int = 512
-    embed_dim: int = 512
-    decoder_dim: int = 512
-    dropout: float = 0.5  # probability, before the vocabulary layer
-    embed_dropout: float = 0.0  # probability, on the words' embeddings
+    attention_dim: int | None = None
+    embed_dim: int | None = None
+    decoder_dim: int | None = None
+    layers: int | None = None  # of a decoder that has several alike
+    dropout: float | None = None  # probability, before the vocabulary layer
+    embed_dropout: float | None = None  # probability, on the words' embeddings
 
 
 @dataclass(frozen=True)

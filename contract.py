@@ -6,10 +6,12 @@ A variant is a class derived from `Decoder` with a `Config`, and a line `@regist
 
 import dataclasses
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from groundwork.devices import shapes_only
 
@@ -31,6 +33,24 @@ class Selectable(Protocol):
 
     def select(self, rows: Tensor) -> "Selectable":
         """Those of the given images or rows: indices or a mask."""
+
+
+class Drawn(NamedTuple):
+    """What an attention has drawn at random in a forward pass, for the objective: see
+    `objectives.reinforce`. Words are in the order of the packed scores."""
+
+    log_p: Tensor  # (Σ(lengths - 1),) float32, of the place looked at before each word
+    entropy: Tensor  # (Σ(lengths - 1),) float32, of what it was drawn from
+    baseline: Tensor  # (2,) the attention's own, which the objective moves
+
+
+class Forward(NamedTuple):
+    """What a decoder makes of true captions."""
+
+    scores: PackedSequence  # (Σ(lengths - 1), V), before the softmax
+    targets: PackedSequence  # (Σ(lengths - 1),) the words to predict
+    alphas: Tensor | None  # (I·K, max(lengths) - 1, L) float32, zero past a caption's end
+    drawn: Drawn | None = None
 
 
 class Decoder(nn.Module):
@@ -83,7 +103,7 @@ class Decoder(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor):
+    def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:
         """Teacher forcing: scores of every word given the true words before it.
 
         Args:
@@ -92,11 +112,31 @@ class Decoder(nn.Module):
             lengths: (I·K,) int64 from 2 to T, with `<start>` and `<end>`.
 
         Returns:
-            scores: PackedSequence of (Σ(lengths - 1), V) before the softmax.
-            targets: PackedSequence of the words to predict, alike.
-            alphas: (I·K, max(lengths) - 1, L) float32, zero past a caption's end; or None.
+            a `Forward`; its alphas are None of a decoder without attention.
         """
         raise NotImplementedError
+
+
+def seen(looks, inputs, attention):
+    """What `Forward` tells of the looks of a batch, one `Look` a step: alphas, and what was drawn.
+
+    Args:
+        inputs: the PackedSequence of the words that the steps took.
+    """
+    alphas = drawn = None
+    if looks[0].alphas is not None:
+        rows = len(looks[0].alphas)
+        alphas = [F.pad(look.alphas, (0, 0, 0, rows - len(look.alphas))) for look in looks]
+        alphas = torch.stack(alphas, dim=1)[inputs.unsorted_indices]
+    if looks[0].log_p is not None:
+        log_p, entropy = (torch.cat(own) for own in zip(*(look[2:] for look in looks), strict=True))
+        drawn = Drawn(log_p, entropy, attention.baseline)
+    return alphas, drawn
+
+
+def pack(sequences: Tensor, lengths: Tensor) -> PackedSequence:
+    """Sequences (n, T) of those lengths, packed."""
+    return pack_padded_sequence(sequences, lengths, batch_first=True, enforce_sorted=False)
 
 
 def make_config(name, values):

@@ -39,7 +39,7 @@ class Network:
             return self.encoder.features(source)
 
     def read(self, features, captions, lengths):
-        """What the decoder makes of true captions: scores, targets, alphas of `Decoder.forward`.
+        """What the decoder makes of true captions: a `contract.Forward`.
 
         Args:
             features: (I, g, g, D) from `encode`.
@@ -133,9 +133,10 @@ def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
     sizes = torch.tensor([(lengths - 1).sum(), lengths.numel()], dtype=torch.float32)
     sizes = distributed.add_up(sizes.to(network.device))
     with network.autocast():
-        scores, targets, alphas = network.read(network.encode(source), captions, lengths)
-        loss = objective(scores, targets, alphas, sizes)
-    top5 = metrics.top5_accuracy(scores.data, targets.data)
+        read = network.read(network.encode(source), captions, lengths)
+        loss = objective(*read, sizes=sizes)
+    targets = read.targets.data
+    top5 = metrics.top5_accuracy(read.scores.data, targets)
     optimizer.zero_grad(set_to_none=True)
     _backward(loss)
     trained = parameters(optimizer)
@@ -149,7 +150,7 @@ def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
     if math.isfinite(value) and math.isfinite(largest):
         nn.utils.clip_grad_value_(trained, grad_clip)
         optimizer.step()
-        means.add(len(targets.data), loss=value, top5=top5)
+        means.add(len(targets), loss=value, top5=top5)
     else:
         fault = "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
     return Step(value, fault, [bool(flag) for flag in flags])
@@ -196,7 +197,7 @@ def validate(network, batches, objective, word_map, with_alphas=()):
         with network.autocast():
             features = network.encode(source)
             with network.decoder.prepared(features):
-                scores, targets, alphas = network.read(features, *truth)
+                scores, targets, alphas, _ = network.read(features, *truth)
                 decoded = decoding.greedy(network.decoder, features, word_map)
             sums += objective.sums(scores, targets, alphas)
         right += len(targets.data) * metrics.top5_accuracy(scores.data, targets.data).item()

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
-from contract import Decoder, register
+from annotations import AnnotationVectors, MapConfig, compute_dtype
+from contract import Decoder, Forward, pack, register
 
 
 class Memory(NamedTuple):
@@ -39,24 +39,18 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MergeConfig:
-    """Sizes of a `MergeDecoder`.
+class MergeConfig(MapConfig):
+    """Sizes of a `MergeDecoder`, beside those of `MapConfig`.
 
     Args:
-        vocab_size: V.
-        encoder_dim: values of `encoder_out` at a place of its grid.
         embed_dim: values of a word.
         decoder_dim: H, of the LSTM's state, the image and the layer after their sum.
         dropout: probability, on the image's vector and on the words.
-        encoded_image_size: side of the encoder's grid.
     """
 
-    vocab_size: int
-    encoder_dim: int = 2048
     embed_dim: int = 256
     decoder_dim: int = 256
     dropout: float = 0.5
-    encoded_image_size: int = 14
 
 
 @register("merge")
@@ -74,7 +68,8 @@ class MergeDecoder(Decoder):
         super().__init__(config)
         hidden = config.decoder_dim
         self.dropout = nn.Dropout(config.dropout)
-        self.image = nn.Linear(config.encoder_dim, hidden)  # W_v
+        self.annotations = AnnotationVectors(config)
+        self.image = nn.Linear(config.annotation_dim, hidden)  # W_v
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.lstm = nn.LSTM(config.embed_dim, hidden, batch_first=True)
         self.merged = nn.Linear(hidden, hidden)  # W
@@ -82,7 +77,8 @@ class MergeDecoder(Decoder):
 
     def prepare(self, encoder_out: Tensor) -> Memory:
         """v of each image, from (I, g, g, D) of any grid g; of (I, 1, 1, D) a is the vector."""
-        mean = encoder_out.to(self.image.weight.dtype).mean(dim=(1, 2))
+        maps = self.annotations.annotate(encoder_out.to(compute_dtype(self.fc.weight))).vectors
+        mean = torch.cat([vectors.mean(dim=1) for vectors in maps], dim=1)
         return Memory(torch.relu(self.image(self.dropout(mean))))
 
     def init_state(self, memory: Memory) -> State:
@@ -98,18 +94,16 @@ class MergeDecoder(Decoder):
         scores = self._scores(hidden.squeeze(1), rows, len(words), memory)
         return scores, None, State(h.squeeze(0), c.squeeze(0))
 
-    def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor):
+    def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:
         """Teacher forcing, as in `Decoder.forward`; there are no alphas."""
-        rows = torch.arange(len(captions), device=captions.device)
-        inputs, targets, rows = (
-            pack_padded_sequence(values, lengths.cpu() - 1, batch_first=True, enforce_sorted=False)
-            for values in (captions[:, :-1], captions[:, 1:], rows.unsqueeze(1).expand_as(captions))
-        )
+        steps, rows = lengths.cpu() - 1, torch.arange(len(captions), device=captions.device)
+        inputs, targets = pack(captions[:, :-1], steps), pack(captions[:, 1:], steps)
+        rows = pack(rows.unsqueeze(1).expand_as(captions), steps)
         memory = self.prepare(encoder_out)
         embedded = inputs._replace(data=self.dropout(self.embedding(inputs.data)))
         hidden, _ = self._sentence(embedded)
         scores = self._scores(hidden.data, rows.data, len(captions), memory)
-        return inputs._replace(data=scores), targets, None
+        return Forward(inputs._replace(data=scores), targets, None)
 
     def _sentence(self, embedded, state=None):
         """What the LSTM makes of further words, in float32: a CPU's has no bfloat16 for all sizes,

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import kernels
+from groundwork import distributed
 
 
 @dataclass(frozen=True)
@@ -14,14 +16,16 @@ class CrossEntropy:
     alpha_c: float = 1.0
     label_smoothing: float = 0.0
 
-    def __call__(self, scores, targets, alphas, sizes=None):
+    def __call__(self, scores, targets, alphas, drawn=None, sizes=None):
         """A scalar float32.
 
         Args:
-            scores, targets, alphas: from `Decoder.forward`.
+            scores, targets, alphas, drawn: from `Decoder.forward`.
             sizes: words and captions of the whole batch, where this is a part of it.
         """
-        return caption_loss(scores, targets, alphas, self.alpha_c, self.label_smoothing, sizes)
+        return caption_loss(
+            scores, targets, alphas, drawn, self.alpha_c, self.label_smoothing, sizes
+        )
 
     def sums(self, scores, targets, alphas):
         """What adds up over batches and processes: float64 (2, 2), a row for each term of the loss,
@@ -37,11 +41,12 @@ class CrossEntropy:
         return missed / words + self.alpha_c * uneven / captions
 
 
-def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0, sizes=None):
+def caption_loss(scores, targets, alphas, drawn=None, alpha_c=1.0, label_smoothing=0.0, sizes=None):
     """What training minimises: -log p of the words, and doubly stochastic attention (eq. 14).
 
     Args:
-        scores, targets, alphas: from `Decoder.forward`; without alphas there is no second term.
+        scores, targets, alphas, drawn: from `Decoder.forward`; without alphas there is no second
+            term, and with what was drawn there is a third: see `reinforce`.
         alpha_c: λ, weight of the mean over captions and places of (1 - Σ_t α_ti)².
         label_smoothing: share of the target spread over the vocabulary.
         sizes: words and captions of the batch that this is a part of, and to whose loss the
@@ -52,7 +57,10 @@ def caption_loss(scores, targets, alphas, alpha_c=1.0, label_smoothing=0.0, size
     """
     words, captions = (len(targets.data), int(targets.batch_sizes[0])) if sizes is None else sizes
     missed, uneven = loss_terms(scores, targets, alphas, label_smoothing)
-    return missed / words + alpha_c * uneven / captions
+    loss = missed / words + alpha_c * uneven / captions
+    if drawn is not None:
+        loss = loss + reinforce(scores, targets, drawn, words / captions) / captions
+    return loss
 
 
 def loss_terms(scores, targets, alphas, label_smoothing=0.0):
@@ -61,3 +69,41 @@ def loss_terms(scores, targets, alphas, label_smoothing=0.0):
     if alphas is None:
         return missed, missed.new_zeros(())
     return missed, ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1).sum()
+
+
+# The authors' settings for stochastic attention.
+RETURN_SCALE, BASELINE_DECAY, ENTROPY_WEIGHT = 0.1, 0.9, 0.002
+
+
+def reinforce(scores, targets, drawn, words_each, scale=RETURN_SCALE, entropy=ENTROPY_WEIGHT):
+    """What stochastic attention minimises beside -log p of the words (§4.1, eq. 11 and 12): its
+    gradient is the estimate of how the places' distribution changes the expected loss.
+
+        Σ_t (R_t - b) log α_{t,s_t} - w H(α_t),    R_t = scale / words_each · Σ_{u ≥ t} -log p(y_u)
+
+    A place is judged by the words that follow it, as those before do not depend on it. b, the
+    moving average of the returns, is moved by a tenth of the way to their mean after each call, and
+    begins with the first.
+
+    Args:
+        scores, targets, drawn: from `Decoder.forward`.
+        words_each: a caption's words, on average.
+        scale: 1 for the gradient of the expected loss itself.
+        entropy: w.
+
+    Returns:
+        a scalar float32, the sum over captions.
+    """
+    log_p = scores.data.detach().log_softmax(dim=1, dtype=torch.float32)
+    missed = -log_p.gather(1, targets.data.unsqueeze(1)).squeeze(1)
+    padded, lengths = pad_packed_sequence(targets._replace(data=missed), batch_first=True)
+    following = padded.flip(1).cumsum(1).flip(1)
+    order = targets.sorted_indices
+    following = pack_padded_sequence(following[order], lengths[order.cpu()], batch_first=True).data
+    returns = following * scale / words_each
+    total = distributed.add_up(torch.stack([returns.sum(), returns.new_tensor(len(returns))]))
+    mean, (baseline, begun) = total[0] / total[1], drawn.baseline.clone()
+    baseline = torch.where(begun > 0, baseline, mean)
+    moved = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
+    drawn.baseline.copy_(torch.stack([moved, torch.ones_like(moved)]))
+    return ((returns - baseline) * drawn.log_p - entropy * drawn.entropy).sum()

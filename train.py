@@ -182,13 +182,15 @@ def make_models(options, checkpoint, vocab_size):
 
     if checkpoint:
         dropouts = {name: getattr(options, name) for name in DROPOUTS}
-        return checkpoints.build_models(checkpoint, **dropouts)
+        changes = {name: value for name, value in dropouts.items() if value is not None}
+        return checkpoints.build_models(checkpoint, **changes)
     weights = options.encoder_weights or "DEFAULT"
     stages = options.encoder_stages.split()
     encoder = Encoder(options.encoder, options.encoded_image_size, weights, stages)
     values = dataclasses.asdict(make(ModelConfig, vars(options))) | {"vocab_size": vocab_size}
     values["feature_norm"] = options.feature_norm or ("layer" if len(stages) > 1 else "none")
     values |= checkpoints.sizes_of_features(encoder)
+    values = {name: value for name, value in values.items() if value is not None}
     return encoder, checkpoints.new_decoder(options.decoder, values)
 
 

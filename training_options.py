@@ -118,7 +118,14 @@ def make_parser(description=None):
     )
     grid = number(int, above=0, below=MAX_GRID + 1)
     add("--encoded_image_size", type=grid, help="side of the attention's grid")
-    add("--decoder", help="lstm, the paper's")
+    own = "; None: the decoder's own"
+    add("--decoder", help="lstm, the paper's, or gru, topdown, transformer, merge")
+    add(
+        "--attention",
+        help="soft or hard, the paper's two, or adaptive, bahdanau, multihead, none" + own,
+    )
+    add("--heads", type=positive, help="of an attention that has several" + own)
+    add("--layers", type=positive, help="of a decoder that has several alike" + own)
     add(
         "--gate",
         choices=["scalar", "channel"],
@@ -131,11 +138,11 @@ def make_parser(description=None):
         "and the previous word",
     )
     add("--deep_output", action=SWITCH, help="the paper's output layer, eq. 7")
-    add("--attention_dim", type=positive, help="attention's hidden layer")
-    add("--embed_dim", type=positive, help="word embedding")
-    add("--decoder_dim", type=positive, help="LSTM state")
-    add("--dropout", type=share, help="probability, before the vocabulary layer")
-    add("--embed_dropout", type=share, help="probability, on the words' embeddings")
+    add("--attention_dim", type=positive, help="attention's hidden layer" + own)
+    add("--embed_dim", type=positive, help="word embedding" + own)
+    add("--decoder_dim", type=positive, help="the decoder's state" + own)
+    add("--dropout", type=share, help="probability, before the vocabulary layer" + own)
+    add("--embed_dropout", type=share, help="probability, on the words' embeddings" + own)
 
     training = parser.add_argument_group("training")
     add = training.add_argument

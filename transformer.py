@@ -12,15 +12,17 @@ keys and values of the words are kept from step to step.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence
 
-from contract import Decoder, register
+from annotations import AnnotationVectors, MapConfig, compute_dtype, project
+from contract import Decoder, Forward, pack, register
+
+MAX_LAYERS = 100  # a checkpoint's configuration is not to be trusted
 
 
 class Memory(NamedTuple):
@@ -44,37 +46,30 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes and choices of a `TransformerDecoder`.
+class TransformerConfig(MapConfig):
+    """Sizes and choices of a `TransformerDecoder`, beside those of `MapConfig`.
 
     Args:
-        vocab_size: V.
-        encoder_dim: values of `encoder_out` at a place of its grid.
         embed_dim: E, units of the words, the positions and the layers.
-        layers, heads: how many; the heads share E out.
-        positions: that are learned; the words after them count as at the last.
         dropout: probability, on the weights of both attentions and on what the feed-forward layers
             add.
-        encoded_image_size: side of the grid of L places that the alphas cover.
+        layers, heads: how many; the heads of a layer share E out.
+        positions: that are learned; the words after them count as at the last.
     """
 
-    vocab_size: int
-    encoder_dim: int = 2048
     embed_dim: int = 256
+    dropout: float = 0.5
+    _: KW_ONLY
     layers: int = 2
     heads: int = 2
     positions: int = 64
-    dropout: float = 0.5
-    encoded_image_size: int = 14
 
     def __post_init__(self):
+        super().__post_init__()
         if self.embed_dim % self.heads:
             raise ValueError(f"its {self.heads} heads cannot share {self.embed_dim} units out")
         if self.layers > MAX_LAYERS:
             raise ValueError(f"its layers are {self.layers}: {MAX_LAYERS} at most")
-
-
-MAX_LAYERS = 100
 
 
 class Layer(nn.Module):
@@ -152,7 +147,8 @@ class TransformerDecoder(Decoder):
     def __init__(self, config):
         super().__init__(config)
         dim = config.embed_dim
-        self.places = nn.Linear(config.encoder_dim, dim)
+        self.annotations = AnnotationVectors(config)
+        self.places = nn.Linear(config.annotation_dim, dim)
         self.embedding = nn.Embedding(config.vocab_size, dim)
         self.positions = nn.Embedding(config.positions, dim)
         self.layers = nn.ModuleList(
@@ -168,9 +164,8 @@ class TransformerDecoder(Decoder):
 
     def prepare(self, encoder_out: Tensor) -> Memory:
         """Each layer's keys and values of the L places, from (I, g, g, D) of any grid g."""
-        maps = encoder_out.to(self.places.weight.dtype).permute(0, 3, 1, 2)
-        maps = F.adaptive_avg_pool2d(maps, self.config.encoded_image_size)
-        annotations = self.places(maps.flatten(2).transpose(1, 2))
+        maps = encoder_out.to(compute_dtype(self.fc.weight))
+        annotations = project(self.places, self.annotations.annotate(maps))
         return Memory(tuple(layer.places(annotations) for layer in self.layers))
 
     def init_state(self, memory: Memory) -> State:
@@ -182,7 +177,7 @@ class TransformerDecoder(Decoder):
         x, alphas, state = self._advance(words.unsqueeze(1), state, memory)
         return self.fc(x.squeeze(1)), alphas.squeeze(1), state
 
-    def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor):
+    def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:
         """Teacher forcing, as in `Decoder.forward`: all words at once."""
         steps = lengths.cpu() - 1
         longest, per_image = int(steps.max()), len(captions) // len(encoder_out)
@@ -190,13 +185,10 @@ class TransformerDecoder(Decoder):
         images = torch.arange(len(captions), device=captions.device) // per_image
         state = self.init_state(memory).select(images)
         x, alphas, _ = self._advance(captions[:, :longest], state, memory)
-        inputs, targets = (
-            pack_padded_sequence(values, steps, batch_first=True, enforce_sorted=False)
-            for values in (x, captions[:, 1:])
-        )
+        inputs, targets = pack(x, steps), pack(captions[:, 1:], steps)
         real = torch.arange(longest) < steps.unsqueeze(1)
         alphas = alphas * real.unsqueeze(2).to(alphas)
-        return inputs._replace(data=self.fc(inputs.data)), targets, alphas
+        return Forward(inputs._replace(data=self.fc(inputs.data)), targets, alphas)
 
     def _advance(self, words, state, memory):
         """What the layers make of T further words (n, T): (n, T, E), alphas (n, T, L), state."""

@@ -161,7 +161,7 @@ def test_build_models(checkpoint):
     assert not encoder.training and not decoder.training and decoder.dropout.p == 0.25
     grid = encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert grid.shape == (1, 3, 3, encoder.dim)
-    *_, alphas = decoder(grid, torch.tensor([[4, 1, 5]]), torch.tensor([3]))
+    _, _, alphas, _ = decoder(grid, torch.tensor([[4, 1, 5]]), torch.tensor([3]))
     assert alphas.shape[-1] == 9
 
 

@@ -17,11 +17,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import checkpoints
 import contract
 import decoding
+from attentions import Attention
 from captioner import Captioner
 from contract import DECODERS, Decoder, make_config
 from encoders import Encoder
 from groundwork.errors import UserError
-from models import Attention, DecoderWithAttention, LSTMConfig
+from models import DecoderWithAttention, LSTMConfig
 from objectives import caption_loss
 
 
@@ -207,7 +208,7 @@ def test_searches_agree_with_its_forward_pass(trained):
         words = [model.word_map[word] for word in caption.words]
         captions = torch.tensor([[model.word_map["<start>"], *words, model.word_map["<end>"]]])
         lengths = torch.tensor([captions.shape[1]])
-        scores, targets, alphas = model.decoder(features[:1], captions, lengths)
+        scores, targets, alphas, _ = model.decoder(features[:1], captions, lengths)
         log_probs = scores.data.log_softmax(1).gather(1, targets.data[:, None])
         assert caption.log_prob == pytest.approx(log_probs.sum().item(), rel=1e-4)
         assert alphas is None
@@ -279,7 +280,7 @@ class DotAttention(Attention):
 
 def decoder_with(attention, grid):
     torch.manual_seed(0)
-    config = LSTMConfig(9, 6, 5, 4, 7, 0.0, grid)
+    config = LSTMConfig(9, 6, 5, 4, 7, 0.0, encoded_image_size=grid)
     decoder = DecoderWithAttention(config)
     decoder.attention.__class__ = attention
     return decoder
@@ -317,7 +318,7 @@ def test_a_score_function_is_a_formula_and_autograd_does_the_rest(grid):
 def test_equal_passes_give_equal_gradients_on_several_threads():
     """Sizes at which PyTorch shares sums out to threads."""
     torch.manual_seed(0)
-    decoder = DecoderWithAttention(LSTMConfig(500, 256, 128, 128, 512, 0.0, 6))
+    decoder = DecoderWithAttention(LSTMConfig(500, 256, 128, 128, 512, 0.0, encoded_image_size=6))
     features, captions = torch.randn(16, 6, 6, 256), torch.randint(500, (80, 8))
     lengths = torch.randint(2, 9, (80,))
     threads, first = torch.get_num_threads(), None

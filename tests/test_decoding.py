@@ -107,7 +107,7 @@ def beam_by_hand(decoder, image, beam_size, max_length, length_penalty):
 def teacher_forced(decoder, image, words, start=START, end=END):
     """log p of a caption and its words' alphas, from the decoder's forward pass."""
     caption = torch.tensor([[start, *words, end]])
-    scores, targets, alphas = decoder(image[None], caption, torch.tensor([caption.shape[1]]))
+    scores, targets, alphas, _ = decoder(image[None], caption, torch.tensor([caption.shape[1]]))
     log_probs = scores.data.log_softmax(1).gather(1, targets.data[:, None])
     return log_probs.sum().item(), alphas[0, :-1]
 

@@ -118,7 +118,7 @@ def unpacked(packed):
 def test_forward_equals_the_paper_formulas(variant, lengths, per_image):
     decoder = make_decoder(**variant)
     encoder_out, captions, lengths = make_batch(lengths, per_image)
-    scores, targets, alphas = decoder(encoder_out, captions, lengths)
+    scores, targets, alphas, _ = decoder(encoder_out, captions, lengths)
     assert scores.data.shape == (sum(lengths) - len(lengths), V)
     assert alphas.shape == (len(lengths), max(lengths) - 1, 9)
     for i, caption in enumerate(words_of(captions, lengths)):
@@ -158,8 +158,8 @@ def test_a_coarse_grid_equals_its_pooled_features(gate, grid, size):
     decoder = make_decoder(2, size, gate=gate)
     encoder_out, captions, lengths = make_batch([5, 3, 4, 6, 2, 7], 2, grid)
     pooled = F.adaptive_avg_pool2d(encoder_out.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
-    scores, _, alphas = decoder(encoder_out, captions, lengths)
-    expected_scores, _, expected_alphas = decoder(pooled, captions, lengths)
+    scores, _, alphas, _ = decoder(encoder_out, captions, lengths)
+    expected_scores, _, expected_alphas, _ = decoder(pooled, captions, lengths)
     assert alphas.shape == (6, 6, size**2)
     close(scores.data, expected_scores.data)
     close(alphas, expected_alphas)
@@ -190,8 +190,8 @@ def test_padding_changes_nothing(batch, seed):
     encoder_out, captions, lengths = make_batch(*batch, seed=seed)
     padding = torch.arange(captions.shape[1] + 2) >= lengths[:, None]
     other = F.pad(captions, (0, 2)).where(~padding, torch.randint(0, V, padding.shape))
-    scores, targets, alphas = decoder(encoder_out, captions, lengths)
-    other_scores, other_targets, other_alphas = decoder(encoder_out, other, lengths)
+    scores, targets, alphas, _ = decoder(encoder_out, captions, lengths)
+    other_scores, other_targets, other_alphas, _ = decoder(encoder_out, other, lengths)
     assert torch.equal(scores.data, other_scores.data)
     assert torch.equal(targets.data, other_targets.data)
     assert torch.equal(alphas, other_alphas)
@@ -201,7 +201,7 @@ def test_padding_changes_nothing(batch, seed):
 @given(batches, st.integers(0, 99))
 def test_alphas_sum_to_one_at_every_word_and_are_zero_after_the_end(batch, seed):
     encoder_out, captions, lengths = make_batch(*batch, seed=seed)
-    _, _, alphas = make_decoder(seed)(encoder_out, captions, lengths)
+    _, _, alphas, _ = make_decoder(seed)(encoder_out, captions, lengths)
     assert alphas.shape[1] == max(lengths) - 1
     real = torch.arange(alphas.shape[1]) < lengths[:, None] - 1
     close(alphas.sum(2), real.float())
@@ -213,7 +213,7 @@ def test_alphas_sum_to_one_at_every_word_and_are_zero_after_the_end(batch, seed)
 def test_a_caption_alone_gives_the_same_as_in_its_batch(batch, seed):
     decoder, per_image = make_decoder(seed, gate="channel"), batch[1]
     encoder_out, captions, lengths = make_batch(*batch, grid=2, seed=seed)
-    scores, _, alphas = decoder(encoder_out, captions, lengths)
+    scores, _, alphas, _ = decoder(encoder_out, captions, lengths)
     for i, n in enumerate(lengths.tolist()):
         alone = decoder(encoder_out[i // per_image][None], captions[[i]], lengths[[i]])
         close(unpacked(scores)[i, : n - 1], alone[0].data)
@@ -227,7 +227,7 @@ def test_permuting_the_images_permutes_the_result(batch, shuffler, seed):
     encoder_out, captions, lengths = make_batch(*batch, seed=seed)
     images = shuffler.sample(range(len(encoder_out)), len(encoder_out))
     rows = [i * per_image + k for i in images for k in range(per_image)]
-    scores, targets, alphas = decoder(encoder_out, captions, lengths)
+    scores, targets, alphas, _ = decoder(encoder_out, captions, lengths)
     other = decoder(encoder_out[images], captions[rows], lengths[rows])
     close(unpacked(other[0]), unpacked(scores)[rows])
     assert torch.equal(unpacked(other[1]), unpacked(targets)[rows])
@@ -239,7 +239,7 @@ def test_permuting_the_images_permutes_the_result(batch, shuffler, seed):
 def test_steps_over_a_caption_equal_teacher_forcing(variant, per_image, grid):
     decoder = make_decoder(3, **variant)
     encoder_out, captions, lengths = make_batch([6] * 3 * per_image, per_image, grid)
-    scores, _, alphas = decoder(encoder_out, captions, lengths)
+    scores, _, alphas, _ = decoder(encoder_out, captions, lengths)
     memory = decoder.prepare(encoder_out)
     state = decoder.init_state(memory).select(torch.arange(3).repeat_interleave(per_image))
     for t in range(5):
@@ -292,9 +292,9 @@ def test_embedding_dropout_falls_on_the_words_in_training_alone():
 def test_bfloat16_autocast_is_near_float32_and_its_alphas_are_float32():
     decoder = make_decoder(6)
     batch = make_batch([5, 3, 6, 4], 2, grid=2)
-    expected_scores, _, expected_alphas = decoder(*batch)
+    expected_scores, _, expected_alphas, _ = decoder(*batch)
     with torch.autocast("cpu", torch.bfloat16):
-        scores, targets, alphas = decoder(*batch)
+        scores, targets, alphas, _ = decoder(*batch)
         loss = caption_loss(scores, targets, alphas)
     assert scores.data.dtype == torch.bfloat16
     assert alphas.dtype == loss.dtype == torch.float32
@@ -386,7 +386,7 @@ def test_published_weights_load_and_give_the_paper_formulas(gate):
     state = published_state(gate)
     decoder = DecoderWithAttention.from_state_dict(state, encoded_image_size=3).eval()
     encoder_out, captions, lengths = make_batch([4, 6, 5, 3], 2)
-    scores, _, alphas = decoder(encoder_out, captions, lengths)
+    scores, _, alphas, _ = decoder(encoder_out, captions, lengths)
     weights = {name: value.double() for name, value in state.items()}
     for i, caption in enumerate(words_of(captions, lengths)):
         expected = textbook(weights, encoder_out[i // 2].double(), caption)
@@ -500,7 +500,7 @@ def test_several_stages_are_one_map_of_all_their_values(pair, normalize, seed):
         pooled = F.adaptive_avg_pool2d(m.permute(0, 3, 1, 2), size)
         joined.append(pooled.permute(0, 2, 3, 1))
     captions = torch.tensor([[1, 4, 2, 0], [3, 5, 6, 7]])
-    scores, _, alphas = decoder(encoder_out, captions, torch.tensor([3, 4]))
+    scores, _, alphas, _ = decoder(encoder_out, captions, torch.tensor([3, 4]))
     scores, _ = pad_packed_sequence(scores, batch_first=True)
     for i, caption in enumerate(([1, 4, 2], [3, 5, 6, 7])):
         expected = textbook(p, torch.cat(joined, dim=3)[i], caption)

@@ -385,7 +385,9 @@ def test_a_legend_says_what_the_panels_show(page, tmp_path):
     looked = Caption(["a", "dog"], -1.5, np.ones((2, 9)))
     open_views(page, tmp_path, report.attention_view(image, [looked], 256))
     legend, strip = page.locator(".legend"), page.locator(".strip").bounding_box()
-    assert all(word in legend.inner_text() for word in ("Full colour", "gray", "Line", "half", "Ring"))
+    assert all(
+        word in legend.inner_text() for word in ("Full colour", "gray", "Line", "half", "Ring")
+    )
     box = legend.bounding_box()
     assert 0 <= strip["y"] - box["y"] - box["height"] < 20
     blind = Caption(["a", "dog"], -1.5, None)

@@ -40,7 +40,9 @@ def checkpoint(tiny_data, tmp_path_factory):
     torch.manual_seed(0)
     word_map = read_word_map(folder, base)
     encoder = Encoder(OFFLINE, 3)
-    decoder = DecoderWithAttention(LSTMConfig(len(word_map), encoder.dim, 64, 64, 64, 0, 3))
+    decoder = DecoderWithAttention(
+        LSTMConfig(len(word_map), encoder.dim, 64, 64, 64, 0, encoded_image_size=3)
+    )
     data = CaptionDataset(folder, base, "TEST")
     images, captions, lengths = first(data, 8)
     with torch.no_grad():

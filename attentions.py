@@ -1,0 +1,274 @@
+"""Every attention: how a decoder looks at an image before it says a word (§4 and others).
+
+`Attention` is the paper's, and the interface of all. Another is a class derived from it with a line
+`@register(name)` above it; `--attention` takes the name, and decoders know nothing else of it. Most
+need another score function alone, `energies`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from annotations import Annotations, AnnotationVectors, project
+
+ATTENTIONS: dict[str, type["Attention"]] = {}  # by the name that --attention takes
+
+
+def register(name):
+    """A class decorator: the attention of that name."""
+
+    def add(attention):
+        ATTENTIONS[name] = attention
+        return attention
+
+    return add
+
+
+class Look(NamedTuple):
+    """What has been seen at one step, a row per caption."""
+
+    context: Tensor  # (n, context_dim) ẑ_t
+    alphas: Tensor | None  # (n, L) float32, where that is; None of an attention without places
+    log_p: Tensor | None = None  # (n,) float32 log α of the place, where one place is drawn
+    entropy: Tensor | None = None  # (n,) float32 of the alphas it is drawn from
+
+
+@register("soft")
+class Attention(AnnotationVectors):
+    """Deterministic soft attention (§4.2): α_t = softmax_i(w · relu(W_a a_i + W_h h_{t-1})).
+
+    The decoder adds to the query what it knows of the previous word, W_y E y_{t-1}, where its
+    configuration or `knows_word` says so.
+
+    Args:
+        config: a `MapConfig` with the fields `decoder_dim`, values of the decoder's state, and
+            `attention_dim` A, values of the hidden layer.
+    """
+
+    knows_word = False  # whether its query is always made of the previous word, too
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.attention_dim = config.attention_dim
+        self.context_dim = config.annotation_dim  # values of ẑ_t, and of `Annotations.mean`
+        self.encoder_att = nn.Linear(config.annotation_dim, self.attention_dim)  # W_a
+        self.decoder_att = nn.Linear(config.decoder_dim, self.query_dim(config))  # W_h
+        self.full_att = nn.Linear(self.attention_dim, 1)  # w; its bias, as published, is idle
+
+    @staticmethod
+    def query_dim(config) -> int:
+        """Values of a query."""
+        return config.attention_dim
+
+    def prepare(self, encoder_out: Tensor) -> Annotations:
+        """Everything that does not depend on the step, from (I, g, g, M) of any grid g, in the
+        precision to compute in."""
+        annotations = self.annotate(encoder_out)
+        projected = project(self.encoder_att, annotations)
+        energies = kernels.Energies(projected, self.full_att.weight.squeeze(0).to(projected))
+        return annotations._replace(projected=projected, energies=energies)
+
+    def energies(self, annotations: Annotations, query: Tensor, images: Tensor) -> Tensor:
+        """e_ti = w · relu(W_a a_i + W_h h_{t-1}) (eq. 4), (n, L): `kernels.plain_energies`.
+
+        Another score function is this method of a subclass, a formula of `annotations.projected`,
+        the queries (n, A) and each row's image (n,).
+        """
+        return annotations.energies(query, images)
+
+    def forward(
+        self,
+        annotations: Annotations,
+        query: Tensor,
+        slots: Tensor,
+        per_image: int,
+        cell: Tensor | None = None,
+    ) -> Look:
+        """Looks at each row's image.
+
+        Args:
+            annotations: of I images.
+            query: (n, query_dim) W_h h_{t-1} + b, n ≤ I·K.
+            slots: (n,) int64, each row's place among I images × K captions, image by image.
+            per_image: K.
+            cell: (n, decoder_dim) the decoder's memory, for the attentions that ask for it.
+
+        Returns:
+            a `Look`; its alphas sum to one in each row.
+        """
+        alphas = self.log_alphas(annotations, query, slots // per_image).softmax(dim=1)  # eq. 5
+        weights = alphas.to(query.dtype)
+        return Look(annotations.weighted(weights, slots, per_image), alphas)
+
+    def log_alphas(self, annotations, query, images):
+        """log α but for a constant in each row, (n, L) float32."""
+        return self.energies(annotations, query, images).float() + self.full_att.bias
+
+
+@register("hard")
+class HardAttention(Attention):
+    """Stochastic hard attention (§4.1): one place s_t is drawn from the alphas, ẑ_t = a_{s_t}.
+
+    Training draws in one half of the batches and is soft in the other, as the authors' code does;
+    `objectives.reinforce` makes the gradient. `look` says how a trained one looks: "soft", the
+    expected context; "argmax", the likeliest place; "sample", a drawn one.
+    """
+
+    LOOKS = ("soft", "argmax", "sample")
+    SOFT_SHARE = 0.5  # of the batches
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.look = "soft"
+        # kept in checkpoints, so that a run goes on exactly: the moving average of the returns, and
+        # whether it has begun; how many batches there have been
+        self.register_buffer("baseline", torch.zeros(2))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def prepare(self, encoder_out: Tensor) -> Annotations:
+        look = self.look
+        if self.training:
+            # from the batch's number, so that all processes draw in the same ones
+            generator = torch.Generator().manual_seed(int(self.batches))
+            soft = torch.rand((), generator=generator) < self.SOFT_SHARE
+            look = "soft" if soft else "sample"
+            self.batches += 1
+        return super().prepare(encoder_out)._replace(look=look)
+
+    def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
+        log_alphas = self.log_alphas(annotations, query, slots // per_image).log_softmax(dim=1)
+        alphas = log_alphas.exp()
+        if annotations.look == "soft":
+            return Look(annotations.weighted(alphas.to(query.dtype), slots, per_image), alphas)
+        if annotations.look == "argmax":
+            places = alphas.detach().argmax(dim=1, keepdim=True)
+        else:
+            places = torch.multinomial(alphas.detach(), 1)
+        chosen = torch.zeros_like(alphas, dtype=query.dtype).scatter(1, places, 1.0)
+        context = annotations.weighted(chosen, slots, per_image)
+        entropy = -(alphas * log_alphas).sum(dim=1)
+        return Look(context, alphas, log_alphas.gather(1, places).squeeze(1), entropy)
+
+
+@register("none")
+class NoAttention(AnnotationVectors):
+    """No attention: ẑ_t is the mean annotation vector at every step, as in the captioner that
+    attention was compared with (Vinyals et al., 2015), which has it in the first state alone."""
+
+    knows_word = False
+    decoder_att = None
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.context_dim = config.annotation_dim
+
+    @staticmethod
+    def query_dim(config) -> int:
+        return 0
+
+    def prepare(self, encoder_out: Tensor) -> Annotations:
+        mean = self.annotate(encoder_out).mean()
+        return Annotations((mean.unsqueeze(1),), (None,))
+
+    def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
+        return Look(annotations.vectors[0][slots // per_image, 0], None)
+
+
+@register("bahdanau")
+class BahdanauAttention(Attention):
+    """Additive attention (Bahdanau et al., 2015, appendix A.1.2): e_ti = v · tanh(W_1 a'_i +
+    W_2 h_{t-1}), over a'_i = relu(W_a a_i + b), as TensorFlow's captioning tutorial has it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.context_dim = self.attention_dim
+        self.key_att = nn.Linear(self.attention_dim, self.attention_dim)  # W_1
+
+    def prepare(self, encoder_out: Tensor) -> Annotations:
+        annotations = self.annotate(encoder_out)
+        vectors = torch.relu(project(self.encoder_att, annotations))
+        annotations = Annotations((vectors,), (None,))
+        return annotations._replace(projected=project(self.key_att, annotations))
+
+    def energies(self, annotations, query, images):
+        return _tanh_energies(annotations.projected[images], query, self.full_att)
+
+
+@register("adaptive")
+class AdaptiveAttention(Attention):
+    """Attention with a visual sentinel (Lu et al., 2017, §2.3): beside the L places stands what the
+    decoder remembers, s_t = σ(W_x E y_{t-1} + W_h h_{t-1}) ⊙ tanh(c_{t-1}), and the context is
+
+        ĉ_t = β_t W s_t + Σ_i α_ti a_i,
+        (α_t, β_t) = softmax([w · tanh(W_a a_i + q_t); w · tanh(W_s s_t + q_t)]).
+
+    The alphas of a word sum to 1 - β_t: how much it looked. Lu et al. ask with h_t and add ĉ_t
+    to the output; here the attention comes before the LSTM's step, as in the rest of this model, so
+    it asks with h_{t-1} and the previous word.
+    """
+
+    knows_word = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.sentinel_att = nn.Linear(config.decoder_dim, self.attention_dim)  # W_s
+        self.sentinel = nn.Linear(config.decoder_dim, self.context_dim)  # W
+
+    @staticmethod
+    def query_dim(config) -> int:
+        return config.attention_dim + config.decoder_dim  # that of the attention, and s_t's gate
+
+    def energies(self, annotations, query, images):
+        return _tanh_energies(annotations.projected[images], query, self.full_att)
+
+    def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
+        query, gate = query.split([self.attention_dim, query.shape[1] - self.attention_dim], dim=1)
+        sentinel = torch.sigmoid(gate) * torch.tanh(cell).to(gate.dtype)
+        key = self.sentinel_att(sentinel).to(query.dtype)
+        own = _tanh_energies(key.unsqueeze(1), query, self.full_att).float() + self.full_att.bias
+        places = self.log_alphas(annotations, query, slots // per_image)
+        weights = torch.cat([places, own], dim=1).softmax(dim=1)
+        alphas, beta = weights[:, :-1], weights[:, -1:].to(query.dtype)
+        context = annotations.weighted(alphas.to(query.dtype), slots, per_image)
+        return Look(context + beta * self.sentinel(sentinel).to(query.dtype), alphas)
+
+
+@register("multihead")
+class MultiHeadAttention(Attention):
+    """Scaled dot-product attention with several heads (Vaswani et al., 2017, §3.2): of each head
+    α = softmax_i(q · W_k a_i / √d), and Σ_i α_i W_v a_i; the heads' results through W_o. The alphas
+    are the mean over heads."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if self.attention_dim % config.heads:
+            raise ValueError(f"its attention_dim {self.attention_dim} is no multiple of heads")
+        del self.full_att
+        self.heads, self.context_dim = config.heads, self.attention_dim
+        self.value_att = nn.Linear(config.annotation_dim, self.attention_dim)  # W_v
+        self.out_att = nn.Linear(self.attention_dim, self.attention_dim)  # W_o
+
+    def prepare(self, encoder_out: Tensor) -> Annotations:
+        annotations = self.annotate(encoder_out)
+        keys, values = (project(own, annotations) for own in (self.encoder_att, self.value_att))
+        return Annotations((values,), (None,), keys)
+
+    def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
+        images = slots // per_image
+        heads = self.heads, self.attention_dim // self.heads
+        query = query.unflatten(1, heads).unsqueeze(2)  # (n, heads, 1, d)
+        keys, values = (  # (n, heads, L, d)
+            own[images].unflatten(2, heads).transpose(1, 2)
+            for own in (annotations.projected, annotations.vectors[0])
+        )
+        scale = heads[1] ** -0.5
+        alphas = (scale * (query @ keys.transpose(2, 3)).float()).softmax(dim=3)
+        context = (alphas.to(values.dtype) @ values).squeeze(2).flatten(1)
+        return Look(self.out_att(context).to(query.dtype), alphas.squeeze(2).mean(dim=1))
+
+
+def _tanh_energies(keys: Tensor, query: Tensor, full_att: nn.Linear) -> Tensor:
+    """v · tanh(k_i + q), (n, L), of keys (n, L, A) and queries (n, A)."""
+    return torch.tanh(keys + query.unsqueeze(1)) @ full_att.weight.squeeze(0).to(query.dtype)

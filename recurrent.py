@@ -1,0 +1,218 @@
+"""Recurrent decoders beside the paper's, each with any of `attentions`: the captioner that
+TensorFlow's tutorial teaches, and the one that looks from the bottom up and from the top down."""
+
+from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from annotations import Annotations, MapConfig, compute_dtype
+from attentions import ATTENTIONS
+from contract import Decoder, Forward, pack, register, seen
+
+
+@dataclass(frozen=True)
+class GRUConfig(MapConfig):
+    """Sizes and choices of a `GRUDecoder`, beside those of `MapConfig`.
+
+    Args:
+        attention_dim, embed_dim, decoder_dim: sizes of the layers.
+        dropout, embed_dropout: probabilities, on what enters the vocabulary layer, and on the
+            embeddings of the true words in `forward`.
+        attention: of `attentions.ATTENTIONS`.
+        heads: of the attention "multihead".
+        query: what the attention's query is made of: "state", or "word" for that and the previous
+            word.
+    """
+
+    attention_dim: int = 256
+    embed_dim: int = 256
+    decoder_dim: int = 512
+    dropout: float = 0.0
+    _: KW_ONLY
+    attention: str = "bahdanau"
+    heads: int = 4
+    query: str = "state"
+    embed_dropout: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check("attention", ATTENTIONS)
+        self.check("query", ("state", "word"))
+
+
+@dataclass(frozen=True)
+class TopDownConfig(GRUConfig):
+    """Sizes and choices of a `TopDownDecoder`: those of `GRUConfig`."""
+
+    attention_dim: int = 512
+    embed_dim: int = 512
+    dropout: float = 0.5
+    _: KW_ONLY
+    attention: str = "soft"
+
+
+class Memory(NamedTuple):
+    """What the steps share of I images."""
+
+    annotations: Annotations
+    mean: Tensor  # (I, context_dim) float32, their mean vector
+
+    def select(self, images: Tensor) -> "Memory":
+        """That of the given images: indices or a mask."""
+        return Memory(self.annotations.select(images), self.mean[images])
+
+
+class Hidden(NamedTuple):
+    """The state of n rows, float32: of one recurrent layer or several."""
+
+    layers: tuple[Tensor, ...]  # (n, decoder_dim) each
+
+    def select(self, rows: Tensor) -> "Hidden":
+        """Those of the given rows: indices or a mask."""
+        return Hidden(tuple(layer[rows] for layer in self.layers))
+
+
+class RecurrentDecoder(Decoder):
+    """A decoder that looks at the image once a word, as a formula of one step: `advance`.
+
+    Teacher forcing and decoding both go through it; the vocabulary's scores are made of all words
+    at once.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.attention = ATTENTIONS[config.attention](config)
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.embed_dropout = nn.Dropout(config.embed_dropout)
+        self.dropout = nn.Dropout(config.dropout)
+        query_dim = self.attention.query_dim(config)
+        if query_dim and (config.query == "word" or self.attention.knows_word):
+            self.word_att = nn.Linear(config.embed_dim, query_dim, bias=False)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+
+    def prepare(self, encoder_out: Tensor) -> Memory:
+        """What the steps share, from (I, g, g, D) of any grid g."""
+        dtype = compute_dtype(self.embedding.weight)
+        annotations = self.attention.prepare(encoder_out.to(dtype))
+        return Memory(annotations, annotations.mean().to(self.embedding.weight))
+
+    def advance(self, words, state, memory, slots, per_image):
+        """One step of n rows.
+
+        Args:
+            words: (n, embed_dim) embeddings of the previous words.
+            state: `Hidden` of the rows.
+            memory: from `prepare`.
+            slots, per_image: which image is whose, as `attentions.Attention` takes them.
+
+        Returns:
+            what the scores are made of, (n, decoder_dim); the `attentions.Look`; the next state.
+        """
+        raise NotImplementedError
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """(n, V) of what `advance` gives, (n, decoder_dim)."""
+        raise NotImplementedError
+
+    def look(self, words, h, cell, memory, slots, per_image):
+        """What the attention sees for the state h and the memory cell, (n, decoder_dim) each."""
+        query = None
+        if self.attention.decoder_att is not None:
+            query = self.attention.decoder_att(h)
+            if hasattr(self, "word_att"):
+                query = query + self.word_att(words)
+            query = query.to(memory.annotations.dtype)
+        return self.attention(memory.annotations, query, slots, per_image, cell)
+
+    def init_state(self, memory: Memory) -> Hidden:
+        """Zeros, a row per image."""
+        zeros = memory.mean.new_zeros(len(memory.mean), self.config.decoder_dim)
+        return Hidden((zeros,) * self.layers)
+
+    def step(self, words: Tensor, state: Hidden, memory: Memory):
+        """One decoding step, as in `Decoder.step`."""
+        slots = torch.arange(len(words), device=words.device)
+        per_image = len(words) // len(memory.mean)
+        hidden, look, state = self.advance(self.embedding(words), state, memory, slots, per_image)
+        return self.scores(hidden), look.alphas, state
+
+    def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:
+        """Teacher forcing, as in `Decoder.forward`."""
+        steps = lengths.cpu() - 1
+        inputs, targets = pack(captions[:, :-1], steps), pack(captions[:, 1:], steps)
+        slots, per_image = inputs.sorted_indices, len(captions) // len(encoder_out)
+        memory = self.prepare(encoder_out)
+        state = Hidden(
+            tuple(x.index_select(0, slots // per_image) for x in self.init_state(memory).layers)
+        )
+        words = self.embed_dropout(self.embedding(inputs.data))
+        hiddens, looks = [], []
+        batch_sizes = inputs.batch_sizes.tolist()
+        for n, own in zip(batch_sizes, words.split(batch_sizes), strict=True):
+            state = Hidden(tuple(layer[:n] for layer in state.layers))
+            hidden, look, state = self.advance(own, state, memory, slots[:n], per_image)
+            hiddens.append(hidden)
+            looks.append(look)
+        scores = inputs._replace(data=self.scores(torch.cat(hiddens)))
+        return Forward(scores, targets, *seen(looks, inputs, self.attention))
+
+
+@register("gru")
+class GRUDecoder(RecurrentDecoder):
+    """The captioner of TensorFlow's tutorial «Image captioning with visual attention» (2018):
+    a GRU of the context beside the word's embedding, and two linear layers after it.
+
+    Args:
+        config: a `GRUConfig`.
+    """
+
+    Config, layers = GRUConfig, 1
+
+    def __init__(self, config):
+        super().__init__(config)
+        hidden = config.decoder_dim
+        self.gru = nn.GRUCell(self.attention.context_dim + config.embed_dim, hidden)
+        self.fc1 = nn.Linear(hidden, hidden)
+        self.fc = nn.Linear(hidden, config.vocab_size)
+
+    def advance(self, words, state, memory, slots, per_image):
+        (h,) = state.layers
+        look = self.look(words, h, h, memory, slots, per_image)
+        h = self.gru(torch.cat([look.context.to(words), words], dim=1), h).float()
+        return h, look, Hidden((h,))
+
+    def scores(self, hidden):
+        return self.fc(self.dropout(self.fc1(hidden)))
+
+
+@register("topdown")
+class TopDownDecoder(RecurrentDecoder):
+    """Two LSTMs (Anderson et al., 2018, §3.2), on a grid of features: one that attends, of the
+    other's state, the mean vector and the word; and one of language, of what was seen.
+
+    Args:
+        config: a `TopDownConfig`.
+    """
+
+    Config, layers = TopDownConfig, 4  # h and c of the one, h and c of the other
+
+    def __init__(self, config):
+        super().__init__(config)
+        hidden, dim = config.decoder_dim, self.attention.context_dim
+        self.attention_lstm = nn.LSTMCell(hidden + dim + config.embed_dim, hidden)
+        self.language_lstm = nn.LSTMCell(dim + hidden, hidden)
+        self.fc = nn.Linear(hidden, config.vocab_size)
+
+    def advance(self, words, state, memory, slots, per_image):
+        h1, c1, h2, c2 = state.layers
+        mean = memory.mean[slots // per_image]
+        h1, c1 = self.attention_lstm(torch.cat([h2, mean, words], dim=1), (h1, c1))  # eq. 2
+        look = self.look(words, h1, c1, memory, slots, per_image)  # eq. 3 to 5
+        h2, c2 = self.language_lstm(torch.cat([look.context.to(h1), h1], dim=1), (h2, c2))  # eq. 6
+        state = Hidden(tuple(layer.float() for layer in (h1, c1, h2, c2)))
+        return state.layers[2], look, state
+
+    def scores(self, hidden):
+        return self.fc(self.dropout(hidden))
