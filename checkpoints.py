@@ -22,7 +22,7 @@ from groundwork.options import MAX_GRID, MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
 from models import DecoderWithAttention
 
-for module in ("recurrent",):  # each registers its decoders
+for module in ("recurrent", "transformer", "merge"):  # each registers its decoders
     import_module(module)
 
 # ------------------------------------------------------------------------------------- contents

@@ -1,0 +1,118 @@
+"""The merge decoder: the image joins the sentence after the LSTM, which never sees it.
+
+Tanti, Gatt and Camilleri, *Where to put the Image in an Image Caption Generator* (2018), §3, name
+the architecture; the sizes are those of Brownlee's tutorial «How to Develop a Deep Learning Photo
+Caption Generator from Scratch» (2017): the image's vector, of VGG16's fully connected layer, and
+the LSTM's state have 256 values each, which are added up; a layer of 256 comes before the
+vocabulary's.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from annotations import AnnotationVectors, MapConfig, compute_dtype
+from contract import Decoder, Forward, pack, register
+
+
+class Memory(NamedTuple):
+    """What is added to the sentence of each image."""
+
+    image: Tensor  # (I, H)
+
+    def select(self, images: Tensor) -> "Memory":
+        """Those of the given images: indices or a mask."""
+        return Memory(self.image[images])
+
+
+class State(NamedTuple):
+    """The LSTM's state, a row per caption."""
+
+    h: Tensor  # (n, H)
+    c: Tensor  # (n, H)
+
+    def select(self, rows: Tensor) -> "State":
+        """Those of the given rows: indices or a mask."""
+        return State(self.h[rows], self.c[rows])
+
+
+@dataclass(frozen=True)
+class MergeConfig(MapConfig):
+    """Sizes of a `MergeDecoder`, beside those of `MapConfig`.
+
+    Args:
+        embed_dim: values of a word.
+        decoder_dim: H, of the LSTM's state, the image and the layer after their sum.
+        dropout: probability, on the image's vector and on the words.
+    """
+
+    embed_dim: int = 256
+    decoder_dim: int = 256
+    dropout: float = 0.5
+
+
+@register("merge")
+class MergeDecoder(Decoder):
+    """p(y_t) from relu(W (h_t + v)): h_t of an LSTM over the words, v = relu(W_v a) of the image's
+    vector a, the mean over the feature map. It has no attention.
+
+    Args:
+        config: a `MergeConfig`.
+    """
+
+    Config = MergeConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        hidden = config.decoder_dim
+        self.dropout = nn.Dropout(config.dropout)
+        self.annotations = AnnotationVectors(config)
+        self.image = nn.Linear(config.annotation_dim, hidden)  # W_v
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.lstm = nn.LSTM(config.embed_dim, hidden, batch_first=True)
+        self.merged = nn.Linear(hidden, hidden)  # W
+        self.fc = nn.Linear(hidden, config.vocab_size)
+
+    def prepare(self, encoder_out: Tensor) -> Memory:
+        """v of each image, from (I, g, g, D) of any grid g; of (I, 1, 1, D) a is the vector."""
+        maps = self.annotations.annotate(encoder_out.to(compute_dtype(self.fc.weight))).vectors
+        mean = torch.cat([vectors.mean(dim=1) for vectors in maps], dim=1)
+        return Memory(torch.relu(self.image(self.dropout(mean))))
+
+    def init_state(self, memory: Memory) -> State:
+        """Zeros, a row per image."""
+        zeros = self.fc.weight.new_zeros(len(memory.image), self.config.decoder_dim)
+        return State(zeros, zeros)
+
+    def step(self, words: Tensor, state: State, memory: Memory):
+        """One decoding step, as in `Decoder.step`; there are no alphas."""
+        embedded = self.dropout(self.embedding(words)).unsqueeze(1)
+        hidden, (h, c) = self._sentence(embedded, (state.h.unsqueeze(0), state.c.unsqueeze(0)))
+        rows = torch.arange(len(words), device=words.device)
+        scores = self._scores(hidden.squeeze(1), rows, len(words), memory)
+        return scores, None, State(h.squeeze(0), c.squeeze(0))
+
+    def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:
+        """Teacher forcing, as in `Decoder.forward`; there are no alphas."""
+        steps, rows = lengths.cpu() - 1, torch.arange(len(captions), device=captions.device)
+        inputs, targets = pack(captions[:, :-1], steps), pack(captions[:, 1:], steps)
+        rows = pack(rows.unsqueeze(1).expand_as(captions), steps)
+        memory = self.prepare(encoder_out)
+        embedded = inputs._replace(data=self.dropout(self.embedding(inputs.data)))
+        hidden, _ = self._sentence(embedded)
+        scores = self._scores(hidden.data, rows.data, len(captions), memory)
+        return Forward(inputs._replace(data=scores), targets, None)
+
+    def _sentence(self, embedded, state=None):
+        """What the LSTM makes of further words, in float32: a CPU's has no bfloat16 for all sizes,
+        and a cell sums up many steps."""
+        with torch.autocast(self.fc.weight.device.type, enabled=False):
+            return self.lstm(embedded, state)
+
+    def _scores(self, hidden, rows, count, memory):
+        """Vocabulary scores of hidden states, each of the caption `rows` of `count`."""
+        # index_select's gradient is added up in order, that of indexing by several threads at once
+        images = memory.image.index_select(0, rows // (count // len(memory.image)))
+        return self.fc(torch.relu(self.merged(hidden + images)))
