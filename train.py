@@ -156,6 +156,7 @@ def make_state(options, typed, base, checkpoint, device):
     data = describe_data(folder, base)
     record = provenance.describe(data, options.seed, device)
     encoder, decoder = make_models(options, checkpoint, len(word_map))
+    check_own(make_parser().typed(), decoder)
     in_force = model_options(encoder, decoder)
     if checkpoint:
         check_model(typed, in_force, checkpoint["options"])
@@ -264,6 +265,19 @@ def model_options(encoder, decoder):
     values |= {"encoder": encoder.name, "decoder": decoder.name}
     values["encoder_stages"] = " ".join(encoder.stages)
     return {f.name: values[f.name] for f in dataclasses.fields(ModelConfig) if f.name in values}
+
+
+def check_own(typed, decoder):
+    """Raises UserError where options of the model are typed that this decoder does not have.
+
+    Args:
+        typed: by name, without those of a recipe.
+    """
+    of_encoder = {"encoder", "encoder_stages", "decoder"}
+    known = {field.name for field in dataclasses.fields(decoder.config)} | of_encoder
+    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in known]
+    if other := {name: typed[name] for name in fields if typed.get(name) is not None}:
+        raise UserError(f"{as_flags(other)}: the decoder {decoder.name} has no such choice")
 
 
 def check_model(typed, in_force, before):

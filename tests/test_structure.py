@@ -111,7 +111,7 @@ FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork i
     "benchmark_data",
     "config training_options engine checkpoints run_state training_data "
     "training_report training continuation",
-    "captioner hubconf benchmark_parts benchmark_report",
+    "captioner hubconf benchmark_parts benchmark_report benchmark_variants",
 ]
 
 
