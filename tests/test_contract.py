@@ -19,7 +19,7 @@ import contract
 import decoding
 from attentions import Attention
 from captioner import Captioner
-from contract import DECODERS, Decoder, make_config
+from contract import DECODERS, Decoder, Forward, make_config
 from encoders import Encoder
 from groundwork.errors import UserError
 from models import DecoderWithAttention, LSTMConfig
@@ -88,7 +88,7 @@ class Blind(Decoder):
             pack_padded_sequence(x, lengths.cpu() - 1, batch_first=True, enforce_sorted=False)
             for x in (scores, captions[:, 1:])
         ]
-        return *packed, None
+        return Forward(*packed, None)
 
 
 @pytest.fixture(scope="module", autouse=True)

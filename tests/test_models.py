@@ -342,7 +342,8 @@ def test_label_smoothing_spreads_its_share_over_the_vocabulary():
     expected = -sum(
         0.8 * log_probs[i, w] + 0.2 * log_probs[i].mean() for i, w in enumerate(targets)
     )
-    smoothed = caption_loss(packed([scores]), packed([targets]), torch.ones(1, 1, 4), 1.0, 0.2)
+    alphas = torch.ones(1, 1, 4)
+    smoothed = caption_loss(packed([scores]), packed([targets]), alphas, label_smoothing=0.2)
     close(smoothed, expected / 3)
 
 
