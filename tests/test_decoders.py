@@ -3,18 +3,22 @@
 Beside that, `transformer` and `merge` are checked against PyTorch's own layers.
 """
 
+import json
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import OFFLINE, WORDS, close
+from conftest import OFFLINE, WORDS, close, run_here
+from test_scripts import tables
 from torch import nn
 from torch.nn.utils.rnn import pad_packed_sequence
 
+import app
 import checkpoints
 import engine
 from attentions import ATTENTIONS
+from captioner import Captioner
 from config import TrainingConfig
 from contract import DECODERS, build_decoder, config_fields, make_config
 from decoding import beam_search, greedy
@@ -334,6 +338,14 @@ def test_equal_passes_give_equal_gradients_on_several_threads(variant):
 # -------------------------------------------------------------------------------- checkpoints
 
 
+@every_decoder
+def test_the_layers_of_the_vocabulary_are_called_the_same(variant):
+    decoder = build(variant)
+    assert type(decoder.embedding) is nn.Embedding and type(decoder.fc) is nn.Linear
+    assert decoder.embedding.num_embeddings == decoder.fc.out_features == V
+    assert decoder.embedding.embedding_dim == decoder.config.embed_dim
+
+
 @pytest.fixture(scope="module")
 def encoder():
     return Encoder(OFFLINE, GRID, weights=None).eval()
@@ -388,6 +400,56 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint_exactly(variant, enc
     captions = captions % len(WORDS)
     expected = decoder.eval()(features, captions, lengths).scores.data
     assert torch.equal(rebuilt(features, captions, lengths).scores.data, expected)
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_goes_through_all_scripts(name, tiny_data, scenes, tmp_path, monkeypatch):
+    """Both stages, in one run and stopped between epochs; evaluation, report, captions, viewer."""
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+
+    def train(output, *arguments):
+        process = run_here(
+            "train.py", "--data_folder", tiny_data[0], "--output_folder", output, "--decoder", name,
+            "--encoder", OFFLINE, "--encoded_image_size", GRID, "--batch_size", 20,
+            "--finetune_batch_size", 40, "--device", "cpu", *arguments,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        return checkpoints.load_checkpoint(checkpoints.checkpoint_path(output, tiny_data[1]))
+
+    one = train(whole, "--stage", "both", "--epochs", 2)
+    train(halves, "--stage", "decoder", "--epochs", 1)
+    two = train(halves, "--stage", "both", "--epochs", 2, "--resume")
+    assert one["stage"] == two["stage"] == "finetune"
+    assert one["log"][1]["loss"] < one["log"][0]["loss"]
+    for part in ("encoder", "decoder"):
+        for key, tensor in one[part].items():
+            assert torch.equal(tensor, two[part][key]), key
+
+    process = run_here(
+        "eval.py", "--checkpoint", whole, "--data_folder", tiny_data[0], "--beam_size", 1, 3,
+        "--attention_report", "--results_folder", tmp_path, "--report", tmp_path / "page",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "page" / "index.html").exists()
+    attends = name != "merge"
+    assert ("no attention report: this decoder has no attention" in process.stdout) != attends
+    assert tables(process.stdout)[0].keys() >= {"beam 1", "beam 3"}
+
+    image = min((scenes / "images").iterdir())
+    process = run_here("caption.py", "--img", image, "--model", whole, "--json", "--device", "cpu",
+                       "--output_folder", tmp_path)  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)[0]["caption"]
+    model = Captioner.load(whole, "cpu")
+    [beam] = model.caption(image, beam_size=3, n=2)
+    assert [caption.alphas is not None for caption in beam] == [attends] * 2
+    assert "attention-view" in app.render(image, {"model": model}, 2, 0.0, 10, 0.0)
 
 
 # ----------------------------------------------------------------------- hostile configurations
