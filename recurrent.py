@@ -90,7 +90,6 @@ class RecurrentDecoder(Decoder):
         query_dim = self.attention.query_dim(config)
         if query_dim and (config.query == "word" or self.attention.knows_word):
             self.word_att = nn.Linear(config.embed_dim, query_dim, bias=False)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 
     def prepare(self, encoder_out: Tensor) -> Memory:
         """What the steps share, from (I, g, g, D) of any grid g."""
@@ -176,6 +175,7 @@ class GRUDecoder(RecurrentDecoder):
         self.gru = nn.GRUCell(self.attention.context_dim + config.embed_dim, hidden)
         self.fc1 = nn.Linear(hidden, hidden)
         self.fc = nn.Linear(hidden, config.vocab_size)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 
     def advance(self, words, state, memory, slots, per_image):
         (h,) = state.layers
