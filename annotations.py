@@ -45,6 +45,9 @@ class MapConfig:
             raise ValueError(f"its stages are {self.stage_dims} and {self.stage_factors}")
         pairs = zip(self.stage_dims, self.stage_factors, strict=True)
         packed = sum(dim * factor**2 for dim, factor in pairs)
+        for name in ("dropout", "embed_dropout"):
+            if not 0 <= getattr(self, name, 0.0) < 1:
+                raise ValueError(f"its {name} is {getattr(self, name)}: 0 or more, below 1")
         if self.stage_dims and packed != self.encoder_dim:
             raise ValueError(f"its stages make {packed} values, not {self.encoder_dim}")
 
@@ -146,6 +149,14 @@ def project(layer: nn.Linear, annotations: Annotations) -> Tensor:
         own = vectors @ weight.T
         projected = projected + (own if pooling is None else pooling @ own)
     return projected
+
+
+def of_rows(values: Tensor, images: Tensor) -> Tensor:
+    """(n, …) of values (I, …): those of each row's image (n,).
+
+    index_select's gradient is added up in order, that of indexing by several threads at once.
+    """
+    return values.index_select(0, images)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

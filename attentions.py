@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from annotations import Annotations, AnnotationVectors, project
+from annotations import Annotations, AnnotationVectors, of_rows, project
 
 ATTENTIONS: dict[str, type["Attention"]] = {}  # by the name that --attention takes
 
@@ -173,7 +173,7 @@ class NoAttention(AnnotationVectors):
         return Annotations((mean.unsqueeze(1),), (None,))
 
     def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
-        return Look(annotations.vectors[0][slots // per_image, 0], None)
+        return Look(of_rows(annotations.vectors[0], slots // per_image).squeeze(1), None)
 
 
 @register("bahdanau")
@@ -193,7 +193,7 @@ class BahdanauAttention(Attention):
         return annotations._replace(projected=project(self.key_att, annotations))
 
     def energies(self, annotations, query, images):
-        return _tanh_energies(annotations.projected[images], query, self.full_att)
+        return _tanh_energies(of_rows(annotations.projected, images), query, self.full_att)
 
 
 @register("adaptive")
@@ -221,7 +221,7 @@ class AdaptiveAttention(Attention):
         return config.attention_dim + config.decoder_dim  # that of the attention, and s_t's gate
 
     def energies(self, annotations, query, images):
-        return _tanh_energies(annotations.projected[images], query, self.full_att)
+        return _tanh_energies(of_rows(annotations.projected, images), query, self.full_att)
 
     def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
         query, gate = query.split([self.attention_dim, query.shape[1] - self.attention_dim], dim=1)
@@ -260,7 +260,7 @@ class MultiHeadAttention(Attention):
         heads = self.heads, self.attention_dim // self.heads
         query = query.unflatten(1, heads).unsqueeze(2)  # (n, heads, 1, d)
         keys, values = (  # (n, heads, L, d)
-            own[images].unflatten(2, heads).transpose(1, 2)
+            of_rows(own, images).unflatten(2, heads).transpose(1, 2)
             for own in (annotations.projected, annotations.vectors[0])
         )
         scale = heads[1] ** -0.5

@@ -22,6 +22,7 @@ class ModelConfig:
     embed_dim: int | None = None
     decoder_dim: int | None = None
     layers: int | None = None  # of a decoder that has several alike
+    positions: int | None = None  # of words, that a decoder learns
     dropout: float | None = None  # probability, before the vocabulary layer
     embed_dropout: float | None = None  # probability, on the words' embeddings
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from annotations import AnnotationVectors, MapConfig, compute_dtype
+from annotations import AnnotationVectors, MapConfig, compute_dtype, of_rows
 from contract import Decoder, Forward, pack, register
 
 
@@ -113,6 +113,5 @@ class MergeDecoder(Decoder):
 
     def _scores(self, hidden, rows, count, memory):
         """Vocabulary scores of hidden states, each of the caption `rows` of `count`."""
-        # index_select's gradient is added up in order, that of indexing by several threads at once
-        images = memory.image.index_select(0, rows // (count // len(memory.image)))
+        images = of_rows(memory.image, rows // (count // len(memory.image)))
         return self.fc(torch.relu(self.merged(hidden + images)))

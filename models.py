@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from annotations import Annotations, MapConfig, compute_dtype
+from annotations import Annotations, MapConfig, compute_dtype, of_rows
 from attentions import ATTENTIONS
 from contract import Decoder, Forward, build_decoder, pack, register, seen
 
@@ -190,8 +190,7 @@ class DecoderWithAttention(Decoder):
         slots, per_image = inputs.sorted_indices, len(captions) // len(encoder_out)
 
         memory = self.prepare(encoder_out)
-        # index_select's gradient is added up in order, that of indexing by several threads at once
-        state = State(*(x.index_select(0, slots // per_image) for x in self.init_state(memory)))
+        state = State(*(of_rows(x, slots // per_image) for x in self.init_state(memory)))
         rows = len(inputs.data)
         filler = kernels.filled(rows) - rows  # further rows of zeros, which nothing is read from
         words = self.embed_dropout(self.embedding(F.pad(inputs.data, (0, filler))))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from annotations import Annotations, MapConfig, compute_dtype
+from annotations import Annotations, MapConfig, compute_dtype, of_rows
 from attentions import ATTENTIONS
 from contract import Decoder, Forward, pack, register, seen
 
@@ -144,7 +144,7 @@ class RecurrentDecoder(Decoder):
         slots, per_image = inputs.sorted_indices, len(captions) // len(encoder_out)
         memory = self.prepare(encoder_out)
         state = Hidden(
-            tuple(x.index_select(0, slots // per_image) for x in self.init_state(memory).layers)
+            tuple(of_rows(x, slots // per_image) for x in self.init_state(memory).layers)
         )
         words = self.embed_dropout(self.embedding(inputs.data))
         hiddens, looks = [], []
@@ -207,7 +207,7 @@ class TopDownDecoder(RecurrentDecoder):
 
     def advance(self, words, state, memory, slots, per_image):
         h1, c1, h2, c2 = state.layers
-        mean = memory.mean[slots // per_image]
+        mean = of_rows(memory.mean, slots // per_image)
         h1, c1 = self.attention_lstm(torch.cat([h2, mean, words], dim=1), (h1, c1))  # eq. 2
         look = self.look(words, h1, c1, memory, slots, per_image)  # eq. 3 to 5
         h2, c2 = self.language_lstm(torch.cat([look.context.to(h1), h1], dim=1), (h2, c2))  # eq. 6

@@ -124,8 +124,9 @@ def make_parser(description=None):
         "--attention",
         help="soft or hard, the paper's two, or adaptive, bahdanau, multihead, none" + own,
     )
-    add("--heads", type=positive, help="of an attention that has several" + own)
+    add("--heads", type=positive, help="of an attention that has several, or a decoder" + own)
     add("--layers", type=positive, help="of a decoder that has several alike" + own)
+    add("--positions", type=positive, help="of words in a caption, that a decoder learns" + own)
     add(
         "--gate",
         choices=["scalar", "channel"],

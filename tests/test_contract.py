@@ -315,26 +315,6 @@ def test_a_score_function_is_a_formula_and_autograd_does_the_rest(grid):
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(expected, rel=1e-2, abs=1e-4)
 
 
-def test_equal_passes_give_equal_gradients_on_several_threads():
-    """Sizes at which PyTorch shares sums out to threads."""
-    torch.manual_seed(0)
-    decoder = DecoderWithAttention(LSTMConfig(500, 256, 128, 128, 512, 0.0, encoded_image_size=6))
-    features, captions = torch.randn(16, 6, 6, 256), torch.randint(500, (80, 8))
-    lengths = torch.randint(2, 9, (80,))
-    threads, first = torch.get_num_threads(), None
-    torch.set_num_threads(4)
-    try:
-        for _ in range(4):
-            decoder.zero_grad()
-            caption_loss(*decoder(features, captions, lengths)).backward()
-            found = {name: p.grad.clone() for name, p in decoder.named_parameters()}
-            first = first or found
-            for name, gradient in found.items():
-                assert torch.equal(gradient, first[name]), name
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_registering_gives_a_decoder_its_name():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contract, "DECODERS", {})

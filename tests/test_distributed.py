@@ -9,6 +9,7 @@ import torch
 from conftest import OFFLINE, ROOT, run_script
 
 import checkpoints
+from contract import DECODERS
 from encoders import Encoder
 from models import DecoderWithAttention, LSTMConfig
 
@@ -37,13 +38,16 @@ run_two = run_torchrun(2)
 
 STEPS = """
 import sys, torch
+import checkpoints, contract
 from groundwork import distributed
-from models import DecoderWithAttention, LSTMConfig
 from objectives import caption_loss
-torch.manual_seed(0)
-decoder = DecoderWithAttention(LSTMConfig(20, 6, 5, 7, 8, dropout=0, encoded_image_size=3))
-optimizer = torch.optim.SGD(decoder.parameters(), lr=0.5)
-with distributed.group(torch.device("cpu")):
+sizes = {"vocab_size": 20, "encoder_dim": 6, "encoded_image_size": 3, "dropout": 0.0}
+found = {}
+
+def train(name):
+    torch.manual_seed(0)
+    decoder = checkpoints.new_decoder(name, sizes)
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
     for step in range(4):
         features, captions = torch.rand(5, 3, 3, 6), torch.randint(20, (5, 4, 12))
         lengths = torch.randint(2, 13, (5, 4))
@@ -58,14 +62,19 @@ with distributed.group(torch.device("cpu")):
         optimizer.step()
     loss = distributed.add_up(loss.detach())
     order = distributed.collect([10 * i for i in mine])
-    if distributed.is_main:
-        found = {"loss": loss, "order": torch.tensor(order), **decoder.state_dict()}
-        torch.save(found, sys.argv[1])
+    found.update({"order": torch.tensor(order), f"{name} loss": loss})
+    found.update({f"{name} {key}": value for key, value in decoder.state_dict().items()})
+
+with distributed.group(torch.device("cpu")):
+    for name in contract.DECODERS:
+        train(name)
+if distributed.is_main:
+    torch.save(found, sys.argv[1])
 """
 
 
 def test_steps_shared_out_equal_steps_of_one_process(tmp_path, monkeypatch):
-    """Five images: the processes have not as many each."""
+    """Of every decoder. Five images: the processes have not as many each."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "steps.py").write_text(STEPS)
     runs = []
@@ -74,6 +83,7 @@ def test_steps_shared_out_equal_steps_of_one_process(tmp_path, monkeypatch):
         process = run(tmp_path / "steps.py", result)
         assert process.returncode == 0, process.stderr
         runs.append(torch.load(result, weights_only=True))
+    assert len({name.split()[0] for name in runs[0]}) == 1 + len(DECODERS)
     for name, expected in runs[0].items():
         torch.testing.assert_close(runs[1][name], expected, rtol=1e-5, atol=1e-6)
     assert runs[0]["order"].tolist() == [0, 10, 20, 30, 40]

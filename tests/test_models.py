@@ -234,34 +234,6 @@ def test_permuting_the_images_permutes_the_result(batch, shuffler, seed):
     close(other[2], alphas[rows])
 
 
-@variants
-@pytest.mark.parametrize("per_image, grid", [(1, 3), (2, 2)])
-def test_steps_over_a_caption_equal_teacher_forcing(variant, per_image, grid):
-    decoder = make_decoder(3, **variant)
-    encoder_out, captions, lengths = make_batch([6] * 3 * per_image, per_image, grid)
-    scores, _, alphas, _ = decoder(encoder_out, captions, lengths)
-    memory = decoder.prepare(encoder_out)
-    state = decoder.init_state(memory).select(torch.arange(3).repeat_interleave(per_image))
-    for t in range(5):
-        step_scores, step_alphas, state = decoder.step(captions[:, t], state, memory)
-        close(step_scores, unpacked(scores)[:, t])
-        close(step_alphas, alphas[:, t])
-
-
-def test_memory_select_keeps_the_given_images():
-    decoder = make_decoder(4)
-    encoder_out = make_batch([2] * 4, 1, grid=2)[0]
-    memory = decoder.prepare(encoder_out).select(torch.tensor([2, 0]))
-    expected = decoder.prepare(encoder_out[[2, 0]])
-    words = torch.tensor([3, 4])
-    scores, alphas, _ = decoder.step(words, decoder.init_state(memory), memory)
-    expected_scores, expected_alphas, _ = decoder.step(
-        words, decoder.init_state(expected), expected
-    )
-    close(scores, expected_scores)
-    close(alphas, expected_alphas)
-
-
 def test_dropout_falls_on_what_enters_the_vocabulary_layer_alone():
     decoder = make_decoder(5, dropout=0.5)
     batch = make_batch([7] * 60, 5)
