@@ -24,6 +24,10 @@ class ModelConfig:
     layers: int | None = None  # of a decoder that has several alike
     dropout: float | None = None  # probability, before the vocabulary layer
     embed_dropout: float | None = None  # probability, on the words' embeddings
+    embeddings: str | None = None  # a file of word vectors, or a package
+    freeze_embeddings: bool = False
+    bias_init: str | None = None  # of the vocabulary layer, "frequencies"; None: the decoder's own
+    bar_special: bool = False  # <pad>, <start> and <unk> have no probability
 
 
 @dataclass(frozen=True)
