@@ -31,6 +31,11 @@ def main():
     typed = typed_options(parser)
 
     # what follows takes seconds to import
+    if typed.pop("list", False):
+        import listing
+
+        print(listing.describe())
+        return
     import torch
 
     import continuation

@@ -93,6 +93,13 @@ def make_parser(description=None):
     )
 
     parser.add_argument(
+        "--list",
+        action="store_true",
+        default=SUPPRESS,
+        help="say what decoders, attentions and encoders there are, with the options and defaults "
+        "of each, and end",
+    )
+    parser.add_argument(
         "--recipe",
         choices=RECIPES,
         default=SUPPRESS,
