@@ -37,7 +37,8 @@ class Look(NamedTuple):
 
 @register("soft")
 class Attention(AnnotationVectors):
-    """Deterministic soft attention (§4.2): α_t = softmax_i(w · relu(W_a a_i + W_h h_{t-1})).
+    """Deterministic soft attention (Xu et al., 2015, §4.2): α_t = softmax_i(w · relu(W_a a_i +
+    W_h h_{t-1})), and ẑ_t = Σ_i α_ti a_i.
 
     The decoder adds to the query what it knows of the previous word, W_y E y_{t-1}, where its
     configuration or `knows_word` says so.
@@ -109,7 +110,8 @@ class Attention(AnnotationVectors):
 
 @register("hard")
 class HardAttention(Attention):
-    """Stochastic hard attention (§4.1): one place s_t is drawn from the alphas, ẑ_t = a_{s_t}.
+    """Stochastic hard attention (Xu et al., 2015, §4.1): one place s_t is drawn from the alphas,
+    ẑ_t = a_{s_t}.
 
     Training draws in one half of the batches and is soft in the other, as the authors' code does;
     `objectives.reinforce` makes the gradient. `look` says how a trained one looks: "soft", the
@@ -155,7 +157,8 @@ class HardAttention(Attention):
 @register("none")
 class NoAttention(AnnotationVectors):
     """No attention: ẑ_t is the mean annotation vector at every step, as in the captioner that
-    attention was compared with (Vinyals et al., 2015), which has it in the first state alone."""
+    attention was compared with (Vinyals et al., 2015, §3.1), which has it before the
+    first word alone."""
 
     knows_word = False
     decoder_att = None
@@ -198,8 +201,11 @@ class BahdanauAttention(Attention):
 
 @register("adaptive")
 class AdaptiveAttention(Attention):
-    """Attention with a visual sentinel (Lu et al., 2017, §2.3): beside the L places stands what the
-    decoder remembers, s_t = σ(W_x E y_{t-1} + W_h h_{t-1}) ⊙ tanh(c_{t-1}), and the context is
+    """Attention with a visual sentinel (Lu et al., 2017, §2.3): it weighs the places against what
+    the decoder remembers.
+
+    Beside the L places stands s_t = σ(W_x E y_{t-1} + W_h h_{t-1}) ⊙ tanh(c_{t-1}), and the context
+    is
 
         ĉ_t = β_t W s_t + Σ_i α_ti a_i,
         (α_t, β_t) = softmax([w · tanh(W_a a_i + q_t); w · tanh(W_s s_t + q_t)]).

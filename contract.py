@@ -61,6 +61,9 @@ class Decoder(nn.Module):
             have these fields in common: `vocab_size` V, `encoder_dim` D, and `encoded_image_size`,
             the side of the grid that alphas cover. Its `__post_init__` raises ValueError for values
             that cannot be.
+
+    Most have two layers by these names, which `vocabulary` prepares: `embedding`, an nn.Embedding
+    of the V words, and `fc`, the nn.Linear with a bias that gives their scores.
     """
 
     Config: ClassVar[type]

@@ -309,8 +309,11 @@ def novelty(captions, training):
     return sum(tuple(tokenize(text)) not in known for text in captions) / max(len(captions), 1)
 
 
-def top5_accuracy(scores, targets):
-    """Share of targets (n,) int64 among the five largest scores of their row (n, V): a scalar
-    float32 on their device, so that the host need not wait for it."""
+def top5_right(scores, targets, barred=None):
+    """How many targets (n,) int64 are among the five largest scores of their row (n, V), and not
+    `barred`, int64: a scalar float32 on their device, so that the host need not wait for it."""
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    return (top == targets.unsqueeze(1)).any(dim=1).float().mean()
+    right = (top == targets.unsqueeze(1)).any(dim=1)
+    if barred is not None:
+        right &= (targets.unsqueeze(1) != barred).all(dim=1)
+    return right.float().sum()

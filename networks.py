@@ -91,7 +91,7 @@ class TorchvisionNetwork:
     def __init__(self, name, whole):
         from torchvision import models  # here, as it takes seconds that timm's do without
 
-        if name not in models.list_models(module=models):
+        if name not in torchvision_names():
             raise _unknown_encoder(name)
         self.name, self.published = name, models.get_model_weights(name).DEFAULT
         preset, least = self.published.transforms(), self.published.meta["min_size"][0]
@@ -268,13 +268,19 @@ def _reach(hub_id):
 # ----------------------------------------------------------------------------------- weights
 
 
+def torchvision_names():
+    """The names of torchvision's classification models."""
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
 def _unknown_encoder(name):
     """The error of a name that nothing has, with those most like it: the kind may be forgotten."""
     import timm
-    from torchvision import models
 
     known = {f"timm:{model}": model for model in timm.list_models()}
-    known |= {model: model for model in models.list_models(module=models)}
+    known |= {model: model for model in torchvision_names()}
     bare = name.removeprefix("timm:")
     alike = difflib.get_close_matches(bare, set(known.values()), cutoff=0.8)
     close = [full for model in alike for full in known if known[full] == model]
