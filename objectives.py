@@ -83,7 +83,8 @@ def reinforce(scores, targets, drawn, words_each, scale=RETURN_SCALE, entropy=EN
 
     A place is judged by the words that follow it, as those before do not depend on it. b, the
     moving average of the returns, is moved by a tenth of the way to their mean after each call, and
-    begins with the first.
+    begins with the first batch's. A batch whose mean is not finite, and whose step is therefore
+    skipped, leaves it alone.
 
     Args:
         scores, targets, drawn: from `Decoder.forward`.
@@ -105,5 +106,6 @@ def reinforce(scores, targets, drawn, words_each, scale=RETURN_SCALE, entropy=EN
     mean, (baseline, begun) = total[0] / total[1], drawn.baseline.clone()
     baseline = torch.where(begun > 0, baseline, mean)
     moved = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
-    drawn.baseline.copy_(torch.stack([moved, torch.ones_like(moved)]))
+    moved = torch.stack([moved, torch.ones_like(moved)])
+    drawn.baseline.copy_(moved.where(mean.isfinite(), drawn.baseline))
     return ((returns - baseline) * drawn.log_p - entropy * drawn.entropy).sum()
