@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 ROUNDING = 1e-3  # by how much the alphas of a word may fall short of one without a sentinel
 
 

@@ -91,10 +91,8 @@ def pointing_table(captions, regions):
         row = {"": f"beam {beam_size}"} | {k: figure(v, ".1%") for k, v in shares.items()}
         rows.append(row | {"peak": f"{row['peak']} of {counted(words, 'word')}"})
     images = f"{regions.known} of {counted(len(regions.of_images), 'image')}"
-    return (
-        f"pointing game: for a word that names something, how much is {regions.about}{seen}, {images}",
-        rows,
-    )
+    title = f"pointing game: for a word that names something, how much is {regions.about}{seen}"
+    return f"{title}, {images}", rows
 
 
 def attention_tables(captions, english):

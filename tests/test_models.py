@@ -342,7 +342,9 @@ def test_label_smoothing_spreads_its_share_over_the_vocabulary():
     expected = -sum(
         0.8 * log_probs[i, w] + 0.2 * log_probs[i].mean() for i, w in enumerate(targets)
     )
-    smoothed = caption_loss(packed([scores]), packed([targets]), torch.ones(1, 1, 4), None, 1.0, 0.2)
+    smoothed = caption_loss(
+        packed([scores]), packed([targets]), torch.ones(1, 1, 4), None, 1.0, 0.2
+    )
     close(smoothed, expected / 3)
 
 
