@@ -73,6 +73,22 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def looks(self) -> tuple[str, ...]:
+        """The ways in which it can look at an image while it decodes, the usual one first: the
+        `LOOKS` of a part of it that has such a choice; empty where none has."""
+        return next((part.LOOKS for part in self.modules() if hasattr(part, "LOOKS")), ())
+
+    def set_look(self, look: str, seed: int = 0):
+        """From now on decodes in one of the ways of `looks`; training goes its own.
+
+        Args:
+            seed: of what is drawn at random, from which each `prepare` begins anew.
+        """
+        for part in self.modules():
+            if hasattr(part, "LOOKS"):
+                part.look, part.seed = look, seed
+
     def prepare(self, encoder_out: Tensor) -> Selectable:
         """The memory: everything that the steps share, from (I, g, g, D) of any grid g."""
         raise NotImplementedError

@@ -25,7 +25,9 @@ def describe():
     attentions = [line for name in ATTENTIONS for line in _entry(name, ATTENTIONS[name])]
     encoders = [
         *_wrapped(f"{OFFLINE_ENCODER}: needs no download, its weights are a package's"),
-        *_wrapped("timm:NAME: the convolutional networks and vision transformers of timm.list_models()"),
+        *_wrapped(
+            "timm:NAME: the convolutional networks and vision transformers of timm.list_models()"
+        ),
         *_wrapped(
             "torchvision's classifiers, of which some have no grid of features and are refused: "
             + ", ".join(torchvision_names())

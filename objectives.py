@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import kernels
 from groundwork import distributed
@@ -118,7 +117,9 @@ def reinforce(
 
     A place is judged by the words that follow it, as those before do not depend on it. b, the
     moving average of the returns, is moved by a tenth of the way to their mean after each call, and
-    begins with the first.
+    begins with that of the first batch: as its own returns are in it, of n captions, that one
+    estimate is too small by about an n-th. A batch whose mean is not finite, so that its step is
+    skipped, leaves b alone.
 
     Args:
         scores, targets, drawn: from `Decoder.forward`.
@@ -133,14 +134,16 @@ def reinforce(
     log_p = scores.data.detach().log_softmax(dim=1, dtype=torch.float32)
     missed = -log_p.gather(1, targets.data.unsqueeze(1)).squeeze(1)
     missed = missed * _counted(targets.data, barred)
-    padded, lengths = pad_packed_sequence(targets._replace(data=missed), batch_first=True)
-    following = padded.flip(1).cumsum(1).flip(1)
-    order = targets.sorted_indices
-    following = pack_padded_sequence(following[order], lengths[order.cpu()], batch_first=True).data
+    following, total = [], missed.new_zeros(int(targets.batch_sizes[0]))
+    for own in reversed(missed.split(targets.batch_sizes.tolist())):  # from the last word on
+        total[: len(own)] += own
+        following.append(total[: len(own)].clone())
+    following = torch.cat(following[::-1])
     returns = following * scale / words_each
-    total = distributed.add_up(torch.stack([returns.sum(), returns.new_tensor(len(returns))]))
-    mean, (baseline, begun) = total[0] / total[1], drawn.baseline.clone()
+    sums = distributed.add_up(torch.stack([returns.sum(), returns.new_tensor(len(returns))]))
+    mean, (baseline, begun) = sums[0] / sums[1], drawn.baseline.clone()
     baseline = torch.where(begun > 0, baseline, mean)
     moved = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
-    drawn.baseline.copy_(torch.stack([moved, torch.ones_like(moved)]))
+    moved = torch.stack([moved, torch.ones_like(moved)])
+    drawn.baseline.copy_(moved.where(mean.isfinite(), drawn.baseline))
     return ((returns - baseline) * drawn.log_p - entropy * drawn.entropy).sum()
