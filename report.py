@@ -80,16 +80,21 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
         changed=changed,
         changed_picture=changed and _data_url("image/png", changed.picture.read_bytes()),
         rank=rank,
-        groups={
-            "Best": order[:EXAMPLES],
-            "Worst": order[: -EXAMPLES - 1 : -1],
-            "Random": random.Random(0).sample(order, min(EXAMPLES, len(order))),
-        },
+        groups=groups(order),
         contents={"columns": columns, "rank": rank, "examples": examples},
     )
     make_folder(path.parent)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def groups(order):
+    """Heading -> numbers of the images that the page shows under it, of all, the best first."""
+    return {
+        "Best": order[:EXAMPLES],
+        "Worst": order[: -EXAMPLES - 1 : -1],
+        "Random": random.Random(0).sample(order, min(EXAMPLES, len(order))),
+    }
 
 
 def _template():
