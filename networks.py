@@ -198,7 +198,7 @@ class TimmNetwork:
             state, source = self._download()
         else:
             state, source = _read_state(weights)
-            if not state.keys() >= self.backbone.state_dict().keys():
+            if not self.backbone.state_dict().keys() <= state.keys() <= {*self.names}:
                 state = self._convert(state, source)
         _load_state(self.backbone, state, source, self.names)
 
