@@ -106,8 +106,9 @@ class TorchvisionNetwork:
             options = {"image_size": self.size}
         self.model = models.get_model(name, weights=None, **options)
         self.names = list(self.model.state_dict())
-        for aside in filter(self.model._modules.get, ASIDE):
-            setattr(self.model, aside, None)
+        for aside in ASIDE:
+            if hasattr(self.model, aside):
+                setattr(self.model, aside, None)
         if isinstance(self.model, models.VisionTransformer):
             late = [*_later_half(self.model, "encoder.layers"), "encoder.ln"]
             self.tokens = Tokens("encoder", 1, late)
