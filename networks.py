@@ -106,8 +106,9 @@ class TorchvisionNetwork:
             options = {"image_size": self.size}
         self.model = models.get_model(name, weights=None, **options)
         self.names = list(self.model.state_dict())
-        for aside in filter(self.model._modules.get, ASIDE):
-            setattr(self.model, aside, None)
+        for aside in ASIDE:
+            if hasattr(self.model, aside):
+                setattr(self.model, aside, None)
         if isinstance(self.model, models.VisionTransformer):
             late = [*_later_half(self.model, "encoder.layers"), "encoder.ln"]
             self.tokens = Tokens("encoder", 1, late)
@@ -198,7 +199,7 @@ class TimmNetwork:
             state, source = self._download()
         else:
             state, source = _read_state(weights)
-            if not state.keys() >= self.backbone.state_dict().keys():
+            if not self.backbone.state_dict().keys() <= state.keys() <= {*self.names}:
                 state = self._convert(state, source)
         _load_state(self.backbone, state, source, self.names)
 

@@ -116,7 +116,8 @@ def make_parser(description=None):
         action=Joined,
         metavar="STAGE",
         help="whose feature maps the attention sees, each at its own grid: strides, as 16 32, and "
-        "last, the network's last map, which alone is the paper's",
+        "last, the network's last map, which alone is the paper's; or fc, one vector of the whole "
+        "image, which enters the network's last fully connected layer",
     )
     add(
         "--feature_norm",

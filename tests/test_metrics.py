@@ -13,13 +13,15 @@ import pycocoevalcap.eval
 import pytest
 import sacrebleu
 import torch
-from conftest import ROOT, needs_java
+from conftest import ROOT, failure, needs_java, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.eval import COCOEvalCap
 from pycocotools.coco import COCO
 
+import evaluation
 import metrics
+from groundwork.errors import UserError
 
 WORDS = st.sampled_from(["a", "dog", "runs", "on", "the", "red", "grass"])
 # four words or more: of a shorter caption nltk counts one 4-gram, the definition none
@@ -163,6 +165,23 @@ def test_without_java_a_line_says_what_is_left_out(monkeypatch):
     found = metrics.coco_scores(REFERENCES, {"ours": CAPTIONS})
     assert found.corpus == found.each == {"ours": {}}
     assert len(found.left_out) == 1 and "Java" in found.left_out[0]
+
+
+@pytest.mark.parametrize("module", ["pycocoevalcap", "pycocoevalcap.cider.cider"])
+def test_without_pycocoevalcap_a_line_says_what_is_left_out_and_how_to_have_it(module, monkeypatch):
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{module}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    scores = evaluation.score({"ours": CAPTIONS}, REFERENCES)
+    [(_, rows)] = scores.tables
+    assert rows[0]["BLEU-4"] == f"{100 * metrics.bleu(REFERENCES, CAPTIONS).scores[3]:.1f}"
+    [line] = scores.left_out
+    for part in ("METEOR", "CIDEr-D", "pip install pycocoevalcap"):
+        assert part in line
+    with pytest.raises(UserError, match="pip install pycocoevalcap"):
+        metrics.cider(REFERENCES, CAPTIONS)
+    process = run_here("train.py", "--data_folder", "nowhere", "--select_by", "cider")
+    assert "pip install pycocoevalcap" in failure(process), "before all else"
 
 
 JAVAS = {  # what `java` on the path does: the words of the reason, and the scores that are left

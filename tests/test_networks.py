@@ -170,7 +170,9 @@ def test_vgg16_gives_conv5_3_and_its_second_hidden_layer(monkeypatch):
     assert found.shape == (1, 14, 14, 512)
     near(found, conv5_3.permute(0, 2, 3, 1))
     encoder = Encoder("vgg16", weights=None, stages=["fc"])
-    network.load_state_dict(encoder.resnet.state_dict(), assign=True, strict=False)
+    encoder.resnet.features.load_state_dict(network.features.state_dict())
+    state = encoder.resnet.classifier.state_dict()
+    network.classifier.load_state_dict(state, assign=True, strict=False)
     first, second = (network.classifier[i] for i in (0, 3))
     hidden = second(first(F.max_pool2d(conv5_3, 2).flatten(1)).relu()).relu()
     found = encoder(images)
@@ -409,6 +411,15 @@ def test_clips_own_file_of_weights_is_understood(tmp_path):
         assert torch.equal(value, network.state_dict()[name]), name
 
 
+def test_dinov2s_own_file_of_weights_is_understood(tmp_path):
+    """It has a token for masked patches, which serves training alone."""
+    state = timm.create_model("test_vit").state_dict()
+    torch.save(state | {"mask_token": torch.zeros(1, 64)}, tmp_path / "dino.pth")
+    encoder = Encoder("timm:test_vit", weights=tmp_path / "dino.pth")
+    for name, value in encoder.resnet.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
 def test_a_transformers_file_of_another_network_is_named(tmp_path):
     file = saved(timm.create_model("test_vit2"), tmp_path)
     with pytest.raises(EncoderError, match=r"weights\.pth: weights of another network") as error:
@@ -455,7 +466,7 @@ def test_features_of_one_vector_are_cached_apart_from_a_maps(tiny_data, tmp_path
 
 
 @pytest.mark.parametrize("own", ["last", "fc"])
-def test_a_model_on_a_vision_transformer_is_trained_and_goes_on(own, tiny_data, tmp_path):
+def test_a_model_on_a_vision_transformer_is_trained_in_both_stages(own, tiny_data, tmp_path):
     weights = saved(timm.create_model("test_vit"), tmp_path)
     run = ["train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path / "run"]
     process = run_here(
