@@ -436,7 +436,7 @@ def test_every_decoder_goes_through_all_scripts(name, tiny_data, scenes, tmp_pat
     process = run_here(
         "eval.py", "--checkpoint", whole, "--data_folder", tiny_data[0], "--beam_size", 1, 3,
         "--attention_report", "--results_folder", tmp_path, "--report", tmp_path / "page",
-        "--device", "cpu", "--max_length", 8,
+        "--device", "cpu", "--max_len", 8,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "page" / "index.html").exists()
@@ -446,7 +446,7 @@ def test_every_decoder_goes_through_all_scripts(name, tiny_data, scenes, tmp_pat
 
     image = min((scenes / "images").iterdir())
     process = run_here("caption.py", "--img", image, "--model", whole, "--json", "--device", "cpu",
-                       "--output_folder", tmp_path, "--max_length", 8)  # fmt: skip
+                       "--output_folder", tmp_path, "--max_len", 8)  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)[0]["caption"]
     model = Captioner.load(whole, "cpu")
