@@ -54,7 +54,7 @@ class MapConfig:
     def check(self, name, known):
         """Raises ValueError unless a field's value is one of those known."""
         if (value := getattr(self, name)) not in known:
-            raise ValueError(f"its {name} is {value!r}: known are {' and '.join(known)}")
+            raise ValueError(f"its {name} is {value!r}: known are {', '.join(known)}")
 
 
 class Annotations(NamedTuple):

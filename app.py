@@ -49,7 +49,7 @@ def main():
     named = list(map(checkpoints.find_checkpoint, options.model or []))
     paths = distinct(named or [checkpoints.newest_best_checkpoint("data")])
     models = {
-        name: Captioner.load(path, options.device, options.amp, options.word_map)
+        name: Captioner.load(path, options.device, options.amp, options.word_map, options.look)
         for name, path in zip(names(paths), paths, strict=True)
     }
     page = build_page(models, options.max_len, options.length_penalty)

@@ -3,12 +3,34 @@ even it is, how far it moves from word to word.
 
 `captions` are (words, alphas) for each image: list of T words, and (T, L) array of the attention
 over L = size² places, row by row.
+
+The alphas of a word sum to one; to less where the attention has a sentinel (Lu et al., 2017) that
+takes the rest. Then all is measured on the attention at the places alone, scaled to a sum of one,
+but for `coverage`, which is of what the regulariser sees.
 """
 
 import math
 from typing import NamedTuple
 
 import numpy as np
+
+ROUNDING = 1e-3  # by how much the alphas of a word may fall short of one without a sentinel
+
+
+def at_places(alphas):
+    """The attention (…, L) float64 at the places, scaled to a sum of one; even where there is
+    none."""
+    alphas = np.asarray(alphas, np.float64)
+    totals = alphas.sum(axis=-1, keepdims=True)
+    even = np.full_like(alphas, 1 / alphas.shape[-1])
+    return np.divide(alphas, totals, out=even, where=totals > 0)
+
+
+def away(alphas):
+    """How much of the attention for each word is at no place, (T,) float64 from 0 to 1; None of
+    alphas (T, L) that all sum to one: there is no sentinel."""
+    rest = 1 - np.asarray(alphas, np.float64).sum(axis=1)
+    return rest.clip(0, 1) if (rest > ROUNDING).any() else None
 
 
 class Pointing(NamedTuple):
@@ -80,7 +102,7 @@ def _named(captions, regions):
     for (words, alphas), own in zip(captions, regions.of_images, strict=True):
         if own is None:
             continue
-        for word, alpha in zip(words, np.asarray(alphas, np.float64), strict=True):
+        for word, alpha in zip(words, at_places(alphas), strict=True):
             if word in (own if regions.names is None else regions.names):
                 yield alpha, own.get(word)
 
@@ -103,7 +125,7 @@ def evenness(alphas):
     Returns:
         (T,) float64.
     """
-    alphas = np.asarray(alphas, np.float64)
+    alphas = at_places(alphas)
     entropy = -(alphas * np.log(alphas.clip(1e-300))).sum(axis=1)
     return entropy / math.log(alphas.shape[1]) if alphas.shape[1] > 1 else np.ones(len(alphas))
 
@@ -118,7 +140,7 @@ def movement(alphas):
     Returns:
         (T,) float64; nan for the first word.
     """
-    alphas = np.asarray(alphas, np.float64)
+    alphas = at_places(alphas)
     moved = abs(np.diff(alphas, axis=0)).sum(axis=1) / 2
     return np.concatenate([np.full(min(len(alphas), 1), np.nan), moved])
 
@@ -129,7 +151,7 @@ def movement_by_chance(captions):
     moved = moves = 0.0
     for _, alphas in captions:
         if (count := len(alphas)) > 1:
-            alphas = np.asarray(alphas, np.float64)
+            alphas = at_places(alphas)
             distances = abs(alphas[:, None] - alphas).sum(axis=2) / 2
             moved += distances.sum() / count  # count - 1 moves, of the mean over all pairs
             moves += count - 1

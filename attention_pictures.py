@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from attention_metrics import evenness, peak
+from attention_metrics import at_places, away, evenness, peak
 from groundwork import fonts
 
 LINE = 255, 184, 28  # around where a word's attention is half its maximum or more
@@ -25,6 +25,7 @@ NUMBERS = (
     " In the corners: the share of the image that the attention is spread over, and the share of "
     "it at the strongest place."
 )
+AWAY = " “Does not look”: the share of a word's attention that is at no place; the rest is shown."
 _SIGNS = {"━━": LINE, "◎": "black"}
 
 
@@ -44,14 +45,20 @@ def draw_attention(image, words, alphas, numbers=False):
     Args:
         image: upright RGB PIL.Image of any size.
         words: T strings.
-        alphas: (T, L) array or tensor of non-negative numbers, no row all zero; L = size², a
-            row-major grid that stretches over the whole image. Rows are scaled to a sum of one.
-            None of a model without attention: then there are no panels.
+        alphas: (T, L) array or tensor of non-negative numbers; L = size², a row-major grid that
+            stretches over the whole image. Rows are scaled to a sum of one; where one sums to less,
+            each panel says in a corner how much is missing: how much its word does not look. None
+            of a model without attention: then there are no panels.
         numbers: whether each panel has in a corner, in per cent, the share of the image that its
             word's attention is spread over, e^entropy / L, and its largest alpha.
     """
-    count = 0 if alphas is None else len(words)
-    grid = _choose_grid(words, count, image.width / image.height, numbers)
+    about, notes = "", []
+    if alphas is not None:
+        alphas = torch.as_tensor(alphas).detach().double().cpu().numpy()
+        alphas, rest = at_places(alphas), away(alphas)
+        about = LEGEND + NUMBERS * numbers + AWAY * (rest is not None)
+        notes = _notes(alphas, rest, numbers)
+    grid = _choose_grid(words, len(notes), image.width / image.height, about)
     canvas = Image.new("RGB", _pixels(grid.width, grid.height + grid.foot), "white")
     for i, line in enumerate(grid.lines):
         _write(canvas, (_MARGIN, _MARGIN + 0.31 * (i + 0.75)), line, 17, grid.inner)
@@ -64,23 +71,38 @@ def draw_attention(image, words, alphas, numbers=False):
     bright = 255 * _brighten(np.asarray(small, dtype=np.float32) / 255)
     dim = 0.4 * bright @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
     contrast = bright - dim
-    alphas = torch.as_tensor(alphas).detach().float().cpu().numpy()
-    alphas = alphas / alphas.sum(axis=1, keepdims=True)
     attentions = [_smooth(alpha, bright.shape[:2]) for alpha in alphas]
     most = max(attention.max() for attention in attentions)
-    for word, alpha, attention, box in zip(words, alphas, attentions, panels, strict=True):
+    looks = zip(words, alphas, attentions, notes, panels, strict=True)
+    for word, alpha, attention, note, box in looks:
         light = np.log1p(attention) / np.log1p(most)
         panel = Image.fromarray((dim + light[..., None] * contrast + 0.5).astype(np.uint8))
         if alpha.max() > EVEN * alpha.min():
             _draw_line(panel, attention, grid.stroke)
             _draw_ring(panel, peak(alpha), grid.stroke)
-        if numbers:
-            _write_numbers(panel, alpha, 26 * grid.strip)
+        _write_note(panel, note, 26 * grid.strip, at_top=peak(alpha)[1] > 0.7)
         canvas.paste(panel, _pixels(*box[:2]))
         above = (box[0], box[1] - 0.22 * grid.strip)
         _write(canvas, above, word, 40 * grid.strip, box[2] + 0.1)
     _write_legend(canvas, grid)
     return canvas
+
+
+def _notes(alphas, rest, numbers):
+    """What stands in each word's panel, lines.
+
+    Args:
+        alphas: (T, L), rows that sum to one.
+        rest: (T,) of `attention_metrics.away`, or None.
+        numbers: as in `draw_attention`.
+    """
+    notes = [[] for _ in alphas]
+    for t, (note, alpha) in enumerate(zip(notes, alphas, strict=True)):
+        if rest is not None:
+            note.append(f"does not look: {_percent(rest[t])}")
+        if numbers:
+            note.append(f"{_percent(_spread(alpha))} · {_percent(alpha.max())}")
+    return notes
 
 
 def _spread(alpha):
@@ -169,9 +191,10 @@ class _Grid:
         return boxes[: 1 + self.count]
 
 
-def _choose_grid(words, count, aspect, numbers):
-    """The best grid 12 inches wide, or less where that would be over 10 high."""
-    about = (LEGEND + NUMBERS * numbers).split(" ") if count else []
+def _choose_grid(words, count, aspect, about):
+    """The best grid 12 inches wide, or less where that would be over 10 high; `about` is what the
+    legend says."""
+    about = about.split(" ") if count else []
 
     def best(width):
         lines = _wrap(words, 17, width - 2 * _MARGIN)
@@ -188,16 +211,18 @@ def _choose_grid(words, count, aspect, numbers):
     return grid if grid.height <= 10 else best(max(4, 120 / grid.height))
 
 
-def _write_numbers(panel, alpha, size):
-    """Writes a word's numbers into the lower left corner of its panel, on a ground that they show
-    on; into the upper one where they would hide the ring."""
-    text = f"{_percent(_spread(alpha))} · {_percent(alpha.max())}"
-    breadth, depth = panel.width / _DPI, panel.height / _DPI
-    size *= min(1, (breadth - 0.08) / _width(text, size))
-    width, height = _width(text, size) + 0.08, 1.6 * size / 72
-    top = 0 if peak(alpha)[1] > 0.7 else depth - height
-    ImageDraw.Draw(panel).rectangle((_pixels(0, top), _pixels(width, top + height)), 0)
-    _write(panel, (0.04, top + 0.75 * height), text, size, width, "white")
+def _write_note(panel, lines, size, at_top):
+    """Writes lines into the lower left corner of a panel, on a ground that they show on; into the
+    upper one where they would hide the ring."""
+    room = panel.width / _DPI - 0.08
+    sizes = [size * min(1, room / _width(line, size)) for line in lines]
+    heights = [1.6 * own / 72 for own in sizes]
+    top = 0 if at_top else panel.height / _DPI - sum(heights)
+    for line, own, height in zip(lines, sizes, heights, strict=True):
+        width = _width(line, own) + 0.08
+        ImageDraw.Draw(panel).rectangle((_pixels(0, top), _pixels(width, top + height)), 0)
+        _write(panel, (0.04, top + 0.75 * height), line, own, width, "white")
+        top += height
 
 
 def _percent(share):

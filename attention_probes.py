@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_packed_sequence
 
+from attention_metrics import at_places
 from groundwork import distributed
 from groundwork.progress import progress
 
@@ -107,7 +108,8 @@ def own_half(model, image, other, words):
     pairs = [torch.cat(pair, dim=2)[..., :side] for pair in ((own, neighbour), (neighbour, own))]
     _, alphas = _read(model, torch.stack(pairs), words)
     size = math.isqrt(alphas.shape[2])
-    columns = alphas[:, :-1].unflatten(2, (size, size))  # (2, T, size, size)
+    alphas = torch.from_numpy(at_places(alphas[:, :-1])).float()
+    columns = alphas.unflatten(2, (size, size))  # (2, T, size, size)
     left = (size / 2 - torch.arange(size)).clamp(0, 1)  # half of a column in the middle
     peaks = (columns == columns.amax((2, 3), keepdim=True)).float()
     peaks = peaks / peaks.sum((2, 3), keepdim=True)

@@ -83,15 +83,16 @@ def pointing_table(captions, regions):
         title, and a row for each beam width, as `groundwork.tables` prints them.
     """
     rows = []
+    seen = ""
     for beam_size, found in _looks(captions).items():
+        if _away(found) is not None:
+            seen = " (of the attention that is at a place)"
         words, shares = _pointing(found, regions)
         row = {"": f"beam {beam_size}"} | {k: figure(v, ".1%") for k, v in shares.items()}
         rows.append(row | {"peak": f"{row['peak']} of {counted(words, 'word')}"})
     images = f"{regions.known} of {counted(len(regions.of_images), 'image')}"
-    return (
-        f"pointing game: for a word that names something, how much is {regions.about}, {images}",
-        rows,
-    )
+    title = f"pointing game: for a word that names something, how much is {regions.about}{seen}"
+    return f"{title}, {images}", rows
 
 
 def attention_tables(captions, english):
@@ -107,6 +108,8 @@ def attention_tables(captions, english):
         kinds = [_kinds(words, english) for words, _ in found]
         even = _by_kind(kinds, [attention_metrics.evenness(alphas) for _, alphas in found])
         moved = _by_kind(kinds, [attention_metrics.movement(alphas) for _, alphas in found])
+        away = _away(found)
+        unseen = {} if away is None else _by_kind(kinds, away)
         chance = attention_metrics.movement_by_chance(found)
         spread += [
             {
@@ -116,6 +119,7 @@ def attention_tables(captions, english):
                 "moves": figure(_mean(moved[kind]), ".1%"),
                 "in random order": figure(chance, ".1%"),
             }
+            | ({"does not look": figure(_mean(unseen[kind]), ".1%")} if unseen else {})
             for kind in even
         ]
         uneven, least = attention_metrics.coverage(found)
@@ -124,7 +128,9 @@ def attention_tables(captions, english):
     return [
         (
             f"attention over {places} places: its entropy, 100% where it is even and 0% at one "
-            "place; how much of it is elsewhere than for the word before, 0% where it is even",
+            "place; how much of it is elsewhere than for the word before, 0% where it is even"
+            + "; how much of it is at no place, which the other figures leave out"
+            * bool(unseen),
             spread,
         )
     ] * bool(spread) + [
@@ -147,6 +153,9 @@ def scalars(captions, english, regions=None):
         measured = [getattr(attention_metrics, name)(alphas) for _, alphas in captions]
         for kind, values in _by_kind(kinds, measured).items():
             found[f"{name}/{kind}"] = _mean(values)
+    if (away := _away(captions)) is not None:
+        for kind, values in _by_kind(kinds, away).items():
+            found[f"sentinel/{kind}"] = _mean(values)
     if regions is not None:
         _, shares = _pointing(captions, regions)
         found |= {f"pointing/{name}": share for name, share in shares.items()}
@@ -222,6 +231,14 @@ def _pointing(captions, regions):
     mass, area = attention_metrics.mass_in_regions(captions, regions)
     shares = {"peak": hits, "random point": chance, "attention": mass, "even attention": area}
     return game.words, shares
+
+
+def _away(captions):
+    """How much of the attention for each word is at no place, an array for each caption; None where
+    there is no sentinel."""
+    alphas = [np.asarray(alphas) for _, alphas in captions]
+    away = attention_metrics.away(np.concatenate(alphas))
+    return None if away is None else np.split(away, np.cumsum(list(map(len, alphas)))[:-1])
 
 
 def _has_attention(captions):

@@ -31,13 +31,14 @@ class Look(NamedTuple):
 
     context: Tensor  # (n, context_dim) ẑ_t
     alphas: Tensor | None  # (n, L) float32, where that is; None of an attention without places
-    log_p: Tensor | None = None  # (n,) float32 log α of the place, where one place is drawn
+    log_p: Tensor | None = None  # (n,) float32 log α of the place, where training draws one
     entropy: Tensor | None = None  # (n,) float32 of the alphas it is drawn from
 
 
 @register("soft")
 class Attention(AnnotationVectors):
-    """Deterministic soft attention (§4.2): α_t = softmax_i(w · relu(W_a a_i + W_h h_{t-1})).
+    """Deterministic soft attention (Xu et al., 2015, §4.2): α_t = softmax_i(w · relu(W_a a_i +
+    W_h h_{t-1})), and ẑ_t = Σ_i α_ti a_i.
 
     The decoder adds to the query what it knows of the previous word, W_y E y_{t-1}, where its
     configuration or `knows_word` says so.
@@ -109,32 +110,36 @@ class Attention(AnnotationVectors):
 
 @register("hard")
 class HardAttention(Attention):
-    """Stochastic hard attention (§4.1): one place s_t is drawn from the alphas, ẑ_t = a_{s_t}.
+    """Stochastic hard attention (Xu et al., 2015, §4.1): one place s_t is drawn from the alphas,
+    ẑ_t = a_{s_t}.
 
-    Training draws in one half of the batches and is soft in the other, as the authors' code does;
-    `objectives.reinforce` makes the gradient. `look` says how a trained one looks: "soft", the
-    expected context; "argmax", the likeliest place; "sample", a drawn one.
+    Training draws in one half of the batches and is soft in the other, as the authors' code does
+    (github.com/kelvinxu/arctic-captions); `objectives.reinforce` makes the gradient. A trained one
+    looks in one of the ways of `LOOKS`: at the expected context, at the likeliest place, or at a
+    drawn one. Its alphas are the probabilities of the places in any case.
     """
 
-    LOOKS = ("soft", "argmax", "sample")
+    LOOKS = ("soft", "argmax", "sample")  # see `contract.Decoder.looks`
     SOFT_SHARE = 0.5  # of the batches
 
     def __init__(self, config):
         super().__init__(config)
-        self.look = "soft"
+        self.look, self.seed, self.generator = "soft", 0, None
         # kept in checkpoints, so that a run goes on exactly: the moving average of the returns, and
         # whether it has begun; how many batches there have been
         self.register_buffer("baseline", torch.zeros(2))
         self.register_buffer("batches", torch.zeros(()))
 
     def prepare(self, encoder_out: Tensor) -> Annotations:
-        look = self.look
+        look, self.generator = self.look, None
         if self.training:
             # from the batch's number, so that all processes draw in the same ones
             generator = torch.Generator().manual_seed(int(self.batches))
             soft = torch.rand((), generator=generator) < self.SOFT_SHARE
             look = "soft" if soft else "sample"
             self.batches += 1
+        elif look == "sample":
+            self.generator = torch.Generator(encoder_out.device).manual_seed(self.seed)
         return super().prepare(encoder_out)._replace(look=look)
 
     def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
@@ -145,17 +150,20 @@ class HardAttention(Attention):
         if annotations.look == "argmax":
             places = alphas.detach().argmax(dim=1, keepdim=True)
         else:
-            places = torch.multinomial(alphas.detach(), 1)
+            places = torch.multinomial(alphas.detach(), 1, generator=self.generator)
         chosen = torch.zeros_like(alphas, dtype=query.dtype).scatter(1, places, 1.0)
-        context = annotations.weighted(chosen, slots, per_image)
+        look = Look(annotations.weighted(chosen, slots, per_image), alphas)
+        if not self.training:
+            return look
         entropy = -(alphas * log_alphas).sum(dim=1)
-        return Look(context, alphas, log_alphas.gather(1, places).squeeze(1), entropy)
+        return look._replace(log_p=log_alphas.gather(1, places).squeeze(1), entropy=entropy)
 
 
 @register("none")
 class NoAttention(AnnotationVectors):
     """No attention: ẑ_t is the mean annotation vector at every step, as in the captioner that
-    attention was compared with (Vinyals et al., 2015), which has it in the first state alone."""
+    attention was compared with (Vinyals et al., 2015, §3.1), which has it before the
+    first word alone."""
 
     knows_word = False
     decoder_att = None
@@ -198,8 +206,11 @@ class BahdanauAttention(Attention):
 
 @register("adaptive")
 class AdaptiveAttention(Attention):
-    """Attention with a visual sentinel (Lu et al., 2017, §2.3): beside the L places stands what the
-    decoder remembers, s_t = σ(W_x E y_{t-1} + W_h h_{t-1}) ⊙ tanh(c_{t-1}), and the context is
+    """Attention with a visual sentinel (Lu et al., 2017, §2.3): it weighs the places against what
+    the decoder remembers.
+
+    Beside the L places stands s_t = σ(W_x E y_{t-1} + W_h h_{t-1}) ⊙ tanh(c_{t-1}), and the context
+    is
 
         ĉ_t = β_t W s_t + Σ_i α_ti a_i,
         (α_t, β_t) = softmax([w · tanh(W_a a_i + q_t); w · tanh(W_s s_t + q_t)]).
@@ -244,7 +255,8 @@ class MultiHeadAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
         if self.attention_dim % config.heads:
-            raise ValueError(f"its attention_dim {self.attention_dim} is no multiple of heads")
+            heads = f"its heads, {config.heads}"
+            raise ValueError(f"its attention_dim {self.attention_dim} is no multiple of {heads}")
         del self.full_att
         self.heads, self.context_dim = config.heads, self.attention_dim
         self.value_att = nn.Linear(config.annotation_dim, self.attention_dim)  # W_v

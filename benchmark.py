@@ -19,6 +19,11 @@ def parse_arguments():
     add("--rounds", type=positive, default=5, help="of which the median is taken")
     add("--slow_rounds", type=positive, default=3, help="likewise, where the encoder runs")
     add("--output_folder", default="benchmark", help="for table and picture")
+    add(
+        "--variants",
+        action="store_true",
+        help="time every decoder and attention beside the paper's instead",
+    )
     add_device_options(parser)
     return parser.parse_args()
 
@@ -35,6 +40,11 @@ def main():
 
     device = choose_device(options.device)
     amp = options.amp == "auto" and has_fast_bfloat16(device)
+    if options.variants:
+        from benchmark_variants import describe_variants, variants
+
+        print(describe_variants(variants(device, amp, options.rounds), device, amp))
+        return
     settings = Settings(options.geometry, device, amp, options.rounds, options.slow_rounds)
     folder = make_folder(options.output_folder)
     check_writable(folder / f"benchmark_{options.geometry}.md")  # better now than in an hour

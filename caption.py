@@ -76,7 +76,7 @@ def main():
     if not options.no_pictures:
         make_folder(options.output_folder)
     path = options.model or checkpoints.newest_best_checkpoint("data")
-    model = Captioner.load(path, options.device, options.amp, options.word_map)
+    model = Captioner.load(path, options.device, options.amp, options.word_map, options.look)
     model.check_beam_size(options.beam_size)
 
     records, unreadable = caption_all(model, paths, options)

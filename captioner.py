@@ -72,9 +72,10 @@ class Captioner:
     device: torch.device
     amp: bool  # compute in bfloat16
     about: dict  # the checkpoint without its weights: options, stage, epoch, scores, log, …
+    look: str | None = None  # of `decoder.looks`; None: as it usually looks
 
     @classmethod
-    def load(cls, path, device=None, amp="auto", word_map=None):
+    def load(cls, path, device=None, amp="auto", word_map=None, look=None):
         """The model of a checkpoint file.
 
         Args:
@@ -84,9 +85,12 @@ class Captioner:
             amp: "auto" computes in bfloat16 where the device is faster in it, "off" in float32.
             word_map: path of a WORDMAP file, for a checkpoint that holds no word map; of one that
                 does it must be the same.
+            look: how a model of hard attention looks: "soft", at the expected context, as it does
+                without; "argmax", at the likeliest place; "sample", at one drawn at random.
 
         Raises:
-            UserError: a file is missing or damaged, or the word map is of another vocabulary.
+            UserError: a file is missing or damaged, the word map is of another vocabulary, or the
+                model cannot look so.
         """
         if not isinstance(path, str | PathLike):
             raise UserError(f"a checkpoint is named by its path, not by {path!r}")
@@ -96,12 +100,15 @@ class Captioner:
         checkpoint = checkpoints.load_checkpoint(path)
         encoder, decoder = checkpoints.build_models(checkpoint)
         words = _words(path, checkpoint.get("word_map"), word_map, decoder.config.vocab_size)
+        if look is not None:
+            _check_look(path, look, decoder.looks)
+            decoder.set_look(look)
         encoder.to(device, memory_format=torch.channels_last).fold_batch_norm()
         amp = amp == "auto" and has_fast_bfloat16(device)
         weights = ("encoder", "decoder", "optimizer")
         about = {key: value for key, value in checkpoint.items() if key not in weights}
         size = checkpoint["image_size"]
-        return cls(encoder, decoder.to(device), words, size, device, amp, about)
+        return cls(encoder, decoder.to(device), words, size, device, amp, about, look)
 
     def caption(
         self,
@@ -127,7 +134,8 @@ class Captioner:
             max_length: words, at most.
             length_penalty: α: captions are compared by log p / length^α.
             batch_size: images captioned together.
-            seed: of what is drawn; None: another draw each time.
+            seed: of what is drawn; None: of words another draw each time, of the places of
+                `look` the same.
 
         Yields:
             a `Caption` for each image, or where `n` is given, a list of them.
@@ -152,6 +160,8 @@ class Captioner:
 
         def found():
             for features in self.encode_ahead(self._batches(images, batch_size)):
+                if self.look is not None:
+                    self.decoder.set_look(self.look, seed or 0)
                 if temperature == 0:
                     captions = self.search(features, beam_size, n or 1, max_length, length_penalty)
                 else:
@@ -283,6 +293,16 @@ def _words(path, own, named, count):
             f"{named} is of another vocabulary than {path}, which holds its own: leave it out"
         )
     return dict(sorted(words.items(), key=itemgetter(1)))
+
+
+def _check_look(path, look, looks):
+    """Raises UserError unless the decoder of the checkpoint at `path` can look so."""
+    if not looks:
+        raise UserError(
+            f"{path} looks in one way alone, as its attention is not hard: leave look (--look) out"
+        )
+    if look not in looks:
+        raise UserError(f"look {look!r} is none of {', '.join(looks)}")
 
 
 def _in_words(caption, words):

@@ -310,12 +310,13 @@ def build_models(checkpoint, **changes):
         UserError: its weights do not fit each other.
     """
     size, name = checkpoint["encoded_image_size"], checkpoint["encoder_name"]
+    stages = checkpoint["encoder_stages"]
     shapes = {key: tensor.shape for key, tensor in checkpoint["encoder"].items()}
-    if shapes != encoder_shapes(name):  # before it takes memory
+    if shapes != encoder_shapes(name, stages):  # before it takes memory
         raise UserError(
             f"the checkpoint's weights do not fit its models: the encoder's are not {name!r}'s"
         )
-    encoder = Encoder(name, size, weights=None, stages=checkpoint["encoder_stages"])
+    encoder = Encoder(name, size, weights=None, stages=stages)
     try:
         encoder.load_state_dict(checkpoint["encoder"])
         decoder = _build_decoder(checkpoint, changes)

@@ -25,6 +25,10 @@ class ModelConfig:
     positions: int | None = None  # of words, that a decoder learns
     dropout: float | None = None  # probability, before the vocabulary layer
     embed_dropout: float | None = None  # probability, on the words' embeddings
+    embeddings: str | None = None  # a file of word vectors, or a package
+    freeze_embeddings: bool = False
+    bias_init: str | None = None  # of the vocabulary layer, "frequencies"; None: the decoder's own
+    bar_special: bool = False  # <pad>, <start> and <unk> have no probability
 
 
 @dataclass(frozen=True)

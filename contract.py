@@ -61,6 +61,9 @@ class Decoder(nn.Module):
             have these fields in common: `vocab_size` V, `encoder_dim` D, and `encoded_image_size`,
             the side of the grid that alphas cover. Its `__post_init__` raises ValueError for values
             that cannot be.
+
+    Most have two layers by these names, which `vocabulary` prepares: `embedding`, an nn.Embedding
+    of the V words, and `fc`, the nn.Linear with a bias that gives their scores.
     """
 
     Config: ClassVar[type]
@@ -69,6 +72,22 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+
+    @property
+    def looks(self) -> tuple[str, ...]:
+        """The ways in which it can look at an image while it decodes, the usual one first: the
+        `LOOKS` of a part of it that has such a choice; empty where none has."""
+        return next((part.LOOKS for part in self.modules() if hasattr(part, "LOOKS")), ())
+
+    def set_look(self, look: str, seed: int = 0):
+        """From now on decodes in one of the ways of `looks`; training goes its own.
+
+        Args:
+            seed: of what is drawn at random, from which each `prepare` begins anew.
+        """
+        for part in self.modules():
+            if hasattr(part, "LOOKS"):
+                part.look, part.seed = look, seed
 
     def prepare(self, encoder_out: Tensor) -> Selectable:
         """The memory: everything that the steps share, from (I, g, g, D) of any grid g."""

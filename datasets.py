@@ -133,6 +133,17 @@ class CaptionDataset(Dataset):
         return source, self.captions[i], self.lengths[i]
 
 
+def count_targets(data, words):
+    """How often each of so many words is to be predicted in a split, `<end>` counted, `<start>`
+    not: int64 (words,).
+
+    Args:
+        data: a `CaptionDataset`.
+    """
+    places = torch.arange(1, data.captions.shape[2])
+    return data.captions[..., 1:][places < data.lengths.unsqueeze(2)].bincount(minlength=words)
+
+
 class LengthSampler(Sampler):
     """Batches of images whose captions are about equally long; every image once an epoch.
 

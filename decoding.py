@@ -2,7 +2,8 @@
 
 All three produce words only: `<pad>`, `<start>` and `<unk>` never, and `<end>` neither before the
 first word nor later than after `max_length` words, so that a caption always comes out.
-Log-probabilities are the model's own, over its whole vocabulary.
+Log-probabilities are the model's own, over its whole vocabulary; where `vocabulary.bar` has left a
+part of it no probability, over the rest.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vocabulary import NEVER
 
 # Finished images leave the batch once it is no fuller than this: leaving copies the others, and on
 # a CPU every new batch size has its kernels compiled.
@@ -233,7 +236,7 @@ class _Allow:
     ROWS = 32  # whose scores a CPU's cache holds
 
     def __init__(self, word_map, max_length, device):
-        never, end = [word_map[word] for word in ("<pad>", "<start>", "<unk>")], word_map["<end>"]
+        never, end = [word_map[word] for word in NEVER], word_map["<end>"]
         self.never = torch.tensor(never, device=device)
         self.never_first = torch.tensor([*never, end], device=device)
         self.end, self.max_length = end, max_length

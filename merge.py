@@ -55,8 +55,9 @@ class MergeConfig(MapConfig):
 
 @register("merge")
 class MergeDecoder(Decoder):
-    """p(y_t) from relu(W (h_t + v)): h_t of an LSTM over the words, v = relu(W_v a) of the image's
-    vector a, the mean over the feature map. It has no attention.
+    """The merge architecture (Tanti et al., 2018, §3), without attention: p(y_t) from relu(W (h_t +
+    v)), h_t of an LSTM over the words, v = relu(W_v a) of the image's vector a, the mean over the
+    feature map.
 
     Args:
         config: a `MergeConfig`.

@@ -4,6 +4,7 @@ nltk's BLEU compares words as written, lower-cased and without punctuation (`uti
 the COCO scores have a tokenizer of their own. Neither ever compares with `<unk>`.
 """
 
+import importlib
 import io
 import os
 import shutil
@@ -24,6 +25,7 @@ from nltk.translate.bleu_score import (
     sentence_bleu,
 )
 
+from groundwork.errors import UserError
 from utils import tokenize
 
 NGRAM_WEIGHTS = [(1.0,), (1 / 2,) * 2, (1 / 3,) * 3, (1 / 4,) * 4]
@@ -62,14 +64,17 @@ def cider(references, captions):
 
     Args:
         references, captions: as in `bleu`.
+
+    Raises:
+        UserError: there is no pycocoevalcap.
     """
-    from pycocoevalcap.cider.cider import Cider  # here, as few need it
+    cider = _of_coco("cider.cider")
 
     def words(texts):
         return [" ".join(tokenize(text)) for text in texts]
 
     truth = {i: words(texts) for i, texts in enumerate(references)}
-    score, _ = Cider().compute_score(truth, {i: words([t]) for i, t in enumerate(captions)})
+    score, _ = cider.Cider().compute_score(truth, {i: words([t]) for i, t in enumerate(captions)})
     return float(score)
 
 
@@ -95,6 +100,22 @@ def smoothed_bleu(references, captions):
     ]
 
 
+def check_cider():
+    """Raises UserError unless CIDEr-D can be computed, for who would find out hours later."""
+    _of_coco("cider.cider")
+
+
+def _of_coco(module):
+    """A module of pycocoevalcap, imported here, as most runs do without. Raises UserError."""
+    try:
+        return importlib.import_module(f"pycocoevalcap.{module}")
+    except ImportError as error:
+        raise UserError(
+            f"CIDEr-D and COCO's other scores need the package pycocoevalcap ({error}): "
+            "pip install pycocoevalcap"
+        ) from error
+
+
 class CocoScores(NamedTuple):
     """Scores of the COCO caption evaluation of named lists of captions: "BLEU-1" to "BLEU-4",
     "METEOR", "ROUGE-L", "CIDEr-D", "SPICE", or those of them that can be computed here."""
@@ -115,12 +136,12 @@ def coco_scores(references, captions, only=None):
     corpus, each = ({name: {} for name in captions} for _ in range(2))
     with redirect_stdout(io.StringIO()), _java_aside() as said:  # they tell what they are doing
         try:
+            kinds, left_out = _coco_scorers(only)
             truth, found = _tokenize(references, captions, said)
-        except OSError as error:
+        except (UserError, OSError) as error:
             return CocoScores(
                 corpus, each, [f"no COCO scores (BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE): {error}"]
             )
-        kinds, left_out = _coco_scorers(only)
         for make, names in kinds:
             try:
                 of_lists = {name: _score(make, names, truth, own) for name, own in found.items()}
@@ -186,16 +207,14 @@ def _java_aside():
 
 def _coco_scorers(only):
     """pycocoevalcap's scorers, to be made, with the names of their scores, and lines for those left
-    out."""
-    # here, as training does without it
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.rouge.rouge import Rouge
-    from pycocoevalcap.spice import spice
-
-    kinds = [(lambda: Bleu(4), [f"BLEU-{n}" for n in range(1, 5)])]
-    kinds += [(Meteor, ["METEOR"]), (Rouge, ["ROUGE-L"]), (Cider, ["CIDEr-D"])]
+    out. Raises UserError."""
+    bleu, spice = _of_coco("bleu.bleu"), _of_coco("spice.spice")
+    kinds = [(lambda: bleu.Bleu(4), [f"BLEU-{n}" for n in range(1, 5)])]
+    kinds += [
+        (_of_coco("meteor.meteor").Meteor, ["METEOR"]),
+        (_of_coco("rouge.rouge").Rouge, ["ROUGE-L"]),
+        (_of_coco("cider.cider").Cider, ["CIDEr-D"]),
+    ]
     left_out = []
     if list(Path(spice.__file__).parent.glob("lib/stanford-corenlp-*-models.jar")):
         kinds.append((spice.Spice, ["SPICE"]))
@@ -216,9 +235,9 @@ def _tokenize(references, captions, said):
     Raises:
         OSError: there is no Java that runs, or no writing in the package's own folder, as it needs
             to.
+        UserError: there is no pycocoevalcap.
     """
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
+    tokenizer = _of_coco("tokenizer.ptbtokenizer").PTBTokenizer
     if shutil.which("java") is None:
         raise OSError("their tokenizer needs Java")
 
@@ -227,7 +246,7 @@ def _tokenize(references, captions, said):
             key: [{"caption": " ".join(text.split())} for text in texts]
             for key, texts in lists.items()
         }
-        tokens = PTBTokenizer().tokenize(one_line)
+        tokens = tokenizer().tokenize(one_line)
         if any(len(tokens.get(key, ())) != len(texts) for key, texts in lists.items()):
             lines = [line for line in said().splitlines() if line.strip()]
             reason = lines[-1][:200] if lines else "without a word"
@@ -290,8 +309,11 @@ def novelty(captions, training):
     return sum(tuple(tokenize(text)) not in known for text in captions) / max(len(captions), 1)
 
 
-def top5_accuracy(scores, targets):
-    """Share of targets (n,) int64 among the five largest scores of their row (n, V): a scalar
-    float32 on their device, so that the host need not wait for it."""
+def top5_right(scores, targets, barred=None):
+    """How many targets (n,) int64 are among the five largest scores of their row (n, V), and not
+    `barred`, int64: a scalar float32 on their device, so that the host need not wait for it."""
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    return (top == targets.unsqueeze(1)).any(dim=1).float().mean()
+    right = (top == targets.unsqueeze(1)).any(dim=1)
+    if barred is not None:
+        right &= (targets.unsqueeze(1) != barred).all(dim=1)
+    return right.float().sum()

@@ -96,7 +96,8 @@ class LSTMConfig(MapConfig):
 
 @register("lstm")
 class DecoderWithAttention(Decoder):
-    """LSTM decoder with soft attention (§3.1.2, §4.2), parameters named as in the published code.
+    """The paper's LSTM (Xu et al., 2015, §3.1.2), which looks before each word; its parameters are
+    named as in the published code.
 
     Args:
         config: an `LSTMConfig`.

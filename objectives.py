@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch import Tensor
 
 import kernels
 from groundwork import distributed
@@ -15,25 +15,27 @@ class CrossEntropy:
 
     alpha_c: float = 1.0
     label_smoothing: float = 0.0
+    barred: Tensor | None = None  # from `vocabulary.barred`
 
     def __call__(self, scores, targets, alphas, drawn=None, sizes=None):
         """A scalar float32.
 
         Args:
             scores, targets, alphas, drawn: from `Decoder.forward`.
-            sizes: words and captions of the whole batch, where this is a part of it.
+            sizes: of the whole batch, where this is a part of it: the sum of its parts' `sizes`.
         """
-        return caption_loss(
-            scores, targets, alphas, drawn, self.alpha_c, self.label_smoothing, sizes
-        )
+        terms = self.alpha_c, self.label_smoothing
+        return caption_loss(scores, targets, alphas, drawn, *terms, sizes, self.barred)
+
+    def sizes(self, targets):
+        """Words and captions that the loss is a mean over, float32 (2,) on their device."""
+        return sizes_of(targets, self.barred)
 
     def sums(self, scores, targets, alphas):
         """What adds up over batches and processes: float64 (2, 2), a row for each term of the loss,
         its sum and how many words or captions it is over."""
-        terms = loss_terms(scores, targets, alphas, self.label_smoothing)
-        counts = len(targets.data), int(targets.batch_sizes[0])
-        rows = [[term.item(), count] for term, count in zip(terms, counts, strict=True)]
-        return torch.tensor(rows, dtype=torch.float64)
+        terms = loss_terms(scores, targets, alphas, self.label_smoothing, self.barred)
+        return torch.stack([torch.stack(terms), self.sizes(targets)], dim=1).cpu().double()
 
     def of(self, sums):
         """The loss, a float, of what `sums` gives, added up."""
@@ -41,7 +43,16 @@ class CrossEntropy:
         return missed / words + self.alpha_c * uneven / captions
 
 
-def caption_loss(scores, targets, alphas, drawn=None, alpha_c=1.0, label_smoothing=0.0, sizes=None):
+def caption_loss(
+    scores,
+    targets,
+    alphas,
+    drawn=None,
+    alpha_c=1.0,
+    label_smoothing=0.0,
+    sizes=None,
+    barred=None,
+):
     """What training minimises: -log p of the words, and doubly stochastic attention (eq. 14).
 
     Args:
@@ -51,21 +62,36 @@ def caption_loss(scores, targets, alphas, drawn=None, alpha_c=1.0, label_smoothi
         label_smoothing: share of the target spread over the vocabulary.
         sizes: words and captions of the batch that this is a part of, and to whose loss the
             parts' losses add up; None for a batch by itself.
+        barred: int64, words that the decoder gives no probability, from `vocabulary.barred`: they
+            are left out where they are targets, and have no share of the label smoothing.
 
     Returns:
         scalar float32: the mean over the real words, plus the regularisation.
     """
-    words, captions = (len(targets.data), int(targets.batch_sizes[0])) if sizes is None else sizes
-    missed, uneven = loss_terms(scores, targets, alphas, label_smoothing)
+    words, captions = sizes_of(targets, barred) if sizes is None else sizes
+    missed, uneven = loss_terms(scores, targets, alphas, label_smoothing, barred)
     loss = missed / words + alpha_c * uneven / captions
     if drawn is not None:
-        loss = loss + reinforce(scores, targets, drawn, words / captions) / captions
+        loss = loss + reinforce(scores, targets, drawn, words / captions, barred=barred) / captions
     return loss
 
 
-def loss_terms(scores, targets, alphas, label_smoothing=0.0):
+def sizes_of(targets, barred=None):
+    """Words, without those barred, and captions of packed targets: float32 (2,)."""
+    words = _counted(targets.data, barred).sum(dtype=torch.float32)
+    return torch.stack([words, words.new_tensor(int(targets.batch_sizes[0]))])
+
+
+def _counted(targets, barred):
+    """Which of the targets (n,) are no barred words, bool."""
+    if barred is None:
+        return torch.ones_like(targets, dtype=torch.bool)
+    return ~torch.isin(targets, barred)
+
+
+def loss_terms(scores, targets, alphas, label_smoothing=0.0, barred=None):
     """Sums of `caption_loss`: of -log p over words, of the mean (1 - Σ_t α_ti)² over captions."""
-    missed = kernels.missed(scores.data, targets.data, label_smoothing)
+    missed = kernels.missed(scores.data, targets.data, label_smoothing, barred)
     if alphas is None:
         return missed, missed.new_zeros(())
     return missed, ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1).sum()
@@ -75,7 +101,15 @@ def loss_terms(scores, targets, alphas, label_smoothing=0.0):
 RETURN_SCALE, BASELINE_DECAY, ENTROPY_WEIGHT = 0.1, 0.9, 0.002
 
 
-def reinforce(scores, targets, drawn, words_each, scale=RETURN_SCALE, entropy=ENTROPY_WEIGHT):
+def reinforce(
+    scores,
+    targets,
+    drawn,
+    words_each,
+    scale=RETURN_SCALE,
+    entropy=ENTROPY_WEIGHT,
+    barred=None,
+):
     """What stochastic attention minimises beside -log p of the words (§4.1, eq. 11 and 12): its
     gradient is the estimate of how the places' distribution changes the expected loss.
 
@@ -83,27 +117,33 @@ def reinforce(scores, targets, drawn, words_each, scale=RETURN_SCALE, entropy=EN
 
     A place is judged by the words that follow it, as those before do not depend on it. b, the
     moving average of the returns, is moved by a tenth of the way to their mean after each call, and
-    begins with the first.
+    begins with that of the first batch: as its own returns are in it, of n captions, that one
+    estimate is too small by about an n-th. A batch whose mean is not finite, so that its step is
+    skipped, leaves b alone.
 
     Args:
         scores, targets, drawn: from `Decoder.forward`.
         words_each: a caption's words, on average.
         scale: 1 for the gradient of the expected loss itself.
         entropy: w.
+        barred: as in `caption_loss`: a place is not judged by these words.
 
     Returns:
         a scalar float32, the sum over captions.
     """
     log_p = scores.data.detach().log_softmax(dim=1, dtype=torch.float32)
     missed = -log_p.gather(1, targets.data.unsqueeze(1)).squeeze(1)
-    padded, lengths = pad_packed_sequence(targets._replace(data=missed), batch_first=True)
-    following = padded.flip(1).cumsum(1).flip(1)
-    order = targets.sorted_indices
-    following = pack_padded_sequence(following[order], lengths[order.cpu()], batch_first=True).data
+    missed = missed * _counted(targets.data, barred)
+    following, total = [], missed.new_zeros(int(targets.batch_sizes[0]))
+    for own in reversed(missed.split(targets.batch_sizes.tolist())):  # from the last word on
+        total[: len(own)] += own
+        following.append(total[: len(own)].clone())
+    following = torch.cat(following[::-1])
     returns = following * scale / words_each
-    total = distributed.add_up(torch.stack([returns.sum(), returns.new_tensor(len(returns))]))
-    mean, (baseline, begun) = total[0] / total[1], drawn.baseline.clone()
+    sums = distributed.add_up(torch.stack([returns.sum(), returns.new_tensor(len(returns))]))
+    mean, (baseline, begun) = sums[0] / sums[1], drawn.baseline.clone()
     baseline = torch.where(begun > 0, baseline, mean)
     moved = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
-    drawn.baseline.copy_(torch.stack([moved, torch.ones_like(moved)]))
+    moved = torch.stack([moved, torch.ones_like(moved)])
+    drawn.baseline.copy_(moved.where(mean.isfinite(), drawn.baseline))
     return ((returns - baseline) * drawn.log_p - entropy * drawn.entropy).sum()

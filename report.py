@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 import metrics
 import pictures
+from attention_metrics import at_places, away
 from datasets import as_photographed, read_references
 from groundwork.files import atomic_write, make_folder
 from groundwork.wording import counted
@@ -41,7 +42,7 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
             the widest beam.
         beams: for each image all captions of the widest beam, the best first.
         about: lines on where the captions come from.
-        scores: `evaluation.Scores`, with all tables that the page is to have.
+        scores: `evaluation.Scores` of these captions, with all tables that the page is to have.
         log: records of the training, one an epoch; may be empty.
         trained: whether the data set is the model's, whose training captions tell what is new.
         probed: `attention_report.Findings` on whether words depend on where the model looked.
@@ -51,7 +52,8 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
         UserError: it cannot be written.
     """
     beam_size = max(captions)
-    name, captions = f"beam {beam_size}", captions[beam_size]
+    name = dict(zip(captions, scores.each, strict=True))[beam_size]
+    captions = captions[beam_size]
     references = [reference["captions"] for reference in data.references]
     texts = [caption.text for caption in captions]
     each = scores.each[name] | {"smoothed BLEU-4": metrics.smoothed_bleu(references, texts)}
@@ -78,16 +80,21 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
         changed=changed,
         changed_picture=changed and _data_url("image/png", changed.picture.read_bytes()),
         rank=rank,
-        groups={
-            "Best": order[:EXAMPLES],
-            "Worst": order[: -EXAMPLES - 1 : -1],
-            "Random": random.Random(0).sample(order, min(EXAMPLES, len(order))),
-        },
+        groups=groups(order),
         contents={"columns": columns, "rank": rank, "examples": examples},
     )
     make_folder(path.parent)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def groups(order):
+    """Heading -> numbers of the images that the page shows under it, of all, the best first."""
+    return {
+        "Best": order[:EXAMPLES],
+        "Worst": order[: -EXAMPLES - 1 : -1],
+        "Random": random.Random(0).sample(order, min(EXAMPLES, len(order))),
+    }
 
 
 def _template():
@@ -132,7 +139,7 @@ def attention_view(image, captions, size):
     Args:
         image: RGB PIL.Image.
         captions: with `words`, T strings, `log_prob`, and `alphas`, a (T, L) array or tensor of
-            non-negative numbers, no row all zero, L = places²; or None.
+            non-negative numbers, L = places², rows that sum to one or less; or None.
         size: pixels along the image's longer side, at most.
     """
     image, picture = image.copy(), io.BytesIO()
@@ -144,6 +151,7 @@ def attention_view(image, captions, size):
             {
                 "words": list(caption.words),
                 "alphas": None if caption.alphas is None else _encode(caption.alphas),
+                "away": None if caption.alphas is None else _away(caption.alphas),
                 "log_prob": round(caption.log_prob, 2),
             }
             for caption in captions
@@ -151,9 +159,15 @@ def attention_view(image, captions, size):
     }
 
 
+def _away(alphas):
+    """How much each word does not look, where the attention has a sentinel, else None."""
+    shares = away(alphas)
+    return None if shares is None else shares.round(4).tolist()
+
+
 def _encode(alphas):
     """Base64 of 16 bits each, the lower byte first, each word's 65535 at the greatest."""
-    alphas = np.asarray(alphas, np.float64)
+    alphas = at_places(alphas)
     levels = np.rint(65535 * alphas / alphas.max(axis=1, keepdims=True)).astype("<u2")
     return base64.b64encode(levels.tobytes()).decode()
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 import metrics
+import vocabulary
 from datasets import proportions
 from groundwork import distributed
 from groundwork.devices import loader_options
@@ -91,7 +92,8 @@ def ascent(model, images, captions, lengths):
 def _loss(model, features, captions, lengths):
     """The mean of -log p over the words of captions (n, K, T) of lengths (n, K)."""
     captions = captions.flatten(0, 1).to(model.device)
-    return caption_loss(*model.decoder(features, captions, lengths.flatten()), alpha_c=0.0)
+    made = model.decoder(features, captions, lengths.flatten())
+    return caption_loss(*made, alpha_c=0.0, barred=vocabulary.barred(model.decoder))
 
 
 def _jpeg(source, quality):

@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def pack(maps: list[Tensor]) -> Tensor:
+def pack(maps: list[Tensor], factors=None) -> Tensor:
     """(N, g, g, Σ_s f_s² D_s) of maps (N, f_s g, f_s g, D_s), g the coarsest grid.
 
-    A map whose grid is no multiple of the coarsest, as with 299 pixels, is first pooled to the
-    nearest one below.
+    A map of another grid, as with 299 pixels, is first brought to f_s g by adaptive pooling.
+
+    Args:
+        factors: f_s of each; None: the greatest for which no map is made larger.
     """
     grid = min(features.shape[1] for features in maps)
-    folded = [_fold(features, grid) for features in maps]
+    factors = factors or [features.shape[1] // grid for features in maps]
+    folded = [_fold(*pair, grid) for pair in zip(maps, factors, strict=True)]
     return folded[0] if len(folded) == 1 else torch.cat(folded, dim=3)  # one is not copied
 
 
@@ -36,9 +39,8 @@ def unpack(encoder_out: Tensor, dims, factors) -> list[Tensor]:
     ]
 
 
-def _fold(features, grid):
+def _fold(features, factor, grid):
     count, side, _, dim = features.shape
-    factor = side // grid
     if side != factor * grid:
         pooled = F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), factor * grid)
         features = pooled.permute(0, 2, 3, 1)

@@ -17,6 +17,8 @@ from training_options import DEMO_DEFAULTS, make_parser, typed_options
 
 # Of the model's options, those that a checkpoint that is continued may have otherwise
 DROPOUTS = ("dropout", "embed_dropout")
+# And those that say how its words were begun, which its weights tell no more
+BEGUN = ("embeddings", "freeze_embeddings", "bias_init", "bar_special")
 # What says which run it is, and where; all other options are the run's own, until others are typed
 APART = {
     "model", "resume", "overwrite", "prune_features", "data_folder", "data_name", "output_folder",
@@ -29,9 +31,15 @@ def main():
     typed = typed_options(parser)
 
     # what follows takes seconds to import
+    if typed.pop("list", False):
+        import listing
+
+        print(listing.describe())
+        return
     import torch
 
     import continuation
+    import metrics
     import parts_of_speech
     from groundwork import distributed, tensorboard_log
     from groundwork.devices import choose_device
@@ -45,6 +53,8 @@ def main():
     if options.tensorboard:
         tensorboard_log.check_installed()
         parts_of_speech.check_installed()
+    if options.select_by == "cider":
+        metrics.check_cider()
     if options.regions is not None and not options.tensorboard:
         raise UserError("--regions are for --tensorboard, which shows how the attention fits")
     if options.region_words and options.regions is None:
@@ -155,7 +165,8 @@ def make_state(options, typed, base, checkpoint, device):
         raise UserError(f"the checkpoint is of another vocabulary than {base}'s word map")
     data = describe_data(folder, base)
     record = provenance.describe(data, options.seed, device)
-    encoder, decoder = make_models(options, checkpoint, len(word_map))
+    encoder, decoder = make_models(options, checkpoint, base, word_map)
+    check_own(make_parser().typed(), decoder)
     in_force = model_options(encoder, decoder)
     if checkpoint:
         check_model(typed, in_force, checkpoint["options"])
@@ -175,23 +186,69 @@ def make_state(options, typed, base, checkpoint, device):
     )
 
 
-def make_models(options, checkpoint, vocab_size):
+def make_models(options, checkpoint, base, word_map):
     """Encoder and decoder: of the checkpoint, or new."""
     import checkpoints
-    from encoders import Encoder
+    import vocabulary
 
     if checkpoint:
         dropouts = {name: getattr(options, name) for name in DROPOUTS}
         changes = {name: value for name, value in dropouts.items() if value is not None}
-        return checkpoints.build_models(checkpoint, **changes)
+        encoder, decoder = checkpoints.build_models(checkpoint, **changes)
+    else:
+        encoder, decoder = new_models(options, base, word_map)
+    if options.freeze_embeddings:
+        vocabulary.freeze_embeddings(decoder)
+    return encoder, decoder
+
+
+def new_models(options, base, word_map):
+    """Encoder and decoder before training."""
+    import checkpoints
+    import vocabulary
+    from datasets import CaptionDataset, count_targets
+    from encoders import Encoder
+
+    vectors = read_vectors(options, word_map)
     weights = options.encoder_weights or "DEFAULT"
     stages = options.encoder_stages.split()
     encoder = Encoder(options.encoder, options.encoded_image_size, weights, stages)
-    values = dataclasses.asdict(make(ModelConfig, vars(options))) | {"vocab_size": vocab_size}
+    values = dataclasses.asdict(make(ModelConfig, vars(options))) | {"vocab_size": len(word_map)}
     values["feature_norm"] = options.feature_norm or ("layer" if len(stages) > 1 else "none")
+    if vectors is not None:
+        values["embed_dim"] = vectors.shape[1]
     values |= checkpoints.sizes_of_features(encoder)
     values = {name: value for name, value in values.items() if value is not None}
-    return encoder, checkpoints.new_decoder(options.decoder, values)
+    decoder = checkpoints.new_decoder(options.decoder, values)
+    if vectors is not None:
+        vocabulary.set_vectors(decoder, vectors)
+    if options.bias_init == "frequencies":
+        data = CaptionDataset(
+            options.data_folder, base, "TRAIN", karpathy_json=options.karpathy_json
+        )
+        vocabulary.set_frequencies(decoder, count_targets(data, len(word_map)))
+    if options.bar_special:
+        vocabulary.bar(decoder, word_map)
+    return encoder, decoder
+
+
+def read_vectors(options, word_map):
+    """The words' vectors that --embeddings names, a random one where there is none: (V, E); None
+    without the option."""
+    import embeddings
+
+    source, size = options.embeddings, options.embed_dim
+    if source is None:
+        return None
+    found = embeddings.read_vectors(source, word_map)
+    vectors = embeddings.complete(found, len(word_map))
+    if size not in (None, vectors.shape[1]):
+        raise UserError(
+            f"--embed_dim {size}: the vectors of {source} have {vectors.shape[1]} values: leave "
+            "the option out"
+        )
+    print(f"{source}: vectors for {len(found):,} of {len(word_map):,} words")
+    return vectors
 
 
 def make(kind, values):
@@ -266,6 +323,19 @@ def model_options(encoder, decoder):
     return {f.name: values[f.name] for f in dataclasses.fields(ModelConfig) if f.name in values}
 
 
+def check_own(typed, decoder):
+    """Raises UserError where options of the model are typed that this decoder does not have.
+
+    Args:
+        typed: by name, without those of a recipe.
+    """
+    of_all = {"encoder", "encoder_stages", "decoder", *BEGUN}
+    known = {field.name for field in dataclasses.fields(decoder.config)} | of_all
+    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in known]
+    if other := {name: typed[name] for name in fields if typed.get(name) is not None}:
+        raise UserError(f"{as_flags(other)}: the decoder {decoder.name} has no such choice")
+
+
 def check_model(typed, in_force, before):
     """Raises UserError where other model options are typed than those of a checkpoint's model.
 
@@ -273,6 +343,7 @@ def check_model(typed, in_force, before):
         before: the options of the checkpoint's run.
     """
     fixed = {name: value for name, value in in_force.items() if name not in DROPOUTS}
+    fixed |= {name: before.get(name, getattr(ModelConfig(), name)) for name in BEGUN}
     if "encoder_weights" in before:
         fixed["encoder_weights"] = before["encoder_weights"]
     other = {name: typed[name] for name in fixed if typed.get(name, fixed[name]) != fixed[name]}

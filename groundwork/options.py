@@ -158,3 +158,9 @@ def add_decoding_options(parser):
         default=0.0,
         help="α: captions are compared by log p / length^α",
     )
+    add(
+        "--look",
+        choices=["soft", "argmax", "sample"],
+        help="of hard attention: at the expected context, as it does without, at the likeliest "
+        "place, or at one drawn at random",
+    )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import kernels
+import vocabulary
 
 few = settings(max_examples=25, deadline=None)
 # images, captions of an image, places, hidden, values of a vector
@@ -122,8 +123,36 @@ def test_missed(rows, label_smoothing):
         found.append((loss, scores.grad))
     for fast, plain in zip(*found, strict=True):
         close(fast, plain)
-    by_hand = -value.double().log_softmax(1).gather(1, targets[:, None]).sum()
-    close(kernels.missed(value, targets), by_hand)
+    by_library = F.cross_entropy(value, targets, reduction="sum", label_smoothing=label_smoothing)
+    close(found[0][0], by_library)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_missed_without_the_words_that_are_barred(rows, label_smoothing, dtype):
+    """As if there were neither their columns nor the rows whose target they are."""
+    barred, kept = torch.tensor([0, 5, 9]), [1, 2, 3, 4, 6, 7, 8, 10]
+    targets, value = torch.randint(11, (rows,)), (3 * torch.randn(rows, 11)).to(dtype)
+    targets[0] = 4
+    value[:, barred] = vocabulary.BARRED
+    found = []
+    for function in (kernels.missed, kernels.plain_missed):
+        (scores,) = leaves(value)
+        loss = function(scores, targets, label_smoothing, barred)
+        (0.5 * loss).backward()
+        found.append((loss, scores.grad.float()))
+    (scores,) = leaves(value.float())
+    real = ~torch.isin(targets, barred)
+    places = torch.tensor([kept.index(w) for w in targets[real].tolist()])
+    without = F.cross_entropy(
+        scores[real][:, kept], places, reduction="sum", label_smoothing=label_smoothing
+    )
+    (0.5 * without).backward()
+    for loss, gradient in found:
+        close(loss, without, 1e-4)
+        close(gradient, scores.grad, 1e-5 if dtype is torch.float32 else 0.01)
+        assert not gradient[:, barred].any() and not gradient[~real].any()
 
 
 def test_bfloat16_within_its_rounding():

@@ -156,22 +156,31 @@ def untrained(tiny_data, amp=False):
 
 
 @pytest.mark.parametrize("alpha_c", [0.0, 1.5])
-def test_the_validation_loss_does_not_depend_on_the_batches(tiny_data, alpha_c):
+@pytest.mark.parametrize("bars", [False, True])
+def test_the_validation_loss_does_not_depend_on_the_batches(tiny_data, alpha_c, bars):
     data = CaptionDataset(*tiny_data, "VAL")
     assert len(set(data.lengths.flatten().tolist())) > 2  # words weigh otherwise than captions
     network, word_map = untrained(tiny_data)
+    # one that captions have more or less often
+    barred = torch.tensor([word_map["square"]]) if bars else None
+    objective = CrossEntropy(alpha_c, barred=barred)
     losses, accuracies = [], []
     for size in (1, 3, 8):
         batches = DataLoader(data, size)
-        loss, top5, captions = engine.validate(network, batches, CrossEntropy(alpha_c), word_map)
+        loss, top5, captions = engine.validate(network, batches, objective, word_map)
         assert len(captions) == len(data)
         losses.append(loss)
         accuracies.append(top5)
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     assert accuracies == pytest.approx([accuracies[0]] * 3, rel=1e-6)
     images, captions, lengths = next(iter(DataLoader(data, 8)))
-    expected = CrossEntropy(alpha_c)(*network.read(network.encode(images), captions, lengths))
-    assert losses[0] == pytest.approx(expected.item(), rel=1e-6)
+    read = network.read(network.encode(images), captions, lengths)
+    assert losses[0] == pytest.approx(objective(*read).item(), rel=1e-6)
+    rows = zip(read.scores.data.tolist(), read.targets.data.tolist(), strict=True)
+    rows = [(row, target) for row, target in rows if not bars or target != barred]
+    assert len(rows) < len(read.targets.data) or not bars
+    right = [target in sorted(range(len(row)), key=lambda w: -row[w])[:5] for row, target in rows]
+    assert accuracies[0] == pytest.approx(sum(right) / len(rows), rel=1e-6)
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -185,7 +194,7 @@ def test_validation_prepares_a_batch_once_and_finds_what_two_passes_do(tiny_data
         for images, captions, lengths in batches:
             with network.autocast():
                 features = network.encode(images)
-                scores, targets, alphas = network.read(features, captions, lengths)
+                scores, targets, alphas, _ = network.read(features, captions, lengths)
                 sums += objective.sums(scores, targets, alphas)
                 found = decoding.greedy(network.decoder, features, word_map)
             in_top5 = scores.data.topk(5).indices == targets.data[:, None]

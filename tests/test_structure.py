@@ -104,14 +104,14 @@ except SystemExit as exit:
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
     "models annotations attentions recurrent transformer merge kernels objectives stages encoders "
-    "efficientnet_lite contract decoding",
-    "utils datasets features demo",
+    "networks efficientnet_lite contract decoding vocabulary",
+    "utils datasets embeddings features demo",
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
     "parts_of_speech regions coco_results evaluation evaluation_data robustness report textbook "
     "benchmark_data",
     "config training_options engine checkpoints run_state training_data "
-    "training_report training continuation",
-    "captioner hubconf benchmark_parts benchmark_report",
+    "training_report training continuation listing",
+    "captioner hubconf benchmark_parts benchmark_report benchmark_variants",
 ]
 
 

@@ -1,11 +1,12 @@
-// <attention-view data='{"image": URL, "captions": [{"words", "alphas", "log_prob"}, …]}'>: a
+// <attention-view data='{"image": URL, "captions": [{"words", "alphas", "away", "log_prob"}, …]}'>: a
 // photograph, its caption, and a panel a word that shows where the model looked, as caption.py draws
 // them. Hovering over a word or panel shows it on the photograph; a click keeps it there; the arrow
 // keys step. Of several captions one is chosen by a click. Its colours are those of the page around.
 //
 // alphas: base64 of T rows of L = size² numbers of 16 bits, the lower byte first, one row a word, row
 // by row over the image, 65535 at the greatest of each word; null of a model without attention, which
-// then has no panels.
+// then has no panels. away: how much of each word's attention is at no place of the image, 0 to 1; null
+// of a model that always looks.
 (() => {
   const AMBER = [255, 184, 28];
   const PANEL = 220, PHOTO = 600; // pixels along the longer side; shown at half of that, or less
@@ -37,6 +38,7 @@
     figure { margin: 0; cursor: pointer; }
     figcaption { font-size: 13px; padding: 0 3px; border-radius: 4px; white-space: nowrap;
                  overflow: hidden; text-overflow: ellipsis; }
+    .away { font-size: 11px; padding: 1px 3px; white-space: nowrap; letter-spacing: -0.1px; opacity: 0.8; }
     figure canvas { display: block; max-width: 100%; max-height: 120px; border-radius: 3px; }
     .word.shown, .shown figcaption { background: rgb(${AMBER}); color: #1a1a1a; }
     .captions { margin: 14px 0 0; padding: 0 0 0 22px; font-size: 14px; }
@@ -59,11 +61,12 @@
   const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`;
 
   // what the panels show, in words
-  const legend = () =>
+  const legend = (away) =>
     element("p", { className: "legend" },
       "Full colour: the caption's strongest attention; gray: little or none. ",
       element("span", {}, element("span", { className: "line" }), " Line: half of the word’s own maximum. "),
-      element("span", {}, element("span", { className: "ring" }), " Ring: its strongest place."));
+      element("span", {}, element("span", { className: "ring" }), " Ring: its strongest place."),
+      ...(away ? [" “Does not look”: the share of a word’s attention that is at no place; the rest is shown."] : []));
 
   // rows of L numbers -> each word's attention at L places, 1 where it is as strong as if it were even
   const decode = (text, count) => {
@@ -194,8 +197,9 @@
     }
 
     choose(i) {
-      const { words, alphas } = this.captions[i];
+      const { words, alphas, away } = this.captions[i];
       this.words = words;
+      this.notes = away && away.map((share) => `does not look: ${percent(share)}`);
       this.grids = alphas && decode(alphas, words.length);
       this.pinned = null;
       const attentions = (this.grids ?? []).map((grid) => smooth(grid, ...shape(this.image, PANEL)));
@@ -218,7 +222,8 @@
         watch(element("button", { className: "word", textContent: word, tabIndex: -1 }), t));
       this.panels = (this.grids ? this.words : []).map((word, t) =>
         watch(element("figure", { title: word },
-          element("figcaption", { textContent: word }), element("canvas")), t));
+          element("figcaption", { textContent: word }), element("canvas"),
+          ...(this.notes ? [element("div", { className: "away", textContent: this.notes[t] })] : [])), t));
       this.where = element("span", { ariaLive: "polite" });
       this.numbers = element("p", { className: "numbers", hidden: !this.grids });
       const step = (text, label, by) =>
@@ -242,7 +247,7 @@
           element("div", { className: "caption" }, ...this.labels, sure),
           element("div", { className: "steps", hidden: !this.grids },
             step("◀", "word before", -1), step("▶", "next word", 1), this.where),
-          ...(this.grids ? [legend()] : []),
+          ...(this.grids ? [legend(this.notes)] : []),
           element("div", { className: "strip" }, ...this.panels),
           ...(others.length > 1 ? [element("ol", { className: "captions" }, ...others)] : [])));
       const root = this.shadowRoot || this.attachShadow({ mode: "open" });
@@ -263,7 +268,8 @@
     show(t) {
       const grid = t === null || !this.grids ? null : this.grids[t];
       draw(this.photo, this.image, PHOTO, grid, this.most);
-      this.numbers.textContent = grid && "Attention: spread over " + percent(spread(grid)) +
+      const note = this.notes && grid ? `${this.notes[t]}; the rest ` : "";
+      this.numbers.textContent = grid && "Attention: " + note + "spread over " + percent(spread(grid)) +
         " of the image, " + percent(greatest(grid) / grid.length) + " at its strongest place";
       for (const parts of [this.labels, this.panels]) {
         parts.forEach((part, i) => part.classList.toggle("shown", i === t));
