@@ -4,6 +4,7 @@ Beside that, `transformer` and `merge` are checked against PyTorch's own layers.
 """
 
 import json
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pad_packed_sequence
 
 import app
 import checkpoints
+import decoding
 import engine
 from attentions import ATTENTIONS
 from captioner import Captioner
@@ -408,8 +410,10 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint_exactly(variant, enc
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_every_decoder_goes_through_all_scripts(name, tiny_data, scenes, tmp_path, monkeypatch):
-    """Both stages, in one run and stopped between epochs; evaluation, report, captions, viewer."""
+    """Both stages, in one run and stopped between them; evaluation, report, captions, viewer."""
     monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
+    # nor does one that has learned little end its captions
+    monkeypatch.setattr(decoding, "greedy", partial(greedy, max_length=8))
     whole, halves = tmp_path / "whole", tmp_path / "halves"
 
     def train(output, *arguments):
@@ -421,11 +425,10 @@ def test_every_decoder_goes_through_all_scripts(name, tiny_data, scenes, tmp_pat
         assert process.returncode == 0, process.stderr
         return checkpoints.load_checkpoint(checkpoints.checkpoint_path(output, tiny_data[1]))
 
-    one = train(whole, "--stage", "both", "--epochs", 2)
+    one = train(whole, "--stage", "both", "--epochs", 1)
     train(halves, "--stage", "decoder", "--epochs", 1)
-    two = train(halves, "--stage", "both", "--epochs", 2, "--resume")
+    two = train(halves, "--stage", "both", "--epochs", 1, "--resume")
     assert one["stage"] == two["stage"] == "finetune"
-    assert one["log"][1]["loss"] < one["log"][0]["loss"]
     for part in ("encoder", "decoder"):
         for key, tensor in one[part].items():
             assert torch.equal(tensor, two[part][key]), key
@@ -433,7 +436,7 @@ def test_every_decoder_goes_through_all_scripts(name, tiny_data, scenes, tmp_pat
     process = run_here(
         "eval.py", "--checkpoint", whole, "--data_folder", tiny_data[0], "--beam_size", 1, 3,
         "--attention_report", "--results_folder", tmp_path, "--report", tmp_path / "page",
-        "--device", "cpu",
+        "--device", "cpu", "--max_len", 8,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "page" / "index.html").exists()
@@ -443,7 +446,7 @@ def test_every_decoder_goes_through_all_scripts(name, tiny_data, scenes, tmp_pat
 
     image = min((scenes / "images").iterdir())
     process = run_here("caption.py", "--img", image, "--model", whole, "--json", "--device", "cpu",
-                       "--output_folder", tmp_path)  # fmt: skip
+                       "--output_folder", tmp_path, "--max_len", 8)  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)[0]["caption"]
     model = Captioner.load(whole, "cpu")
