@@ -152,11 +152,11 @@ class HardAttention(Attention):
         else:
             places = torch.multinomial(alphas.detach(), 1, generator=self.generator)
         chosen = torch.zeros_like(alphas, dtype=query.dtype).scatter(1, places, 1.0)
-        look = Look(annotations.weighted(chosen, slots, per_image), alphas)
+        context = annotations.weighted(chosen, slots, per_image)
         if not self.training:
-            return look
+            return Look(context, alphas)
         entropy = -(alphas * log_alphas).sum(dim=1)
-        return look._replace(log_p=log_alphas.gather(1, places).squeeze(1), entropy=entropy)
+        return Look(context, alphas, log_alphas.gather(1, places).squeeze(1), entropy)
 
 
 @register("none")

@@ -51,9 +51,8 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
     Raises:
         UserError: it cannot be written.
     """
-    beam_size = max(captions)
-    name = dict(zip(captions, scores.each, strict=True))[beam_size]
-    captions = captions[beam_size]
+    name = dict(zip(captions, scores.each, strict=True))[max(captions)]
+    captions = captions[max(captions)]
     references = [reference["captions"] for reference in data.references]
     texts = [caption.text for caption in captions]
     each = scores.each[name] | {"smoothed BLEU-4": metrics.smoothed_bleu(references, texts)}

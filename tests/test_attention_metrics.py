@@ -2,15 +2,18 @@
 
 import math
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.spatial.distance
 import scipy.stats
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attention_metrics
+import attention_report
 import parts_of_speech
 from regions import Region, Regions
 
@@ -135,6 +138,62 @@ def test_movement_by_chance_is_the_mean_over_all_orders_of_each_captions_words()
     by_hand = np.concatenate([np.mean(moved, axis=0) for moved in orders]).mean()
     assert attention_metrics.movement_by_chance(captions) == pytest.approx(by_hand)
     assert math.isnan(attention_metrics.movement_by_chance(captions[1:2]))
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_what_a_sentinel_takes_changes_no_measure_of_the_places(words, size, seed):
+    rng = np.random.default_rng(seed)
+    alphas, looked = rng.dirichlet(np.ones(size**2), words), rng.uniform(0.01, 0.99, words)
+    one, other = ([(["star"] * words, own)] for own in (alphas, alphas * looked[:, None]))
+    known = boxes([{"star": [0.1, 0.3, 0.7, 0.8]}])
+    for measure in (attention_metrics.pointing_game, attention_metrics.mass_in_regions):
+        assert measure(other, known) == pytest.approx(measure(one, known))
+    for measure in (attention_metrics.evenness, attention_metrics.movement):
+        assert measure(other[0][1]) == pytest.approx(measure(alphas), nan_ok=True)
+    chance = attention_metrics.movement_by_chance
+    assert chance(other) == pytest.approx(chance(one), nan_ok=True)
+    assert attention_metrics.away(other[0][1]) == pytest.approx(1 - looked)
+    assert attention_metrics.away(alphas) is None
+    assert attention_metrics.away(alphas.astype(np.float32)) is None
+    # but for what the regulariser sees
+    uneven = ((1 - other[0][1].sum(0)) ** 2).mean()
+    assert attention_metrics.coverage(other)[0] == pytest.approx(uneven)
+
+
+def test_a_word_that_looks_at_no_place_is_as_one_that_looks_at_all_alike():
+    alphas = np.stack([np.zeros(4), np.eye(4)[0]])
+    assert attention_metrics.evenness(alphas).tolist() == [1, 0]
+    assert attention_metrics.away(alphas).tolist() == [1, 0]
+    captions, known = [(["star", "a"], alphas)], boxes([{"star": [0, 0, 0.5, 1]}])
+    assert attention_metrics.mass_in_regions(captions, known) == (0.5, 0.5)
+
+
+def test_the_attention_report_says_how_much_nouns_and_other_words_do_not_look():
+    looked = np.array([0.25, 0.75, 0.35, 0.85])
+    rng, words = np.random.default_rng(0), ["a", "dog", "and", "cat"]
+    whole = rng.dirichlet(np.ones(16), 4).astype(np.float32)
+    captions = [(words, whole * looked[:, None]), ([], np.zeros((0, 16))), (["snow"], whole[:1])]
+    made = {2: [SimpleNamespace(words=w, alphas=torch.from_numpy(a)) for w, a in captions]}
+    (title, rows), _ = attention_report.attention_tables(made, english=True)
+    assert "at no place, which the other figures leave out" in title
+    found = {row[""]: row["does not look"] for row in rows}
+    assert found == {"beam 2, nouns": "13.3%", "beam 2, other words": "70.0%"}
+    tags = attention_report.scalars(captions, english=True)
+    assert tags["attention sentinel/nouns"] == pytest.approx((0.25 + 0.15 + 0) / 3)
+    assert tags["attention sentinel/other words"] == pytest.approx(0.7)
+    known = boxes([{"dog": [0, 0, 1, 1]}, {}, {}])
+    assert "of the attention that is at a place" in attention_report.pointing_table(made, known)[0]
+
+    plain = {2: [SimpleNamespace(words=words, alphas=whole)]}
+    (title, rows), _ = attention_report.attention_tables(plain, english=True)
+    assert "no place" not in title and all("does not look" not in row for row in rows)
+    assert (
+        "at a place"
+        not in attention_report.pointing_table(
+            plain, known._replace(of_images=known.of_images[:1])
+        )[0]
+    )
+    assert not any("sentinel" in tag for tag in attention_report.scalars([(words, whole)], True))
 
 
 def test_the_edges_of_places_are_inside_a_region_on_both_sides():

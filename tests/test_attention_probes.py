@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import attention_probes
 import attention_report
 from captioner import Caption, Captioner
+from contract import Forward
 
 GRID, SIDE = 4, 32
 CAPTION = ["a", "dog"]
@@ -30,6 +31,8 @@ class Encoder:
 class Decoder(torch.nn.Module):
     """Word t's score is the brightness of place t, and its attention looks where it is bright."""
 
+    looked = 1  # how much of the attention is at a place
+
     def forward(self, encoder_out, captions, lengths):
         places = encoder_out.flatten(1)
         steps = int(lengths.max()) - 1
@@ -37,8 +40,9 @@ class Decoder(torch.nn.Module):
         for t in range(steps):
             rows = torch.arange(len(places))
             scores[rows, t, captions[:, t + 1]] = places[:, t] / 10
-        alphas = (places / places.sum(dim=1, keepdim=True))[:, None].expand(-1, steps, -1)
-        return pack_padded_sequence(scores, lengths - 1, batch_first=True), None, alphas
+        alphas = self.looked * places / places.sum(dim=1, keepdim=True)
+        alphas = alphas[:, None].expand(-1, steps, -1)
+        return Forward(pack_padded_sequence(scores, lengths - 1, batch_first=True), None, alphas)
 
 
 @pytest.fixture
@@ -112,6 +116,9 @@ def test_attention_stays_on_its_half_where_the_own_image_alone_is_bright(model):
     assert half == pytest.approx([1, 1]) and peak == pytest.approx([1, 1])
     half, peak = attention_probes.own_half(model, dark, bright, CAPTION)
     assert half == pytest.approx([0, 0]) and peak == pytest.approx([0, 0])
+    half, peak = attention_probes.own_half(model, bright, bright, CAPTION)
+    assert half == pytest.approx([0.5, 0.5]) and peak == pytest.approx([0.5, 0.5])
+    model.decoder.looked = 0.25  # a sentinel has the rest
     half, peak = attention_probes.own_half(model, bright, bright, CAPTION)
     assert half == pytest.approx([0.5, 0.5]) and peak == pytest.approx([0.5, 0.5])
     third = picture(np.full(16, 100))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import failure, run_here
 from PIL import Image
 
@@ -16,6 +17,7 @@ import demo
 import evaluation
 import regions
 import utils
+from captioner import Captioner
 from coco_results import read_subset
 from evaluation_data import EvaluationData, find_data_set
 from groundwork import files
@@ -182,6 +184,57 @@ def run(checkpoint, tmp_path, monkeypatch):
 
 def evaluate(*arguments):
     return run_here("eval.py", "--beam_size", 1, "--subset", 2, "--device", "cpu", *arguments)
+
+
+@pytest.fixture
+def hard(run, checkpoint):
+    """The model with hard attention."""
+    contents = torch.load(checkpoint, weights_only=True)
+    contents["decoder_config"]["attention"] = "hard"
+    for name, value in (("baseline", torch.zeros(2)), ("batches", torch.zeros(()))):
+        contents["decoder"][f"attention.{name}"] = value
+    torch.save(contents, run / checkpoint.name)
+    return run
+
+
+def test_each_way_to_look_has_its_results(hard, tiny_data, scenes):
+    base, found = tiny_data[1], {}
+    for look in (None, "soft", "argmax", "sample", "sample"):
+        asked = [] if look is None else ["--look", look]
+        process = evaluate("--model", hard, "--data_folder", tiny_data[0], *asked)
+        assert process.returncode == 0, process.stderr
+        part = f"first2_{look}" if look in ("argmax", "sample") else "first2"
+        path = hard / f"results_test_{part}_beam1_BEST_checkpoint_{base}.json"
+        contents = path.read_text()
+        assert found.setdefault(path.name, contents) == contents  # drawn as before, too
+        label = f"beam 1, {look}" if look else "beam 1"
+        assert f"| {label} |" in process.stdout
+        assert (f"hard attention, look: {look}" in process.stdout) == (look is not None)
+    assert {path.name for path in hard.glob("results_*")} == found.keys() and len(found) == 3
+
+    images = sorted((scenes / "images").iterdir())[:3]
+
+    def log_probs(look, **options):
+        model = Captioner.load(hard, "cpu", look=look)
+        return [caption.log_prob for caption in model.caption(images, 2, **options)]
+
+    assert log_probs(None) == log_probs("soft") != log_probs("sample")
+    assert log_probs("sample", seed=1) == log_probs("sample", seed=1) != log_probs("sample")
+    assert log_probs("argmax", seed=1) == log_probs("argmax") != log_probs("soft")
+    with pytest.raises(UserError, match="look 'twice' is none of soft, argmax, sample"):
+        Captioner.load(hard, "cpu", look="twice")
+
+
+def test_how_to_look_is_asked_of_hard_attention_alone(run, checkpoint, scenes):
+    image, named = next((scenes / "images").iterdir()), ["--model", checkpoint]
+    for process in (
+        evaluate("--model", run, "--look", "argmax"),
+        run_here("caption.py", *named, "--img", image, "--look", "sample", "--no_pictures"),
+        run_here("app.py", *named, "--look", "soft"),
+    ):
+        assert "its attention is not hard: leave look (--look) out" in failure(process)
+    process = evaluate("--results", "a.json", "--references", "b.json", "--look", "soft")
+    assert "--look is about a model" in failure(process)
 
 
 def test_a_folder_is_its_best_model_and_results_tell_the_checkpoint(run, tiny_data, other_data):

@@ -224,9 +224,39 @@ def test_attention_shows_on_a_dark_photograph(tmp_path):
 def test_the_scale_of_alphas_does_not_matter_and_their_type_neither(tmp_path):
     alphas = torch.rand(1, 49, generator=torch.Generator().manual_seed(2)).bfloat16()
     expected = draw(tmp_path / "a.png", alphas.float().numpy())
-    for same in (alphas, alphas.float().requires_grad_(), (alphas.double() / 1024).numpy()):
+    for same in (alphas, alphas.float().requires_grad_(), (alphas.double() * 1024).numpy()):
         assert (draw(tmp_path / "b.png", same) == expected).all()
     assert (draw(tmp_path / "b.png", alphas.flip(1)) != expected).any()
+
+
+def test_each_panel_says_how_much_its_word_does_not_look_and_shows_the_rest_as_ever(monkeypatch):
+    """Of attention with a sentinel; a word that looks nowhere is as one that looks everywhere."""
+    texts, draw_text = [], ImageDraw.ImageDraw.text
+
+    def note(self, place, text, *rest, **options):
+        texts.append(text)
+        return draw_text(self, place, text, *rest, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    whole, photograph = mixed(), Image.new("RGB", (300, 200), COLOUR)
+    whole[3] = 1 / 64
+    alphas = whole * np.array([[0.37], [0.995], [1], [0]])
+    words = ["of", "the", "big", "dog"]
+    pictures = []
+    for own, numbers in ((whole, False), (alphas, False), (alphas, True)):
+        texts.clear()
+        pictures.append(np.asarray(draw_attention(photograph, words, own, numbers)).astype(int))
+        found = [text for text in texts if text.startswith("does not look")]
+        shares = ["63%", "0.5%", "0.0%", "100%"] if own is alphas else []
+        assert found == [f"does not look: {share}" for share in shares]
+        assert sum(" · " in text for text in texts) == 4 * numbers
+        assert ("Does not look" in " ".join(texts)) == (own is alphas)
+    boxes = rectangles(np.asarray(draw_attention(photograph, words, even(4))).astype(int))[1:]
+    for picture, most in zip(pictures[1:], (0.15, 0.3), strict=True):
+        for box in boxes:
+            changed = (crop(pictures[0], box) != crop(picture, box)).any(-1)
+            assert 0 < changed.mean() < most  # the note alone, in a corner
+            assert np.ptp(np.argwhere(changed), axis=0).max() < 0.9 * max(changed.shape)
 
 
 def test_words_are_not_formulas(tmp_path):

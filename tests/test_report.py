@@ -415,6 +415,31 @@ def test_numbers_under_the_photograph_say_how_spread_the_attention_is(page, tmp_
         assert strip.bounding_box() == before
 
 
+@pytest.mark.parametrize("width", [1100, 380])
+def test_panels_say_how_much_a_word_does_not_look(page, tmp_path, width):
+    alphas = np.full((3, 16), 1 / 16) * np.array([[0.37], [1], [0]])
+    captions = [Caption(["of", "the", "dog"], -1.0, alphas)]
+    view = report.attention_view(noise(3, (300, 200), 120), captions, 256)
+    assert view["captions"][0]["away"] == [0.63, 0, 1]
+    open_views(page, tmp_path, view, width=width)
+    notes = page.locator("figure .away")
+    assert notes.all_inner_texts() == [f"does not look: {p}" for p in ("63%", "0.0%", "100%")]
+    assert notes.evaluate_all("all => all.every((e) => e.scrollWidth <= e.clientWidth)")
+    assert "Does not look" in page.locator(".legend").inner_text()
+    before = page.locator(".strip").bounding_box()
+    page.locator(".word").first.hover()
+    assert page.locator(".numbers").inner_text() == (
+        "Attention: 63% at no place, the rest spread over 100% of the image, 6.3% of it at its "
+        "strongest place"
+    )
+    assert page.locator(".strip").bounding_box() == before
+
+    always = [Caption(["of", "the", "dog"], -1.0, np.full((3, 16), 1 / 16))]
+    open_views(page, tmp_path, report.attention_view(noise(3, (300, 200), 120), always, 256))
+    assert page.locator(".away").count() == 0
+    assert "Does not look" not in page.locator(".legend").inner_text()
+
+
 def write_by_hand(tiny_data, folder, texts, references=None, log=()):
     """A report of given captions on the tiny data, without a model."""
     data = CaptionDataset(*tiny_data, "TEST")

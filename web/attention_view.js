@@ -27,6 +27,7 @@
     .steps span, .legend, .numbers { opacity: 0.8; }
     .legend { margin: 0 0 10px; font-size: 13px; }
     .numbers { margin: 6px 0 0; font-size: 13px; min-height: 2.9em; } /* nothing moves as it changes */
+    .numbers.rest { min-height: 4.35em; }
     .legend > span { display: inline-block; margin-right: 4px; }
     .legend .line { display: inline-block; width: 22px; height: 11px; border-radius: 2px;
                     background: linear-gradient(#444 37%, rgb(${AMBER}) 37% 63%, #444 63%); }
@@ -38,7 +39,7 @@
     figure { margin: 0; cursor: pointer; }
     figcaption { font-size: 13px; padding: 0 3px; border-radius: 4px; white-space: nowrap;
                  overflow: hidden; text-overflow: ellipsis; }
-    .away { font-size: 11px; padding: 1px 3px; white-space: nowrap; letter-spacing: -0.1px; opacity: 0.8; }
+    .away { font-size: 10.5px; line-height: 1.2; padding: 1px 0; opacity: 0.8; }
     figure canvas { display: block; max-width: 100%; max-height: 120px; border-radius: 3px; }
     .word.shown, .shown figcaption { background: rgb(${AMBER}); color: #1a1a1a; }
     .captions { margin: 14px 0 0; padding: 0 0 0 22px; font-size: 14px; }
@@ -198,8 +199,7 @@
 
     choose(i) {
       const { words, alphas, away } = this.captions[i];
-      this.words = words;
-      this.notes = away && away.map((share) => `does not look: ${percent(share)}`);
+      Object.assign(this, { words, away });
       this.grids = alphas && decode(alphas, words.length);
       this.pinned = null;
       const attentions = (this.grids ?? []).map((grid) => smooth(grid, ...shape(this.image, PANEL)));
@@ -223,9 +223,9 @@
       this.panels = (this.grids ? this.words : []).map((word, t) =>
         watch(element("figure", { title: word },
           element("figcaption", { textContent: word }), element("canvas"),
-          ...(this.notes ? [element("div", { className: "away", textContent: this.notes[t] })] : [])), t));
+          ...(this.away ? [element("div", { className: "away", textContent: `does not look: ${percent(this.away[t])}` })] : [])), t));
       this.where = element("span", { ariaLive: "polite" });
-      this.numbers = element("p", { className: "numbers", hidden: !this.grids });
+      this.numbers = element("p", { className: this.away ? "numbers rest" : "numbers", hidden: !this.grids });
       const step = (text, label, by) =>
         element("button", { textContent: text, ariaLabel: label, onclick: () => this.step(by) });
       const others = this.captions.map(({ words, log_prob }, i) =>
@@ -247,7 +247,7 @@
           element("div", { className: "caption" }, ...this.labels, sure),
           element("div", { className: "steps", hidden: !this.grids },
             step("◀", "word before", -1), step("▶", "next word", 1), this.where),
-          ...(this.grids ? [legend(this.notes)] : []),
+          ...(this.grids ? [legend(this.away)] : []),
           element("div", { className: "strip" }, ...this.panels),
           ...(others.length > 1 ? [element("ol", { className: "captions" }, ...others)] : [])));
       const root = this.shadowRoot || this.attachShadow({ mode: "open" });
@@ -268,9 +268,9 @@
     show(t) {
       const grid = t === null || !this.grids ? null : this.grids[t];
       draw(this.photo, this.image, PHOTO, grid, this.most);
-      const note = this.notes && grid ? `${this.notes[t]}; the rest ` : "";
-      this.numbers.textContent = grid && "Attention: " + note + "spread over " + percent(spread(grid)) +
-        " of the image, " + percent(greatest(grid) / grid.length) + " at its strongest place";
+      const [before, of] = this.away && grid ? [`${percent(this.away[t])} at no place, the rest `, " of it"] : ["", ""];
+      this.numbers.textContent = grid && `Attention: ${before}spread over ${percent(spread(grid))}` +
+        ` of the image, ${percent(greatest(grid) / grid.length)}${of} at its strongest place`;
       for (const parts of [this.labels, this.panels]) {
         parts.forEach((part, i) => part.classList.toggle("shown", i === t));
       }
