@@ -1,10 +1,10 @@
 """The merge decoder: the image joins the sentence after the LSTM, which never sees it.
 
-Tanti, Gatt and Camilleri, *Where to put the Image in an Image Caption Generator* (2018), §3, name
-the architecture; the sizes are those of Brownlee's tutorial «How to Develop a Deep Learning Photo
-Caption Generator from Scratch» (2017): the image's vector, of VGG16's fully connected layer, and
-the LSTM's state have 256 values each, which are added up; a layer of 256 comes before the
-vocabulary's.
+Tanti, Gatt and Camilleri, *Where to put the Image in an Image Caption Generator* (2018), gave the
+architecture its name and compare it with the others; the sizes are those of Brownlee's tutorial
+«How to Develop a Deep Learning Photo Caption Generator from Scratch» (2017): the image's vector, of
+VGG16's fully connected layer, and the LSTM's state have 256 values each, which are added up; a
+layer of 256 comes before the vocabulary's.
 """
 
 from dataclasses import dataclass
