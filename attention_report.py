@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 import attention_metrics
 import parts_of_speech
 from attention_probes import ORDERS, SHARES, probe
+from evaluation import name_of
 from groundwork.wording import counted, figure
 from metrics import are_english
 
@@ -23,7 +24,7 @@ class Findings(NamedTuple):
     curves: Figure | None = None  # of deletion
 
 
-def measure(captions, references, regions=None, whole=False):
+def measure(captions, references, regions=None, whole=False, look=None):
     """`Findings` from the attention alone.
 
     Args:
@@ -31,23 +32,24 @@ def measure(captions, references, regions=None, whole=False):
         references: of the images, with `filename` and `captions`.
         regions: `regions.Regions` of the images, or None.
         whole: whether more is asked for than the pointing game.
+        look: as `evaluation.name_of` takes it.
     """
     if not _has_attention(captions):
         asked = whole or (regions is not None and regions.names is None)
         return Findings([], ["no attention report: this decoder has no attention"] * asked)
     tables, notes = [], []
     if regions is not None:
-        tables.append(pointing_table(captions, regions))
-        widest = max(captions)
-        median = attention_metrics.median_image(_looks(captions)[widest], regions)
+        tables.append(pointing_table(captions, regions, look))
+        widest = name_of(max(captions), look)
+        median = attention_metrics.median_image(_looks(captions, look)[widest], regions)
         if median is None:
             notes.append("no caption has a word that the regions of its image are of")
         else:
             name = references[median]["filename"]
-            notes.append(f"beam {widest}: the pointing game's median image is {name}")
+            notes.append(f"{widest}: the pointing game's median image is {name}")
     if whole:
         english = _are_english(references)
-        tables += attention_tables(captions, english)
+        tables += attention_tables(captions, english, look)
         if not english:
             notes.append("nouns are told from other words in English alone")
     return Findings(tables, notes)
@@ -67,43 +69,43 @@ def probe_words(model, data, captions, count):
     probes = probe(model, data, captions[widest], count)
     if not probes:
         return Findings([], ["no deletion and no pairs: the captions have no words"])
-    tables = probe_tables(probes, english, f"beam {widest}")
+    tables = probe_tables(probes, english, name_of(widest, model.look))
     notes = ["no pairs: they take two images"] if len(tables) == 1 else []
     return Findings(tables, notes, draw_deletion(probes, english))
 
 
-def pointing_table(captions, regions):
+def pointing_table(captions, regions, look=None):
     """How well the attention points at what a word names, beside a random point and an even one.
 
     Args:
         captions: beam_size -> for each image its `captioner.Caption`.
         regions: `regions.Regions` of the images, of which some are known.
+        look: as `evaluation.name_of` takes it.
 
     Returns:
         title, and a row for each beam width, as `groundwork.tables` prints them.
     """
-    rows = []
-    seen = ""
-    for beam_size, found in _looks(captions).items():
+    rows, seen = [], ""
+    for name, found in _looks(captions, look).items():
         if _away(found) is not None:
             seen = " (of the attention that is at a place)"
         words, shares = _pointing(found, regions)
-        row = {"": f"beam {beam_size}"} | {k: figure(v, ".1%") for k, v in shares.items()}
+        row = {"": name} | {k: figure(v, ".1%") for k, v in shares.items()}
         rows.append(row | {"peak": f"{row['peak']} of {counted(words, 'word')}"})
     images = f"{regions.known} of {counted(len(regions.of_images), 'image')}"
     title = f"pointing game: for a word that names something, how much is {regions.about}{seen}"
     return f"{title}, {images}", rows
 
 
-def attention_tables(captions, english):
+def attention_tables(captions, english, look=None):
     """What the attention is like: how even for each word, how it moves, over each caption.
 
     Args:
-        captions: as in `pointing_table`.
+        captions, look: as in `pointing_table`.
         english: whether nouns can be told from other words.
     """
     spread, covered = [], []
-    for beam_size, found in _looks(captions).items():
+    for name, found in _looks(captions, look).items():
         places = found[0][1].shape[1]
         kinds = [_kinds(words, english) for words, _ in found]
         even = _by_kind(kinds, [attention_metrics.evenness(alphas) for _, alphas in found])
@@ -113,7 +115,7 @@ def attention_tables(captions, english):
         chance = attention_metrics.movement_by_chance(found)
         spread += [
             {
-                "": f"beam {beam_size}, {kind}",
+                "": f"{name}, {kind}",
                 "words": str(len(even[kind])),
                 "entropy / ln L": figure(_mean(even[kind]), ".1%"),
                 "moves": figure(_mean(moved[kind]), ".1%"),
@@ -123,7 +125,7 @@ def attention_tables(captions, english):
             for kind in even
         ]
         uneven, least = attention_metrics.coverage(found)
-        row = {"": f"beam {beam_size}", "(1 - Σα)²": f"{uneven:.3f}"}
+        row = {"": name, "(1 - Σα)²": f"{uneven:.3f}"}
         covered.append(row | {"least possible": f"{least:.3f}"})
     return [
         (
@@ -250,10 +252,10 @@ def _are_english(references):
     return are_english([reference["captions"] for reference in references])
 
 
-def _looks(captions):
-    """beam_size -> (words, alphas) of each caption."""
+def _looks(captions, look):
+    """Name in tables -> (words, alphas) of each caption."""
     return {
-        beam_size: [(caption.words, caption.alphas) for caption in found]
+        name_of(beam_size, look): [(caption.words, caption.alphas) for caption in found]
         for beam_size, found in captions.items()
     }
 

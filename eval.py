@@ -140,7 +140,9 @@ def evaluate(options):
     if distributed.is_main and results.is_open:
         with results.writing():
             write_captions(paths, data, captions)
-    attention = attention_report.measure(captions, data.references, regions, asked_for_attention)
+    attention = attention_report.measure(
+        captions, data.references, regions, asked_for_attention, model.look
+    )
     if distributed.is_main:
         about, scores = print_scores(path, model, data, captions, attention, options)
 
@@ -265,9 +267,9 @@ def print_scores(path, model, data, captions, attention, options):
     import evaluation
     from groundwork import provenance
 
-    look = "" if model.look is None else f", {model.look}"
     texts = {
-        f"beam {k}{look}": [caption.text for caption in found] for k, found in captions.items()
+        evaluation.name_of(k, model.look): [caption.text for caption in found]
+        for k, found in captions.items()
     }
     about = [
         f"{path}, stage {model.about['stage']}, epoch {model.about['epoch']}",

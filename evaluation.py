@@ -44,6 +44,11 @@ def caption_split(model, data, beam_sizes, search, whole=False):
     return captions, distributed.collect(beams)
 
 
+def name_of(beam_size, look=None):
+    """What tables call the captions of a beam; `look` is how hard attention was told to look."""
+    return f"beam {beam_size}" + ("" if look is None else f", {look}")
+
+
 class Scores(NamedTuple):
     """Scores of captions, each under the protocol that it follows."""
 

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as transforms
 import metrics
 import vocabulary
 from datasets import proportions
+from evaluation import name_of
 from groundwork import distributed
 from groundwork.devices import loader_options
 from groundwork.files import atomic_write
@@ -257,7 +258,7 @@ def _protocol(model, data, references, split, beam_size):
     sided = sum("left" in words or "right" in words for words in texts)
     return [
         f"robustness: the first {len(references)} of {len(data)} images of the {split} split, "
-        f"{data.image_size}×{data.image_size} pixels, beam {beam_size}, "
+        f"{data.image_size}×{data.image_size} pixels, {name_of(beam_size, model.look)}, "
         f"{'bfloat16' if model.amp else 'float32'}",
         "nltk's BLEU and COCO's CIDEr-D in per cent against all human captions, Δ from the images "
         "as they are",
