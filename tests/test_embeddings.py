@@ -1,6 +1,7 @@
 """Word vectors read from files and packages of every kind, and what is no such file."""
 
 import gzip
+import itertools
 import lzma
 import struct
 import sys
@@ -121,6 +122,7 @@ def packed_by_zip(path):
         ("cat 1 2\nThe 3 4\n", "a vector for 0 of 7 words"),
         ("cat 1 2\na 3 4\n", "a vector for 1 of 7 words"),
     ],
+    ids=itertools.count(),  # contents are no names: gzip has the time in them
 )  # fmt: skip
 def test_what_is_no_word_vectors_is_one_line_that_names_it(tmp_path, contents, reason):
     path = str(tmp_path / "vectors.npy")
