@@ -4,6 +4,9 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 DEMO := demo_5_cap_per_img_5_min_word_freq
 
+# The files of tests are shared out to processes, which take a thread each.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/ready
@@ -15,10 +18,10 @@ demo: $(VENV)/ready
 		--img data/demo/images/test_0000[0-5].jpg
 
 test: $(VENV)/ready
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/ready
-	$(PYTHON) -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
