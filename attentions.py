@@ -5,13 +5,14 @@
 need another score function alone, `energies`.
 """
 
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from annotations import Annotations, AnnotationVectors, of_rows, project
+from annotations import Annotations, AnnotationVectors, MapConfig, of_rows, project
 
 ATTENTIONS: dict[str, type["Attention"]] = {}  # by the name that --attention takes
 
@@ -33,6 +34,37 @@ class Look(NamedTuple):
     alphas: Tensor | None  # (n, L) float32, where that is; None of an attention without places
     log_p: Tensor | None = None  # (n,) float32 log α of the place, where training draws one
     entropy: Tensor | None = None  # (n,) float32 of the alphas it is drawn from
+    baseline: Tensor | None = None  # (2,) with log_p: the attention's own, as in `contract.Drawn`
+
+
+@dataclass(frozen=True)
+class AttendingConfig(MapConfig):
+    """Sizes and choices of a recurrent decoder that attends, beside those of `MapConfig`.
+
+    Args:
+        attention_dim, embed_dim, decoder_dim: sizes of the layers.
+        dropout, embed_dropout: probabilities, on what enters the vocabulary layer, and on the
+            embeddings of the true words in `forward`.
+        attention: of `attentions.ATTENTIONS`.
+        heads: of the attention "multihead".
+        query: what the attention's query is made of: "state", as in the paper, or "word" for that
+            and the previous word, which the state of a decoder that attends first has not seen.
+    """
+
+    attention_dim: int = 512
+    embed_dim: int = 512
+    decoder_dim: int = 512
+    dropout: float = 0.5
+    _: KW_ONLY
+    attention: str = "soft"
+    heads: int = 4
+    query: str = "state"
+    embed_dropout: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check("attention", ATTENTIONS)
+        self.check("query", ("state", "word"))
 
 
 @register("soft")
@@ -44,8 +76,9 @@ class Attention(AnnotationVectors):
     configuration or `knows_word` says so.
 
     Args:
-        config: a `MapConfig` with the fields `decoder_dim`, values of the decoder's state, and
-            `attention_dim` A, values of the hidden layer.
+        config: an `AttendingConfig`, or a `MapConfig` with the fields of it that are used: here
+            `decoder_dim`, values of the decoder's state, and `attention_dim` A, of the hidden
+            layer.
     """
 
     knows_word = False  # whether its query is always made of the previous word, too
@@ -156,14 +189,15 @@ class HardAttention(Attention):
         if not self.training:
             return Look(context, alphas)
         entropy = -(alphas * log_alphas).sum(dim=1)
-        return Look(context, alphas, log_alphas.gather(1, places).squeeze(1), entropy)
+        log_p = log_alphas.gather(1, places).squeeze(1)
+        return Look(context, alphas, log_p, entropy, self.baseline)
 
 
 @register("none")
 class NoAttention(AnnotationVectors):
-    """No attention: ẑ_t is the mean annotation vector at every step, as in the captioner that
-    attention was compared with (Vinyals et al., 2015, §3.1), which has it before the
-    first word alone."""
+    """No attention: ẑ_t is the mean annotation vector at every step. The captioner that attention
+    was compared with (Vinyals et al., 2015, §3.1) is given the image once, as the LSTM's input
+    before the first word."""
 
     knows_word = False
     decoder_att = None
@@ -187,7 +221,8 @@ class NoAttention(AnnotationVectors):
 @register("bahdanau")
 class BahdanauAttention(Attention):
     """Additive attention (Bahdanau et al., 2015, appendix A.1.2): e_ti = v · tanh(W_1 a'_i +
-    W_2 h_{t-1}), over a'_i = relu(W_a a_i + b), as TensorFlow's captioning tutorial has it."""
+    W_2 h_{t-1}), over a'_i = relu(W_a a_i + b), as TensorFlow's captioning tutorial has it. There
+    a'_i has 256 values and the hidden layer 512; here both have `attention_dim`."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -215,9 +250,11 @@ class AdaptiveAttention(Attention):
         ĉ_t = β_t W s_t + Σ_i α_ti a_i,
         (α_t, β_t) = softmax([w · tanh(W_a a_i + q_t); w · tanh(W_s s_t + q_t)]).
 
-    The alphas of a word sum to 1 - β_t: how much it looked. Lu et al. ask with h_t and add ĉ_t
-    to the output; here the attention comes before the LSTM's step, as in the rest of this model, so
-    it asks with h_{t-1} and the previous word.
+    The alphas of a word sum to 1 - β_t: how much it looked. Lu et al. add β_t s_t itself, where W
+    here gives it as many values as a_i has; the input of their gate holds a vector of the image
+    beside the word; and they ask with h_t and add ĉ_t to the output. Here the attention comes
+    before the LSTM's step, as in the rest of this model, so it asks with h_{t-1} and the previous
+    word.
     """
 
     knows_word = True
@@ -279,6 +316,19 @@ class MultiHeadAttention(Attention):
         alphas = (scale * (query @ keys.transpose(2, 3)).float()).softmax(dim=3)
         context = (alphas.to(values.dtype) @ values).squeeze(2).flatten(1)
         return Look(self.out_att(context).to(query.dtype), alphas.squeeze(2).mean(dim=1))
+
+
+def word_layer(config, attention) -> nn.Linear | None:
+    """W_y, which adds the previous word to the attention's query; None where the query is made of
+    the state alone, or there is none.
+
+    Args:
+        config: an `AttendingConfig`.
+    """
+    query_dim = attention.query_dim(config)
+    if query_dim and (config.query == "word" or attention.knows_word):
+        return nn.Linear(config.embed_dim, query_dim, bias=False)
+    return None
 
 
 def _tanh_energies(keys: Tensor, query: Tensor, full_att: nn.Linear) -> Tensor:

@@ -2,7 +2,8 @@
 
 The textbook formulation (`textbook.py`) is the one of the public PyTorch code for this model. Both
 sides have the same weights and data, and before they are timed their results are compared. Runs
-alternate; the figures are medians.
+alternate; the figures are medians. With --variants the sides are training steps of every decoder
+and attention, and of the LSTM with soft attention, in the sizes of --recipe attending.
 """
 
 from groundwork.errors import run
@@ -22,10 +23,15 @@ def parse_arguments():
     add(
         "--variants",
         action="store_true",
-        help="time every decoder and attention beside the paper's instead",
+        help="time every decoder and attention beside the LSTM with soft attention instead; takes "
+        "--rounds, --device and --amp",
     )
     add_device_options(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    idle = {"geometry", "slow_rounds", "output_folder"} & parser.typed().keys()
+    if options.variants and idle:
+        parser.error(f"--variants makes no use of --{min(idle)}: leave it out")
+    return options
 
 
 def main():
@@ -41,9 +47,9 @@ def main():
     device = choose_device(options.device)
     amp = options.amp == "auto" and has_fast_bfloat16(device)
     if options.variants:
-        from benchmark_variants import describe_variants, variants
+        from benchmark_variants import print_table
 
-        print(describe_variants(variants(device, amp, options.rounds), device, amp))
+        print_table(device, amp, options.rounds)
         return
     settings = Settings(options.geometry, device, amp, options.rounds, options.slow_rounds)
     folder = make_folder(options.output_folder)

@@ -8,20 +8,25 @@ from matplotlib.figure import Figure
 from groundwork.wording import counted
 
 
-def describe(settings, speeds, rows):
-    """The table in Markdown, and what it was measured on."""
-    device = (
-        torch.cuda.get_device_name(settings.device)
-        if settings.device.type == "cuda"
+def machine(device):
+    """What is measured on, in words."""
+    kind = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
         else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     )
+    return f"{kind}, PyTorch {torch.__version__}"
+
+
+def describe(settings, speeds, rows):
+    """The table in Markdown, and what it was measured on."""
     products = ", ".join(
         f"{flops / 1e9:,.0f} GFLOP/s in {'bfloat16' if amp else 'float32'}"
         for amp, flops in speeds.flops.items()
     )
     lines = [
-        f"{settings.geometry} geometry, {device}, PyTorch {torch.__version__}; large products "
-        f"of matrices run at {products}, sums of tensors at {speeds.bytes / 1e9:,.0f} GB/s.",
+        f"{settings.geometry} geometry, {machine(settings.device)}; large products of matrices run "
+        f"at {products}, sums of tensors at {speeds.bytes / 1e9:,.0f} GB/s.",
         "",
         "| | textbook / ours | at least | of the matrix products' speed | of the roofline |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -1,13 +1,18 @@
-"""What each decoder and each attention costs in training, beside the paper's own."""
+"""What each decoder and each attention costs in training, beside the LSTM with soft attention.
+
+All have the sizes and choices of `--recipe attending`, as far as they have such fields: two stages
+of the encoder, the query that knows the previous word, the deep output.
+"""
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
 import checkpoints  # noqa: F401, so that all decoders are known
 from attentions import ATTENTIONS
+from benchmark_report import machine
 from contract import DECODERS, build_decoder, config_fields, make_config
+from groundwork.progress import progress, say
 from groundwork.timing import alternate
 from objectives import caption_loss
 
@@ -16,26 +21,37 @@ from objectives import caption_loss
 IMAGES, PER_IMAGE, WORDS, VOCABULARY = 32, 5, 11, 2464
 STAGES = {"stage_dims": (120, 352), "stage_factors": (2, 1), "encoder_dim": 4 * 120 + 352}
 SIZES = {"encoded_image_size": 16, "feature_norm": "layer", "vocab_size": VOCABULARY}
-CHOICES = {"attention_dim": 128, "query": "word", "deep_output": True}  # of --recipe attending
+CHOICES = {"attention_dim": 128, "query": "word", "deep_output": True}
 
 
-class Variant(NamedTuple):
-    """A line of the table."""
-
-    decoder: str
-    attention: str
-    parameters: int
-    ratio: float  # of its time to that of the first
-
-
-def variants(device, amp, rounds):
-    """Training steps of every attention in the paper's decoder and of every other decoder with its
-    own, each alternating with the paper's: a `Variant` each.
+def print_table(device, amp, rounds):
+    """Times training steps of every attention in the LSTM and of every other decoder with its own,
+    each alternating with the LSTM's with soft attention, and prints a Markdown table: each row as
+    soon as it is measured.
 
     Args:
         device, amp: where, and whether in bfloat16.
         rounds: of which the median is taken.
     """
+    captions = f"{IMAGES * PER_IMAGE} captions of {IMAGES} images"
+    say(f"training steps in {'bfloat16' if amp else 'float32'}, {machine(device)}, {captions}")
+    say("")
+    say("| decoder | attention | parameters | time, of `lstm` with `soft` 1 |")
+    say("| --- | --- | ---: | ---: |")
+    step = _make_step(device, amp)
+    usual = _decoder("lstm", "soft", device)
+    pairs = [("lstm", attention) for attention in ATTENTIONS]
+    pairs += [(name, None) for name in DECODERS if name != "lstm"]
+    for name, attention in progress(pairs, desc="benchmark", unit="variant"):
+        decoder = _decoder(name, attention, device)
+        ours, theirs = alternate(device, rounds, partial(step, decoder), partial(step, usual))
+        millions = sum(parameter.numel() for parameter in decoder.parameters()) / 1e6
+        attention = getattr(decoder.config, "attention", "—")
+        say(f"| {name} | {attention} | {millions:.1f} M | {ours / theirs:.2f} |")
+
+
+def _make_step(device, amp):
+    """A function of a decoder: a training step but for the optimizer's, on one random batch."""
     torch.manual_seed(0)
     features = torch.randn(IMAGES, 8, 8, STAGES["encoder_dim"], device=device)
     captions = torch.randint(1, VOCABULARY, (IMAGES * PER_IMAGE, WORDS + 2), device=device)
@@ -47,34 +63,14 @@ def variants(device, amp, rounds):
             loss = caption_loss(*decoder(features, captions, lengths))
         loss.backward()
 
-    usual = _decoder("lstm", "soft", device)
-    pairs = [("lstm", attention) for attention in ATTENTIONS]
-    pairs += [(name, None) for name in DECODERS if name != "lstm"]
-    for name, attention in pairs:
-        decoder = _decoder(name, attention, device)
-        ours, theirs = alternate(device, rounds, partial(step, decoder), partial(step, usual))
-        count = sum(parameter.numel() for parameter in decoder.parameters())
-        yield Variant(name, getattr(decoder.config, "attention", "—"), count, ours / theirs)
+    return step
 
 
 def _decoder(name, attention, device):
     fields = config_fields(name)
     values = STAGES | SIZES | CHOICES | ({"attention": attention} if attention else {})
     config = make_config(name, {key: values[key] for key in fields if key in values})
-    return build_decoder(name, config).to(device)
-
-
-def describe_variants(found, device, amp):
-    """The table in Markdown."""
-    lines = [
-        f"training steps in {'bfloat16' if amp else 'float32'} on {device.type}, "
-        f"{IMAGES * PER_IMAGE} captions of {IMAGES} images",
-        "",
-        "| decoder | attention | parameters | time |",
-        "| --- | --- | ---: | ---: |",
-    ]
-    lines += [
-        f"| {v.decoder} | {v.attention} | {v.parameters / 1e6:.1f} M | {v.ratio:.2f} |"
-        for v in found
-    ]
-    return "\n".join(lines)
+    decoder = build_decoder(name, config).to(device)
+    if attention == "hard":
+        decoder.attention.SOFT_SHARE = 0.0  # what is timed are the drawn steps, not a mixture
+    return decoder

@@ -136,10 +136,11 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
 
-def seen(looks, inputs, attention):
-    """What `Forward` tells of the looks of a batch, one `Look` a step: alphas, and what was drawn.
+def seen(looks, inputs):
+    """What `Forward` tells of the looks of a batch: alphas, and what was drawn.
 
     Args:
+        looks: an `attentions.Look` for each step.
         inputs: the PackedSequence of the words that the steps took.
     """
     alphas = drawn = None
@@ -148,8 +149,10 @@ def seen(looks, inputs, attention):
         alphas = [F.pad(look.alphas, (0, 0, 0, rows - len(look.alphas))) for look in looks]
         alphas = torch.stack(alphas, dim=1)[inputs.unsorted_indices]
     if looks[0].log_p is not None:
-        log_p, entropy = (torch.cat(own) for own in zip(*(look[2:] for look in looks), strict=True))
-        drawn = Drawn(log_p, entropy, attention.baseline)
+        log_p, entropy = (
+            torch.cat([getattr(look, name) for look in looks]) for name in ("log_p", "entropy")
+        )
+        drawn = Drawn(log_p, entropy, looks[0].baseline)
     return alphas, drawn
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from annotations import AnnotationVectors, MapConfig, compute_dtype, of_rows
 from contract import Decoder, Forward, pack, register
+from models import State
 
 
 class Memory(NamedTuple):
@@ -25,17 +26,6 @@ class Memory(NamedTuple):
     def select(self, images: Tensor) -> "Memory":
         """Those of the given images: indices or a mask."""
         return Memory(self.image[images])
-
-
-class State(NamedTuple):
-    """The LSTM's state, a row per caption."""
-
-    h: Tensor  # (n, H)
-    c: Tensor  # (n, H)
-
-    def select(self, rows: Tensor) -> "State":
-        """Those of the given rows: indices or a mask."""
-        return State(self.h[rows], self.c[rows])
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from annotations import Annotations, MapConfig, compute_dtype, of_rows
-from attentions import ATTENTIONS
+from annotations import Annotations, compute_dtype, of_rows
+from attentions import ATTENTIONS, AttendingConfig, word_layer
 from contract import Decoder, Forward, build_decoder, pack, register, seen
 
 # ------------------------------------------------------------------------------------ decoder
@@ -60,38 +60,22 @@ class Products(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LSTMConfig(MapConfig):
-    """Sizes and choices of a `DecoderWithAttention`, beside those of `MapConfig`.
+class LSTMConfig(AttendingConfig):
+    """Sizes and choices of a `DecoderWithAttention`, beside those of `AttendingConfig`; the paper's
+    attentions are "soft" and "hard".
 
     Args:
-        attention_dim, embed_dim, decoder_dim: sizes of the layers.
-        dropout: probability, on what enters the vocabulary layer.
-        attention: of `attentions.ATTENTIONS`; the paper's is "soft", and "hard" its other.
-        heads: of the attention "multihead".
         gate: "scalar" for the paper's one β_t, "channel" for one for each value of ẑ_t.
-        query: what the attention's query is made of: "state" for h_{t-1}, as in the paper, "word"
-            for that and the previous word, which it else knows of at the next step only.
         deep_output: compute the words from h_t, ẑ_t and the previous word (eq. 7), not h_t alone.
-        embed_dropout: probability, on the embeddings of the true words in `forward`.
     """
 
-    attention_dim: int = 512
-    embed_dim: int = 512
-    decoder_dim: int = 512
-    dropout: float = 0.5
     _: KW_ONLY
-    attention: str = "soft"
-    heads: int = 4
     gate: str = "scalar"
-    query: str = "state"
     deep_output: bool = False
-    embed_dropout: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        self.check("attention", ATTENTIONS)
         self.check("gate", ("scalar", "channel"))
-        self.check("query", ("state", "word"))
 
 
 @register("lstm")
@@ -110,12 +94,11 @@ class DecoderWithAttention(Decoder):
         self.attention = ATTENTIONS[config.attention](config)
         dim, hidden, embed = self.attention.context_dim, config.decoder_dim, config.embed_dim
         self.query_dim = self.attention.query_dim(config)
-        self.asks_word = self.query_dim and (config.query == "word" or self.attention.knows_word)
         self.embedding = nn.Embedding(config.vocab_size, embed)  # E
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         self.decode_step = nn.LSTMCell(embed + dim, hidden)
-        if self.asks_word:
-            self.word_att = nn.Linear(embed, self.query_dim, bias=False)  # W_y
+        self.word_att = word_layer(config, self.attention)  # W_y
+        self.asks_word = self.word_att is not None
         self.init_h = nn.Linear(dim, hidden)
         self.init_c = nn.Linear(dim, hidden)
         self.f_beta = nn.Linear(hidden, {"scalar": 1, "channel": dim}[config.gate])
@@ -216,7 +199,7 @@ class DecoderWithAttention(Decoder):
             values.append(values[0].new_zeros(filler, values[0].shape[1]))
         scores = self._scores(torch.cat(hs), torch.cat(contexts), words, memory)
         scores, _ = scores.split([rows, filler])
-        return Forward(inputs._replace(data=scores), targets, *seen(looks, inputs, self.attention))
+        return Forward(inputs._replace(data=scores), targets, *seen(looks, inputs))
 
     def step(self, words: Tensor, state: State, memory: Memory):
         """One decoding step, as in `Decoder.step`."""

@@ -1,67 +1,28 @@
-"""Recurrent decoders beside the paper's, each with any of `attentions`: the captioner that
-TensorFlow's tutorial teaches, and the one that looks from the bottom up and from the top down."""
+"""Recurrent decoders with any of `attentions`: what all have in common, and two beside the paper's
+(`models`): the captioner that TensorFlow's tutorial teaches, and the top-down half of "Bottom-Up
+and Top-Down Attention" (Anderson et al., 2018), on a grid of features in place of its regions."""
 
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from annotations import Annotations, MapConfig, compute_dtype, of_rows
-from attentions import ATTENTIONS
+from annotations import Annotations, compute_dtype, of_rows
+from attentions import ATTENTIONS, AttendingConfig, word_layer
 from contract import Decoder, Forward, pack, register, seen
-
-
-@dataclass(frozen=True)
-class GRUConfig(MapConfig):
-    """Sizes and choices of a `GRUDecoder`, beside those of `MapConfig`.
-
-    Args:
-        attention_dim, embed_dim, decoder_dim: sizes of the layers.
-        dropout, embed_dropout: probabilities, on what enters the vocabulary layer, and on the
-            embeddings of the true words in `forward`.
-        attention: of `attentions.ATTENTIONS`.
-        heads: of the attention "multihead".
-        query: what the attention's query is made of: "state", or "word" for that and the previous
-            word.
-    """
-
-    attention_dim: int = 256
-    embed_dim: int = 256
-    decoder_dim: int = 512
-    dropout: float = 0.0
-    _: KW_ONLY
-    attention: str = "bahdanau"
-    heads: int = 4
-    query: str = "state"
-    embed_dropout: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check("attention", ATTENTIONS)
-        self.check("query", ("state", "word"))
-
-
-@dataclass(frozen=True)
-class TopDownConfig(GRUConfig):
-    """Sizes and choices of a `TopDownDecoder`: those of `GRUConfig`."""
-
-    attention_dim: int = 512
-    embed_dim: int = 512
-    dropout: float = 0.5
-    _: KW_ONLY
-    attention: str = "soft"
 
 
 class Memory(NamedTuple):
     """What the steps share of I images."""
 
     annotations: Annotations
-    mean: Tensor  # (I, context_dim) float32, their mean vector
+    mean: Tensor | None = None  # (I, context_dim) float32, of a decoder that takes it in
 
     def select(self, images: Tensor) -> "Memory":
         """That of the given images: indices or a mask."""
-        return Memory(self.annotations.select(images), self.mean[images])
+        mean = None if self.mean is None else self.mean[images]
+        return Memory(self.annotations.select(images), mean)
 
 
 class Hidden(NamedTuple):
@@ -78,8 +39,13 @@ class RecurrentDecoder(Decoder):
     """A decoder that looks at the image once a word, as a formula of one step: `advance`.
 
     Teacher forcing and decoding both go through it; the vocabulary's scores are made of all words
-    at once.
+    at once. A class derived from it has `Config`, an `AttendingConfig`, says how many `layers` its
+    state has, and makes `fc` in its `__init__`, the nn.Linear of the V words' scores.
     """
+
+    Config = AttendingConfig
+    layers: ClassVar[int]  # tensors (n, decoder_dim) of its state: one of a GRU, two of an LSTM
+    fc: nn.Linear
 
     def __init__(self, config):
         super().__init__(config)
@@ -87,15 +53,12 @@ class RecurrentDecoder(Decoder):
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         self.dropout = nn.Dropout(config.dropout)
-        query_dim = self.attention.query_dim(config)
-        if query_dim and (config.query == "word" or self.attention.knows_word):
-            self.word_att = nn.Linear(config.embed_dim, query_dim, bias=False)
+        self.word_att = word_layer(config, self.attention)
 
     def prepare(self, encoder_out: Tensor) -> Memory:
         """What the steps share, from (I, g, g, D) of any grid g."""
         dtype = compute_dtype(self.embedding.weight)
-        annotations = self.attention.prepare(encoder_out.to(dtype))
-        return Memory(annotations, annotations.mean().to(self.embedding.weight))
+        return Memory(self.attention.prepare(encoder_out.to(dtype)))
 
     def advance(self, words, state, memory, slots, per_image):
         """One step of n rows.
@@ -113,27 +76,28 @@ class RecurrentDecoder(Decoder):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """(n, V) of what `advance` gives, (n, decoder_dim)."""
-        raise NotImplementedError
+        return self.fc(self.dropout(hidden))
 
     def look(self, words, h, cell, memory, slots, per_image):
         """What the attention sees for the state h and the memory cell, (n, decoder_dim) each."""
         query = None
         if self.attention.decoder_att is not None:
             query = self.attention.decoder_att(h)
-            if hasattr(self, "word_att"):
+            if self.word_att is not None:
                 query = query + self.word_att(words)
             query = query.to(memory.annotations.dtype)
         return self.attention(memory.annotations, query, slots, per_image, cell)
 
     def init_state(self, memory: Memory) -> Hidden:
         """Zeros, a row per image."""
-        zeros = memory.mean.new_zeros(len(memory.mean), self.config.decoder_dim)
+        images = memory.annotations.images
+        zeros = self.embedding.weight.new_zeros(images, self.config.decoder_dim)
         return Hidden((zeros,) * self.layers)
 
     def step(self, words: Tensor, state: Hidden, memory: Memory):
         """One decoding step, as in `Decoder.step`."""
         slots = torch.arange(len(words), device=words.device)
-        per_image = len(words) // len(memory.mean)
+        per_image = len(words) // memory.annotations.images
         hidden, look, state = self.advance(self.embedding(words), state, memory, slots, per_image)
         return self.scores(hidden), look.alphas, state
 
@@ -155,7 +119,19 @@ class RecurrentDecoder(Decoder):
             hiddens.append(hidden)
             looks.append(look)
         scores = inputs._replace(data=self.scores(torch.cat(hiddens)))
-        return Forward(scores, targets, *seen(looks, inputs, self.attention))
+        return Forward(scores, targets, *seen(looks, inputs))
+
+
+@dataclass(frozen=True)
+class GRUConfig(AttendingConfig):
+    """Sizes and choices of a `GRUDecoder`: those of `AttendingConfig`, the defaults the tutorial's
+    but for the attention's hidden layer, which has 512 values there."""
+
+    attention_dim: int = 256
+    embed_dim: int = 256
+    dropout: float = 0.0
+    _: KW_ONLY
+    attention: str = "bahdanau"
 
 
 @register("gru")
@@ -189,14 +165,19 @@ class GRUDecoder(RecurrentDecoder):
 
 @register("topdown")
 class TopDownDecoder(RecurrentDecoder):
-    """Two LSTMs (Anderson et al., 2018, §3.2), on a grid of features: one that attends, of the
-    other's state, the mean vector and the word; and one of language, of what was seen.
+    """Two LSTMs (Anderson et al., 2018, §3.2), on a grid of features. The first steers the
+    attention: it reads the other's state, the mean vector and the previous word; the second writes
+    the words from what was seen.
+
+    Their energies (eq. 3) are w · tanh(W_v v_i + W_h h¹_t) of regions that a detector finds; here
+    they are those of the `attention`, by default "soft", which has relu in place of tanh, and v_i
+    are the places of a grid.
 
     Args:
-        config: a `TopDownConfig`.
+        config: an `AttendingConfig`.
     """
 
-    Config, layers = TopDownConfig, 4  # h and c of the one, h and c of the other
+    layers = 4  # h and c of the one, h and c of the other
 
     def __init__(self, config):
         super().__init__(config)
@@ -205,14 +186,16 @@ class TopDownDecoder(RecurrentDecoder):
         self.language_lstm = nn.LSTMCell(dim + hidden, hidden)
         self.fc = nn.Linear(hidden, config.vocab_size)
 
+    def prepare(self, encoder_out):
+        memory = super().prepare(encoder_out)
+        return memory._replace(mean=memory.annotations.mean().to(self.embedding.weight))
+
     def advance(self, words, state, memory, slots, per_image):
         h1, c1, h2, c2 = state.layers
         mean = of_rows(memory.mean, slots // per_image)
         h1, c1 = self.attention_lstm(torch.cat([h2, mean, words], dim=1), (h1, c1))  # eq. 2
-        look = self.look(words, h1, c1, memory, slots, per_image)  # eq. 3 to 5
+        # eq. 4 and 5; in place of eq. 3 the attention's own energies
+        look = self.look(words, h1, c1, memory, slots, per_image)
         h2, c2 = self.language_lstm(torch.cat([look.context.to(h1), h1], dim=1), (h2, c2))  # eq. 6
         state = Hidden(tuple(layer.float() for layer in (h1, c1, h2, c2)))
         return state.layers[2], look, state
-
-    def scores(self, hidden):
-        return self.fc(self.dropout(hidden))

@@ -26,8 +26,10 @@ def progress(iterable=None, leave=True, **options):
 
 
 def say(text, file=None):
-    """Prints a line, on standard output if no other file is given, above the bars."""
-    tqdm.write(printable(text), file=file or sys.stdout)
+    """Prints a line at once, on standard output if no other file is given, above the bars."""
+    file = file or sys.stdout
+    tqdm.write(printable(text), file=file)
+    file.flush()  # a pipe or a file would keep it back
 
 
 class _Lines:

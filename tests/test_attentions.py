@@ -486,7 +486,7 @@ def test_a_place_is_drawn_by_its_alpha(always_drawn):
     look = decoder.attention
     annotations = look.prepare(torch.eye(4).view(1, 2, 2, 4))
     query = torch.randn(1, A).expand(4000, -1)
-    context, alphas, log_p, _ = look(annotations, query, torch.arange(4000), 4000)
+    context, alphas, log_p, *_ = look(annotations, query, torch.arange(4000), 4000)
     assert (context.max(dim=1).values == 1).all() and (context.sum(dim=1) == 1).all()
     share, p = context.mean(0), alphas[0]
     assert (abs(share - p) < 4 * (p * (1 - p) / 4000) ** 0.5).all() and p.max() < 0.9

@@ -4,8 +4,11 @@ import argparse
 
 import pytest
 import torch
+from conftest import failure, run_here
 from PIL import Image
 
+import benchmark_variants
+from attentions import ATTENTIONS, HardAttention
 from benchmark import GEOMETRIES
 from benchmark_data import (
     BASE,
@@ -18,6 +21,7 @@ from benchmark_data import (
 )
 from benchmark_parts import SHARES, WORDS, Row, search_sides
 from benchmark_report import describe, draw
+from contract import DECODERS
 from datasets import CaptionDataset
 from groundwork import timing
 from groundwork.timing import Speeds, Work
@@ -101,3 +105,51 @@ def test_the_scripts_choices_are_the_geometries():
 
 def test_the_bar_ends_at_a_hundred_percent():
     assert sum(SHARES.values()) == 100
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in {"IMAGES": 2, "PER_IMAGE": 1, "WORDS": 3, "VOCABULARY": 20}.items():
+        monkeypatch.setattr(benchmark_variants, name, value)
+
+
+def test_every_variant_is_timed_and_printed_at_once(small, monkeypatch, capsys):
+    """A row stands there before the next is measured."""
+    printed = []
+
+    def measure(device, rounds, *steps):
+        printed.append(capsys.readouterr().out.splitlines())
+        for step in steps:
+            step()
+        return 3.0, 2.0
+
+    monkeypatch.setattr(benchmark_variants, "alternate", measure)
+    benchmark_variants.print_table(SETTINGS.device, amp=False, rounds=1)
+    printed.append(capsys.readouterr().out.splitlines())
+    about, *rows = printed
+    assert "float32" in about[0] and "CPU" in about[0] and "2 captions of 2 images" in about[0]
+    found = [row.strip("| ").split(" | ") for [row] in rows]
+    expected = [["lstm", attention] for attention in ATTENTIONS]
+    expected += [["gru", "bahdanau"], ["topdown", "soft"], ["transformer", "—"], ["merge", "—"]]
+    assert [row[:2] for row in found] == expected
+    assert {row[0] for row in found} == set(DECODERS)
+    assert all(row[3] == "1.50" and float(row[2].removesuffix(" M")) > 0 for row in found)
+
+
+def test_of_hard_attention_the_drawn_steps_are_timed(small, monkeypatch):
+    looks, prepare = [], HardAttention.prepare
+
+    def note(self, encoder_out):
+        annotations = prepare(self, encoder_out)
+        looks.append(annotations.look)
+        return annotations
+
+    monkeypatch.setattr(HardAttention, "prepare", note)
+    benchmark_variants.print_table(SETTINGS.device, amp=False, rounds=5)
+    assert looks == ["sample"] * 6
+
+
+@pytest.mark.parametrize("option", ["geometry=lite2", "slow_rounds=3", "output_folder=x"])
+def test_options_of_the_other_benchmark_are_refused(option):
+    line = failure(run_here("benchmark.py", "--variants", f"--{option}"))
+    assert f"--{option.partition('=')[0]}" in line and "--variants" in line

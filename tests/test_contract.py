@@ -17,13 +17,14 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import checkpoints
 import contract
 import decoding
-from attentions import Attention
+from attentions import ATTENTIONS, Attention
 from captioner import Captioner
-from contract import DECODERS, Decoder, Forward, make_config
+from contract import DECODERS, Decoder, Forward, build_decoder, make_config
 from encoders import Encoder
 from groundwork.errors import UserError
 from models import DecoderWithAttention, LSTMConfig
 from objectives import caption_loss
+from recurrent import Hidden, RecurrentDecoder
 
 
 class Images(NamedTuple):
@@ -313,6 +314,60 @@ def test_a_score_function_is_a_formula_and_autograd_does_the_rest(grid):
             weight[0, 0] -= sign * step
     expected = other["attention.encoder_att.weight"][0, 0].item()
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(expected, rel=1e-2, abs=1e-4)
+
+
+class Guess(Attention):
+    """Draws a place, and keeps the baseline of its returns where it likes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("usual", torch.zeros(2))
+
+    def forward(self, annotations, query, slots, per_image, cell=None):
+        look = super().forward(annotations, query, slots, per_image)
+        places = look.alphas.detach().argmax(dim=1, keepdim=True)
+        log_p = look.alphas.log().gather(1, places).squeeze(1)
+        entropy = -(look.alphas * look.alphas.log()).sum(dim=1)
+        return look._replace(log_p=log_p, entropy=entropy, baseline=self.usual)
+
+
+class Echo(RecurrentDecoder):
+    """What a recurrent decoder needs at least: `layers`, `fc`, `advance`."""
+
+    layers = 1
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mix = nn.Linear(self.attention.context_dim + config.embed_dim, config.decoder_dim)
+        self.fc = nn.Linear(config.decoder_dim, config.vocab_size)
+
+    def advance(self, words, state, memory, slots, per_image):
+        (h,) = state.layers
+        look = self.look(words, h, h, memory, slots, per_image)
+        h = torch.tanh(h + self.mix(torch.cat([look.context, words], dim=1)))
+        return h, look, Hidden((h,))
+
+
+def test_a_recurrent_decoder_is_a_formula_of_a_step(monkeypatch):
+    """And an attention that draws hands over whatever the objective needs."""
+    monkeypatch.setitem(ATTENTIONS, "guess", Guess)
+    monkeypatch.setitem(DECODERS, "echo", Echo)
+    sizes = {"attention_dim": 5, "embed_dim": 4, "decoder_dim": 7, "dropout": 0.0}
+    config = make_config("echo", {"vocab_size": 9, "encoder_dim": 6, "attention": "guess"} | sizes)
+    decoder = build_decoder("echo", config)
+    features, captions = torch.randn(2, 3, 3, 6), torch.randint(9, (4, 5))
+    found = decoder(features, captions, torch.tensor([5, 3, 4, 2]))
+    memory = decoder.prepare(features)
+    state = decoder.init_state(memory).select(torch.tensor([0, 0, 1, 1]))
+    for t in range(4):
+        scores, alphas, state = decoder.step(captions[:, t], state, memory)
+        close(found.alphas[0, t], alphas[0])  # of the longest caption
+        close(found.scores.data[int(found.scores.batch_sizes[:t].sum())], scores[0])
+    assert found.drawn.baseline is decoder.attention.usual
+    assert found.drawn.log_p.shape == found.drawn.entropy.shape == (10,)
+    caption_loss(*found).backward()
+    assert decoder.attention.usual[0] > 0 and decoder.attention.usual[1] == 1  # it has begun
+    assert decoder.attention.encoder_att.weight.grad.abs().sum() > 0
 
 
 def test_registering_gives_a_decoder_its_name():
