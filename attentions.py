@@ -48,6 +48,8 @@ class Attention(AnnotationVectors):
             `attention_dim` A, values of the hidden layer.
     """
 
+    attends = True  # whether it has alphas
+    fields = ("attention_dim", "query")  # of a decoder's configuration, those that it is made with
     knows_word = False  # whether its query is always made of the previous word, too
 
     def __init__(self, config):
@@ -165,7 +167,7 @@ class NoAttention(AnnotationVectors):
     attention was compared with (Vinyals et al., 2015, §3.1), which has it before the
     first word alone."""
 
-    knows_word = False
+    attends, fields, knows_word = False, (), False
     decoder_att = None
 
     def __init__(self, config):
@@ -220,7 +222,7 @@ class AdaptiveAttention(Attention):
     it asks with h_{t-1} and the previous word.
     """
 
-    knows_word = True
+    fields, knows_word = ("attention_dim",), True
 
     def __init__(self, config):
         super().__init__(config)
@@ -252,11 +254,15 @@ class MultiHeadAttention(Attention):
     α = softmax_i(q · W_k a_i / √d), and Σ_i α_i W_v a_i; the heads' results through W_o. The alphas
     are the mean over heads."""
 
+    fields = (*Attention.fields, "heads")
+
     def __init__(self, config):
         super().__init__(config)
         if self.attention_dim % config.heads:
-            heads = f"its heads, {config.heads}"
-            raise ValueError(f"its attention_dim {self.attention_dim} is no multiple of {heads}")
+            raise ValueError(
+                f"its attention_dim {self.attention_dim} is no multiple of its heads, "
+                f"{config.heads}: give heads that divide it"
+            )
         del self.full_att
         self.heads, self.context_dim = config.heads, self.attention_dim
         self.value_att = nn.Linear(config.annotation_dim, self.attention_dim)  # W_v
