@@ -101,7 +101,8 @@ def check_unchanged(asked, typed, in_force, before):
     if other:
         none = [f"no --{name}" for name in other if fixed[name] is None]
         theirs = ", ".join(filter(None, [as_flags({n: fixed[n] for n in other}), *none]))
-        recipe = f", or --recipe {typed['recipe']}, which has it" if "recipe" in typed else ""
+        untyped = other.keys() - typed.keys()
+        recipe = f", or --recipe {typed['recipe']}, which has it" if untyped else ""
         raise UserError(
             f"{as_flags(other)}: the model is the checkpoint's, with {theirs}: leave it "
             f"out{recipe}, or train another model in another --output_folder"
@@ -141,5 +142,6 @@ def _check_sizes(values, typed):
         shown = {"decoder", "attention", "embeddings", *own} & typed.keys()
         flags = as_flags({key: typed[key] for key in typed if key in shown})
         origin = f"; the {dim} values of a word are those of {source}" if source else ""
-        raise UserError(f"{flags or f'--decoder {name}'}: {error}{origin}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{flags or f'--decoder {name}'}: {reason}{origin}") from error
     vocabulary.check_layers(decoder, [option for option in BEGUN if values[option]])

@@ -85,7 +85,7 @@ def test_the_size_of_vectors_is_that_of_the_first_lines(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         check("--embeddings", str(path), "--decoder", "transformer")
     assert str(error.value) == (
-        f"--embeddings {path} --decoder transformer: its 2 heads cannot share 3 units out: give "
+        f"--decoder transformer --embeddings {path}: its 2 heads cannot share 3 units out: give "
         f"heads that divide its embed_dim; the 3 values of a word are those of {path}"
     )
     check("--embeddings", str(path), "--decoder", "transformer", "--heads", "3")
@@ -194,4 +194,8 @@ def test_what_the_checkpoints_model_has_instead_is_said():
     )
     with pytest.raises(UserError, match=re.escape("leave it out, or --recipe attending, which")):
         unchanged(of_model("lstm"), recipe="attending", query="word")
+    with pytest.raises(UserError, match="leave it out, or train another"):  # no recipe has it
+        choices.check_unchanged(
+            {"gate": "channel"}, {"recipe": "paper", "gate": "channel"}, of_model("lstm"), {}
+        )
     unchanged(of_model("lstm"), {"embeddings": "f"}, embeddings="f")
