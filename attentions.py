@@ -81,6 +81,8 @@ class Attention(AnnotationVectors):
             layer.
     """
 
+    attends = True  # whether it has alphas
+    fields = ("attention_dim", "query")  # of a decoder's configuration, those that it is made with
     knows_word = False  # whether its query is always made of the previous word, too
 
     def __init__(self, config):
@@ -199,7 +201,7 @@ class NoAttention(AnnotationVectors):
     was compared with (Vinyals et al., 2015, §3.1) is given the image once, as the LSTM's input
     before the first word."""
 
-    knows_word = False
+    attends, fields, knows_word = False, (), False
     decoder_att = None
 
     def __init__(self, config):
@@ -257,7 +259,7 @@ class AdaptiveAttention(Attention):
     word.
     """
 
-    knows_word = True
+    fields, knows_word = ("attention_dim",), True
 
     def __init__(self, config):
         super().__init__(config)
@@ -289,11 +291,15 @@ class MultiHeadAttention(Attention):
     α = softmax_i(q · W_k a_i / √d), and Σ_i α_i W_v a_i; the heads' results through W_o. The alphas
     are the mean over heads."""
 
+    fields = (*Attention.fields, "heads")
+
     def __init__(self, config):
         super().__init__(config)
         if self.attention_dim % config.heads:
-            heads = f"its heads, {config.heads}"
-            raise ValueError(f"its attention_dim {self.attention_dim} is no multiple of {heads}")
+            raise ValueError(
+                f"its attention_dim {self.attention_dim} is no multiple of its heads, "
+                f"{config.heads}: give heads that divide it"
+            )
         del self.full_att
         self.heads, self.context_dim = config.heads, self.attention_dim
         self.value_att = nn.Linear(config.annotation_dim, self.attention_dim)  # W_v

@@ -73,11 +73,11 @@ def main():
     for file in (options.json, options.results):
         if file not in (None, "-"):
             check_writable(file)
-    if not options.no_pictures:
-        make_folder(options.output_folder)
     path = options.model or checkpoints.newest_best_checkpoint("data")
     model = Captioner.load(path, options.device, options.amp, options.word_map, options.look)
     model.check_beam_size(options.beam_size)
+    if not options.no_pictures:
+        make_folder(options.output_folder)
 
     records, unreadable = caption_all(model, paths, options)
     if options.json == "-":
@@ -237,7 +237,7 @@ def keep(path, caption, png, options):
     if png is not None:
         name = os.fsdecode(os.fsencode(Path(path).name)[:180])  # systems allow 255 bytes
         picture = str(write_new(Path(options.output_folder, f"{name}_attention.png"), png))
-        about += f", attention in {picture}"
+        about += f", {'picture' if caption.alphas is None else 'attention'} in {picture}"
     if options.json != "-":
         say(f"{path}: {caption.text} ({about})")
     if options.show:

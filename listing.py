@@ -4,9 +4,9 @@ import dataclasses
 import inspect
 import textwrap
 
-import checkpoints  # noqa: F401 -- it imports every decoder's module
 from annotations import MapConfig
 from attentions import ATTENTIONS
+from choices import idle_fields  # which imports every decoder's module
 from config import ModelConfig
 from contract import DECODERS, config_fields
 from encoders import OFFLINE_ENCODER
@@ -14,6 +14,7 @@ from groundwork.options import as_flags
 from networks import torchvision_names
 
 WIDTH = 100  # characters of a line
+USUAL = dataclasses.asdict(ModelConfig())
 
 
 def describe():
@@ -22,7 +23,11 @@ def describe():
     decoders = [
         line for name in DECODERS for line in [*_entry(name, DECODERS[name]), *_options(name)]
     ]
-    attentions = [line for name in ATTENTIONS for line in _entry(name, ATTENTIONS[name])]
+    attentions = [
+        line
+        for name, kind in ATTENTIONS.items()
+        for line in [*_entry(name, kind), *_flags(map(_of_attentions, kind.fields))]
+    ]
     encoders = [
         *_wrapped(f"{OFFLINE_ENCODER}: needs no download, its weights are a package's"),
         *_wrapped(
@@ -35,7 +40,11 @@ def describe():
     ]
     return "\n".join(
         ["decoders (--decoder):", *decoders]
-        + ["", "attentions (--attention), of decoders that have the option:", *attentions]
+        + [
+            "",
+            "attentions (--attention), of decoders that have the option, with the options of each:",
+            *attentions,
+        ]
         + ["", "encoders (--encoder):", *encoders]
     )
 
@@ -47,14 +56,31 @@ def _entry(name, kind):
 
 
 def _options(name):
-    """Those of train.py's options that the decoder of that name has, with its own defaults."""
-    usual = dataclasses.asdict(ModelConfig())
-    of_maps = {field.name for field in dataclasses.fields(MapConfig)}  # every decoder's alike
-    flags = [
-        as_flags({key: field.default if usual[key] is None else usual[key]})
-        for key, field in config_fields(name).items()
-        if key in usual and key not in of_maps
-    ]
+    """Those of train.py's options that the decoder of that name has, with its own defaults: of an
+    attention's, those of the one that it has where none is typed."""
+    fields = config_fields(name)
+    other = {field.name for field in dataclasses.fields(MapConfig)}  # every decoder's alike
+    if "attention" in fields:
+        other |= idle_fields(fields["attention"].default)
+    return _flags(
+        as_flags({key: _default(field)})
+        for key, field in fields.items()
+        if key in USUAL and key not in other
+    )
+
+
+def _of_attentions(key):
+    """An option of attentions, with its default where all decoders that attend have the same."""
+    decoders = [fields for fields in map(config_fields, DECODERS) if "attention" in fields]
+    defaults = {_default(fields[key]) for fields in decoders if key in fields}
+    return as_flags({key: defaults.pop()}) if len(defaults) == 1 else f"--{key}"
+
+
+def _default(field):
+    return field.default if USUAL[field.name] is None else USUAL[field.name]
+
+
+def _flags(flags):
     tied = " ".join(flag.replace(" ", "\N{NO-BREAK SPACE}") for flag in flags)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in _wrapped(tied, "      ")]
 

@@ -53,7 +53,7 @@ class MergeDecoder(Decoder):
         config: a `MergeConfig`.
     """
 
-    Config = MergeConfig
+    Config, attends = MergeConfig, False
 
     def __init__(self, config):
         super().__init__(config)

@@ -158,7 +158,10 @@ def _cut_last_linear(model, name):
     """Makes a model give the input of its last fully connected layer."""
     found = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not found:
-        raise EncoderError(f"encoder {name!r} has no fully connected layer, which stage fc needs")
+        raise EncoderError(
+            f"encoder {name!r} has no fully connected layer, which stage fc needs: give "
+            "--encoder_stages last"
+        )
     model.set_submodule(found[-1], nn.Identity())
 
 

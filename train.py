@@ -11,14 +11,10 @@ from contextlib import nullcontext
 
 from config import ModelConfig, TrainingConfig
 from groundwork.errors import UserError, run
-from groundwork.files import make_folder, sole_writer
+from groundwork.files import folder_for, make_folder, sole_writer
 from groundwork.options import as_arguments, as_flags
 from training_options import DEMO_DEFAULTS, make_parser, typed_options
 
-# Of the model's options, those that a checkpoint that is continued may have otherwise
-DROPOUTS = ("dropout", "embed_dropout")
-# And those that say how its words were begun, which its weights tell no more
-BEGUN = ("embeddings", "freeze_embeddings", "bias_init", "bar_special")
 # What says which run it is, and where; all other options are the run's own, until others are typed
 APART = {
     "model", "resume", "overwrite", "prune_features", "data_folder", "data_name", "output_folder",
@@ -69,6 +65,7 @@ def train(parser, options, typed, request, start, device):
     import torch
 
     import checkpoints
+    import choices
     from continuation import check_nothing_is_lost
     from datasets import is_demo
     from groundwork import distributed
@@ -78,21 +75,24 @@ def train(parser, options, typed, request, start, device):
         options = settle(parser, typed, start, DEMO_DEFAULTS)
         if start is None:
             print(f"demo data, so the defaults are {as_flags(DEMO_DEFAULTS)}")
+    if start is None:
+        choices.check(vars(options), make_parser().typed())
     torch.manual_seed(options.seed)
-    options.output_folder = make_folder(options.output_folder or options.data_folder)
 
-    newest = checkpoints.checkpoint_path(options.output_folder, base)
-    lock = sole_writer(newest, "wait for it, or choose another --output_folder")
-    with lock if distributed.is_main else nullcontext():
-        start = check_nothing_is_lost(start, request, options.output_folder, base)
-        if start is not None:
-            print(start)
-            tell_options(options, typed, start)
-        run_stages(options, typed, base, start, device)
+    with folder_for(options.output_folder or options.data_folder) as options.output_folder:
+        newest = checkpoints.checkpoint_path(options.output_folder, base)
+        lock = sole_writer(newest, "wait for it, or choose another --output_folder")
+        with lock if distributed.is_main else nullcontext():
+            start = check_nothing_is_lost(start, request, options.output_folder, base)
+            if start is not None:
+                print(start)
+                tell_options(options, typed, start)
+            run_stages(options, typed, base, start, device)
 
 
 def find_or_make_data(parser, options, typed, start):
     """Base name of the data set to train on: the demo data, made where there is none."""
+    import choices
     import demo
     from continuation import runs_in
     from datasets import find_data, is_demo
@@ -111,6 +111,9 @@ def find_or_make_data(parser, options, typed, start):
         if base is None:
             if folder != default:
                 raise UserError(f"no data set in {folder}: run create_input_files.py")
+            if start is None:  # before it is drawn
+                usual = settle(parser, typed, start, DEMO_DEFAULTS)
+                choices.check(vars(usual), make_parser().typed())
             print(f"no data set in {folder}: making the demo data there")
             folder = make_folder(folder)
             with sole_writer(folder / "demo", "wait for it, or use another --data_folder"):
@@ -154,6 +157,7 @@ def make_state(options, typed, base, checkpoint, device):
     """The `RunState` of a run that begins now, its model that of the checkpoint if there is one."""
     import torch
 
+    import choices
     from datasets import describe_data, read_word_map
     from engine import Network
     from groundwork import distributed, provenance
@@ -166,10 +170,9 @@ def make_state(options, typed, base, checkpoint, device):
     data = describe_data(folder, base)
     record = provenance.describe(data, options.seed, device)
     encoder, decoder = make_models(options, checkpoint, base, word_map)
-    check_own(make_parser().typed(), decoder)
-    in_force = model_options(encoder, decoder)
+    in_force = choices.in_force(encoder, decoder)
     if checkpoint:
-        check_model(typed, in_force, checkpoint["options"])
+        choices.check_unchanged(typed, make_parser().typed(), in_force, checkpoint["options"])
     encoder.to(device, memory_format=torch.channels_last)
     decoder.to(device)
     if not distributed.is_main:  # each process drops other values out
@@ -190,6 +193,7 @@ def make_models(options, checkpoint, base, word_map):
     """Encoder and decoder: of the checkpoint, or new."""
     import checkpoints
     import vocabulary
+    from choices import DROPOUTS
 
     if checkpoint:
         dropouts = {name: getattr(options, name) for name in DROPOUTS}
@@ -209,10 +213,10 @@ def new_models(options, base, word_map):
     from datasets import CaptionDataset, count_targets
     from encoders import Encoder
 
-    vectors = read_vectors(options, word_map)
     weights = options.encoder_weights or "DEFAULT"
     stages = options.encoder_stages.split()
     encoder = Encoder(options.encoder, options.encoded_image_size, weights, stages)
+    vectors = read_vectors(options.embeddings, word_map)
     values = dataclasses.asdict(make(ModelConfig, vars(options))) | {"vocab_size": len(word_map)}
     values["feature_norm"] = options.feature_norm or ("layer" if len(stages) > 1 else "none")
     if vectors is not None:
@@ -232,21 +236,15 @@ def new_models(options, base, word_map):
     return encoder, decoder
 
 
-def read_vectors(options, word_map):
+def read_vectors(source, word_map):
     """The words' vectors that --embeddings names, a random one where there is none: (V, E); None
     without the option."""
     import embeddings
 
-    source, size = options.embeddings, options.embed_dim
     if source is None:
         return None
     found = embeddings.read_vectors(source, word_map)
     vectors = embeddings.complete(found, len(word_map))
-    if size not in (None, vectors.shape[1]):
-        raise UserError(
-            f"--embed_dim {size}: the vectors of {source} have {vectors.shape[1]} values: leave "
-            "the option out"
-        )
     print(f"{source}: vectors for {len(found):,} of {len(word_map):,} words")
     return vectors
 
@@ -277,6 +275,7 @@ def recorded(typed, start):
     Raises:
         UserError: they cannot be.
     """
+    from choices import DROPOUTS
     from continuation import has_data
 
     def refuse(message):
@@ -313,46 +312,6 @@ def tell_options(options, typed, start):
     ):
         if which:
             print(f"{line}: {as_flags(which)}")
-
-
-def model_options(encoder, decoder):
-    """Those of the model's options that the encoder and decoder in use have, by name."""
-    values = dataclasses.asdict(decoder.config)
-    values |= {"encoder": encoder.name, "decoder": decoder.name}
-    values["encoder_stages"] = " ".join(encoder.stages)
-    return {f.name: values[f.name] for f in dataclasses.fields(ModelConfig) if f.name in values}
-
-
-def check_own(typed, decoder):
-    """Raises UserError where options of the model are typed that this decoder does not have.
-
-    Args:
-        typed: by name, without those of a recipe.
-    """
-    of_all = {"encoder", "encoder_stages", "decoder", *BEGUN}
-    known = {field.name for field in dataclasses.fields(decoder.config)} | of_all
-    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in known]
-    if other := {name: typed[name] for name in fields if typed.get(name) is not None}:
-        raise UserError(f"{as_flags(other)}: the decoder {decoder.name} has no such choice")
-
-
-def check_model(typed, in_force, before):
-    """Raises UserError where other model options are typed than those of a checkpoint's model.
-
-    Args:
-        before: the options of the checkpoint's run.
-    """
-    fixed = {name: value for name, value in in_force.items() if name not in DROPOUTS}
-    fixed |= {name: before.get(name, getattr(ModelConfig(), name)) for name in BEGUN}
-    if "encoder_weights" in before:
-        fixed["encoder_weights"] = before["encoder_weights"]
-    other = {name: typed[name] for name in fixed if typed.get(name, fixed[name]) != fixed[name]}
-    if other:
-        theirs = as_flags({name: fixed[name] for name in other}) or "its own"
-        raise UserError(
-            f"{as_flags(other)}: the model is the checkpoint's, {theirs}: leave it out, or the "
-            "--recipe that has it, or train another model in another --output_folder"
-        )
 
 
 def plain(options: argparse.Namespace):

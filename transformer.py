@@ -67,7 +67,10 @@ class TransformerConfig(MapConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.embed_dim % self.heads:
-            raise ValueError(f"its {self.heads} heads cannot share {self.embed_dim} units out")
+            raise ValueError(
+                f"its {self.heads} heads cannot share {self.embed_dim} units out: give heads that "
+                "divide its embed_dim"
+            )
         if self.layers > MAX_LAYERS:
             raise ValueError(f"its layers are {self.layers}: {MAX_LAYERS} at most")
 

@@ -13,12 +13,18 @@ NEVER = ("<pad>", "<start>", "<unk>")  # words that no caption is made of
 # The bias of a word that is barred. Its probability is 0 in float32, and so is its gradient:
 # training leaves the bias as it is. All precisions have the number exactly.
 BARRED = -(2.0**14)
+LAYERS = {  # which layer, and of which kind, the options of this module are for
+    "embeddings": ("embedding", nn.Embedding),
+    "freeze_embeddings": ("embedding", nn.Embedding),
+    "bias_init": ("fc", nn.Linear),
+    "bar_special": ("fc", nn.Linear),
+}
 
 
 @torch.no_grad()
 def set_vectors(decoder, vectors):
     """Makes (V, E) float32 the words' embeddings. Raises UserError where they do not fit."""
-    weight = _layer(decoder, "embedding", nn.Embedding, "--embeddings").weight
+    weight = _layer(decoder, "embeddings").weight
     if weight.shape != vectors.shape:
         raise UserError(
             f"--embeddings: its words have {vectors.shape[1]} values, and those of the decoder "
@@ -30,7 +36,7 @@ def set_vectors(decoder, vectors):
 def freeze_embeddings(decoder):
     """Has training leave the words' embeddings as they are. Raises UserError where there are
     none."""
-    _layer(decoder, "embedding", nn.Embedding, "--freeze_embeddings").requires_grad_(False)
+    _layer(decoder, "freeze_embeddings").requires_grad_(False)
 
 
 @torch.no_grad()
@@ -46,7 +52,7 @@ def set_frequencies(decoder, counts):
     Raises:
         UserError: the decoder has no such bias.
     """
-    bias = _layer(decoder, "fc", nn.Linear, "--bias_init").bias
+    bias = _layer(decoder, "bias_init").bias
     bias.copy_((counts.double().clamp(min=0.5) / counts.sum()).log())
 
 
@@ -55,7 +61,7 @@ def bar(decoder, word_map):
     """Takes all probability from the words `NEVER`, as the last layer of TensorFlow's tutorial
     «Image captioning with visual attention» does. Raises UserError where the decoder has no such
     bias."""
-    bias = _layer(decoder, "fc", nn.Linear, "--bar_special").bias
+    bias = _layer(decoder, "bar_special").bias
     bias[[word_map[word] for word in NEVER]] = BARRED
 
 
@@ -67,8 +73,15 @@ def barred(decoder):
     return None if words is None or not len(words) else words
 
 
-def _layer(decoder, name, kind, option):
-    """The decoder's layer of that name, if it has one with a row for each word."""
+def check_layers(decoder, options):
+    """Raises UserError where the decoder has no layer that one of those of `LAYERS` is for."""
+    for option in options:
+        _layer(decoder, option)
+
+
+def _layer(decoder, option):
+    """The decoder's layer that an option of `LAYERS` is for, with a row for each word."""
+    name, kind = LAYERS[option]
     layer = getattr(decoder, name, None)
     if (
         not isinstance(layer, kind)
@@ -76,7 +89,7 @@ def _layer(decoder, name, kind, option):
         or (kind is nn.Linear and layer.bias is None)
     ):
         raise UserError(
-            f"{option}: the decoder {decoder.name!r} has no {kind.__name__} `{name}` with a row "
+            f"--{option}: the decoder {decoder.name!r} has no {kind.__name__} `{name}` with a row "
             f"{'and a bias ' if kind is nn.Linear else ''}for each word"
         )
     return layer

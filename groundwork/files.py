@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -141,6 +141,20 @@ def flush_folder(path):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def folder_for(path):
+    """Makes a folder for the block, which takes it as a Path; where nothing is in it at the end,
+    what was made is removed again."""
+    path = Path(path)
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield make_folder(path)
+    finally:
+        with suppress(OSError):  # there is something in it
+            for folder in new:
+                folder.rmdir()
 
 
 def make_folder(path):

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
 
 import engine
-import objectives
 import stages
 from attentions import ATTENTIONS, HardAttention
 from contract import DECODERS, Drawn, build_decoder, make_config
@@ -586,11 +585,6 @@ def test_parts_of_a_batch_add_up_to_the_whole(monkeypatch):
     for _, own in parts:
         assert torch.equal(own, parts[0][1])
         close(own, baseline)
-
-
-def test_the_settings_are_the_authors():
-    settings = objectives.RETURN_SCALE, objectives.BASELINE_DECAY, objectives.ENTROPY_WEIGHT
-    assert (*settings, HardAttention.SOFT_SHARE) == (0.1, 0.9, 0.002, 0.5)
 
 
 # ------------------------------------------------------------------------------- ways to look

@@ -8,15 +8,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, failure, run_here
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
-from captioner import Captioner
+import caption as script
+from captioner import Caption, Captioner
 from coco_results import image_ids
 
 
@@ -192,6 +195,16 @@ def test_a_name_as_long_as_can_be_gets_its_picture(caption, photographs):
 
 
 # ----------------------------------------------------------------------------------- captions
+
+
+@pytest.mark.parametrize(
+    ("alphas", "what"), [(torch.full((2, 9), 1 / 9), "attention in "), (None, "picture in ")]
+)
+def test_of_a_decoder_without_attention_it_is_a_picture_alone(tmp_path, capsys, alphas, what):
+    options = SimpleNamespace(output_folder=tmp_path, json=None, show=False)
+    script.keep("a.jpg", Caption(["a", "dog"], -1.5, alphas), b"png", options)
+    picture = tmp_path / "a.jpg_attention.png"
+    assert capsys.readouterr().out == f"a.jpg: a dog (log p -1.50, {what}{picture})\n"
 
 
 def test_n_captions_an_image_in_lines_and_in_json(caption, photographs, model):

@@ -310,7 +310,7 @@ def test_fine_tuning_without_a_decoder_is_refused_before_data_are_made(tmp_path,
         (["--decoder_dim", 9], "--decoder_dim 8"),
         (["--encoder", "resnet18", "--gate", "channel"], f"--encoder {OFFLINE} --gate scalar"),
         (["--no-deep_output"], "--deep_output"),
-        (["--encoder_weights", "other.pth"], "its own"),
+        (["--encoder_weights", "other.pth"], "no --encoder_weights"),
     ],
 )
 @pytest.mark.parametrize("way", ["resume", "checkpoint"])
@@ -321,7 +321,8 @@ def test_other_model_options_are_refused(folder, tiny_data, tmp_path, typed, the
         output = tmp_path / "other"
         where = ["--checkpoint", paths(folder, tiny_data)[0], "--output_folder", output]
     line = failure(run_here("train.py", *where, *typed))
-    assert " ".join(map(str, typed)) in line and f"the checkpoint's, {theirs}:" in line
+    assert " ".join(map(str, typed)) in line and f"the checkpoint's, with {theirs}:" in line
+    assert "recipe" not in line
     assert contents(folder) == before
 
 

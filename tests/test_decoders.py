@@ -177,7 +177,8 @@ def test_steps_equal_the_forward_pass_in_bfloat16(variant):
 def test_alphas_are_shares_of_the_places_and_zero_past_the_end(variant):
     batch = make_batch([7, 4, 2, 6], 2, grid=2)
     alphas = build(variant, std=0.6)(*batch).alphas
-    if alphas is None:
+    if variant[0] == "merge" or variant[1].get("attention") == "none":
+        assert alphas is None
         return
     assert alphas.shape == (4, 6, GRID**2) and alphas.dtype == torch.float32
     real, sums = real_words(batch[2]), alphas.sum(2)

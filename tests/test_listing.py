@@ -54,6 +54,10 @@ def test_what_is_registered_is_listed(monkeypatch):
     for name in (OFFLINE_ENCODER, "timm:NAME", "resnet101", "vgg19"):
         assert name in encoders
     assert "--attention_dim 512" in decoders  # the decoder's own
+    assert decoders.count("--heads") == 1  # the transformer's: of the others' attentions one has it
+    options = dict(re.findall(r"^  (\S+)$(?:\n    \S.*)+\n      (--.*)", attentions, re.MULTILINE))
+    assert options["multihead"] == "--attention_dim --query state --heads 4"
+    assert options["soft"] == "--attention_dim --query state" and "none" not in options
     assert max(map(len, process.stdout.splitlines())) <= listing.WIDTH
 
 

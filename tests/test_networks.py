@@ -126,7 +126,10 @@ def test_the_later_half_of_a_transformers_blocks_is_fine_tuned(stages):
 
 @pytest.mark.parametrize(("name", "stage"), [("timm:test_vit", "16"), ("timm:test_vit", "4")])
 def test_a_transformer_has_no_stage_but_its_last(name, stage):
-    with pytest.raises(EncoderError, match=f"'{name}' has no stage {stage}: it has last alone"):
+    with pytest.raises(
+        EncoderError,
+        match=f"'{name}' has no stage {stage}: it has last alone: give --encoder_stages last$",
+    ):
         Encoder(name, weights=None, stages=[stage, "last"])
 
 
@@ -357,11 +360,19 @@ def test_with_fc_what_follows_the_late_stages_is_fine_tuned(name, tuned):
 
 def test_fc_stands_alone_and_needs_a_linear_layer():
     for stages_ in (["fc", "16"], ["last", "fc"]):
-        with pytest.raises(EncoderError, match="stage fc is one vector .*: it stands alone"):
+        with pytest.raises(EncoderError, match="stage fc .* stands alone: give --encoder_stages"):
             Encoder("resnet18", weights=None, stages=stages_)
-    with pytest.raises(EncoderError, match="'squeezenet1_1' has no fully connected layer") as error:
+    with pytest.raises(
+        EncoderError, match="'squeezenet1_1' .* give --encoder_stages last$"
+    ) as error:
         Encoder("squeezenet1_1", weights=None, stages=["fc"])
     one_line(error)
+
+
+@pytest.mark.parametrize("twice", [["16", "16"], ["last", "16", "last"], ["fc", "fc"]])
+def test_a_stage_comes_once(twice):
+    with pytest.raises(EncoderError, match=f"--encoder_stages has {twice[0]} twice"):
+        Encoder("resnet18", weights=None, stages=twice)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "inception_v3", "vit_l_16", "timm:test_vit3"])

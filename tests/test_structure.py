@@ -110,7 +110,7 @@ FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork i
     "parts_of_speech regions coco_results evaluation evaluation_data robustness report textbook "
     "benchmark_data",
     "config training_options engine checkpoints run_state training_data "
-    "training_report training continuation listing",
+    "training_report training continuation choices listing",
     "captioner hubconf benchmark_parts benchmark_report benchmark_variants",
 ]
 

@@ -1,0 +1,147 @@
+"""Which options of the model go together: found out before anything is read, downloaded or written,
+from the registries and a decoder without memory."""
+
+import dataclasses
+
+import checkpoints  # noqa: F401 -- it imports every decoder's module
+import embeddings
+import vocabulary
+from attentions import ATTENTIONS
+from config import ModelConfig
+from contract import DECODERS, build_decoder, config_fields, make_config
+from groundwork.devices import shapes_only
+from groundwork.errors import UserError
+from groundwork.options import as_flags
+
+# Of the model's options, those that a checkpoint that is continued may have otherwise
+DROPOUTS = ("dropout", "embed_dropout")
+# And those that say how its words were begun, which its weights tell no more
+BEGUN = tuple(vocabulary.LAYERS)
+
+
+def check(values, typed):
+    """Raises UserError where the options of a new model cannot be, or not together.
+
+    Args:
+        values: all options, by name.
+        typed: those typed, by name, without those of a recipe.
+    """
+    name, attention = values["decoder"], None
+    _check_known("decoder", name, DECODERS)
+    fields = config_fields(name)
+    if "attention" in fields:
+        attention = values["attention"] or fields["attention"].default
+        _check_known("attention", attention, ATTENTIONS)
+    check_own(typed, name, attention)
+    if attends(name, attention) and "fc" in values["encoder_stages"].split():
+        way = "--attention none or --decoder merge" if attention else "--decoder merge"
+        raise UserError(
+            "--encoder_stages fc is one vector of the whole image, in which an attention has no "
+            f"places to look at: give --encoder_stages last, or {way}"
+        )
+    _check_sizes(values, typed)
+
+
+def check_own(typed, decoder, attention):
+    """Raises UserError where options of the model are typed that have no effect on it.
+
+    Args:
+        typed: by name, without those of a recipe.
+        decoder: name.
+        attention: name; None: the decoder has no such choice.
+    """
+    idle = {field.name for field in dataclasses.fields(ModelConfig)} - config_fields(decoder).keys()
+    idle -= {"encoder", "encoder_stages", "decoder", *BEGUN}
+    _refuse(typed, idle, f"the decoder {decoder} has no such choice", "another --decoder")
+    if attention:
+        reason = f"the attention {attention} has no such choice"
+        _refuse(typed, idle_fields(attention), reason, "another --attention")
+    if not attends(decoder, attention) and typed.get("alpha_c"):
+        reason = "this model has no attention to weigh"
+        _refuse(typed, {"alpha_c"}, reason, "an --attention or --decoder that has it")
+
+
+def attends(decoder, attention):
+    """Whether the decoder of that name looks at places, with the attention of that name, if any."""
+    return (ATTENTIONS[attention] if attention else DECODERS[decoder]).attends
+
+
+def idle_fields(attention):
+    """Of the fields that attentions have in a decoder's configuration, those that one is made
+    without."""
+    every = {field for kind in ATTENTIONS.values() for field in kind.fields}
+    return every - set(ATTENTIONS[attention].fields)
+
+
+def in_force(encoder, decoder):
+    """Those of the model's options that the encoder and decoder in use have, by name."""
+    values = dataclasses.asdict(decoder.config)
+    values |= {"encoder": encoder.name, "decoder": decoder.name}
+    values["encoder_stages"] = " ".join(encoder.stages)
+    return {f.name: values[f.name] for f in dataclasses.fields(ModelConfig) if f.name in values}
+
+
+def check_unchanged(asked, typed, in_force, before):
+    """Raises UserError where other model options are asked for than those of a checkpoint's model.
+
+    Args:
+        asked: options by name, those of a recipe among them.
+        typed: as they were typed, with `recipe` where one was.
+        in_force: see the function of this name.
+        before: the options of the checkpoint's run.
+    """
+    attention = in_force.get("attention")
+    check_own(typed, in_force["decoder"], attention)
+    free = {*DROPOUTS, *(idle_fields(attention) if attention else ())}
+    fixed = {name: value for name, value in in_force.items() if name not in free}
+    fixed |= {name: before.get(name, getattr(ModelConfig(), name)) for name in BEGUN}
+    if "encoder_weights" in before:
+        fixed["encoder_weights"] = before["encoder_weights"]
+    other = {name: asked[name] for name in fixed if asked.get(name, fixed[name]) != fixed[name]}
+    if other:
+        none = [f"no --{name}" for name in other if fixed[name] is None]
+        theirs = ", ".join(filter(None, [as_flags({n: fixed[n] for n in other}), *none]))
+        untyped = other.keys() - typed.keys()
+        recipe = f", or --recipe {typed['recipe']}, which has it" if untyped else ""
+        raise UserError(
+            f"{as_flags(other)}: the model is the checkpoint's, with {theirs}: leave it "
+            f"out{recipe}, or train another model in another --output_folder"
+        )
+
+
+def _check_known(option, name, registry):
+    if name not in registry:
+        known = ", ".join(registry)
+        raise UserError(f"--{option} {name}: there is no such {option}: known are {known}")
+
+
+def _refuse(typed, idle, reason, other):
+    """Raises UserError where options are typed that are idle for a reason; `other` has them."""
+    if found := {name: typed[name] for name in sorted(idle) if typed.get(name) is not None}:
+        raise UserError(
+            f"{as_flags(found)}: {reason}: leave it out, or give {other} (--list has the options "
+            "of each)"
+        )
+
+
+def _check_sizes(values, typed):
+    """Builds the decoder without memory, for a vocabulary and features that stand for any."""
+    name, source, typed_dim = values["decoder"], values["embeddings"], values["embed_dim"]
+    dim = typed_dim if source is None else embeddings.count_values(source)
+    if typed_dim not in (None, dim):
+        raise UserError(
+            f"--embed_dim {typed_dim}: the vectors of {source} have {dim} values: leave the option "
+            "out"
+        )
+    own = values | {"vocab_size": 3, "encoder_dim": 1, "embed_dim": dim}
+    own = {key: own[key] for key in config_fields(name) if own.get(key) is not None}
+    try:
+        with shapes_only():
+            decoder = build_decoder(name, make_config(name, own))
+    except (ValueError, RuntimeError) as error:  # of PyTorch, where no memory could be so large
+        shown = {"decoder", "attention", "embeddings", *own} & typed.keys()
+        flags = as_flags({key: typed[key] for key in typed if key in shown})
+        origin = f"; the {dim} values of a word are those of {source}" if source else ""
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{flags or f'--decoder {name}'}: {reason}{origin}") from error
+    vocabulary.check_layers(decoder, [option for option in BEGUN if values[option]])
