@@ -482,8 +482,9 @@ def test_a_model_on_a_vision_transformer_is_trained_in_both_stages(own, tiny_dat
     run = ["train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path / "run"]
     process = run_here(
         *run, "--encoder", "timm:test_vit", "--encoder_weights", weights, "--encoder_stages", own,
-        "--encoded_image_size", 2, "--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 8,
-        "--epochs", 1, "--stage", "both", "--batch_size", 40, "--device", "cpu",
+        "--encoded_image_size", 2, "--embed_dim", 8, "--decoder_dim", 8, "--decoder",
+        "merge" if own == "fc" else "lstm", "--epochs", 1, "--stage", "both", "--batch_size", 40,
+        "--device", "cpu",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     path = checkpoints.newest_best_checkpoint(tmp_path / "run")
