@@ -45,11 +45,11 @@ class MapConfig:
             raise ValueError(f"its stages are {self.stage_dims} and {self.stage_factors}")
         pairs = zip(self.stage_dims, self.stage_factors, strict=True)
         packed = sum(dim * factor**2 for dim, factor in pairs)
-        for name in ("dropout", "embed_dropout"):
-            if not 0 <= getattr(self, name, 0.0) < 1:
-                raise ValueError(f"its {name} is {getattr(self, name)}: 0 or more, below 1")
         if self.stage_dims and packed != self.encoder_dim:
             raise ValueError(f"its stages make {packed} values, not {self.encoder_dim}")
+        for name in ("dropout", "embed_dropout"):  # where a decoder has them
+            if not 0 <= getattr(self, name, 0.0) < 1:
+                raise ValueError(f"its {name} is {getattr(self, name)}: 0 or more, below 1")
 
     def check(self, name, known):
         """Raises ValueError unless a field's value is one of those known."""

@@ -220,8 +220,20 @@ class NoAttention(AnnotationVectors):
         return Look(of_rows(annotations.vectors[0], slots // per_image).squeeze(1), None)
 
 
+class TanhAttention(Attention):
+    """What the additive attentions with tanh in place of relu have in common: their energies."""
+
+    def energies(self, annotations, query, images):
+        return self.score(of_rows(annotations.projected, images), query)
+
+    def score(self, keys: Tensor, query: Tensor) -> Tensor:
+        """v · tanh(k_i + q), (n, L), of keys (n, L, A) and queries (n, A)."""
+        w = self.full_att.weight.squeeze(0).to(query.dtype)
+        return torch.tanh(keys + query.unsqueeze(1)) @ w
+
+
 @register("bahdanau")
-class BahdanauAttention(Attention):
+class BahdanauAttention(TanhAttention):
     """Additive attention (Bahdanau et al., 2015, appendix A.1.2): e_ti = v · tanh(W_1 a'_i +
     W_2 h_{t-1}), over a'_i = relu(W_a a_i + b), as TensorFlow's captioning tutorial has it. There
     a'_i has 256 values and the hidden layer 512; here both have `attention_dim`."""
@@ -237,12 +249,9 @@ class BahdanauAttention(Attention):
         annotations = Annotations((vectors,), (None,))
         return annotations._replace(projected=project(self.key_att, annotations))
 
-    def energies(self, annotations, query, images):
-        return _tanh_energies(of_rows(annotations.projected, images), query, self.full_att)
-
 
 @register("adaptive")
-class AdaptiveAttention(Attention):
+class AdaptiveAttention(TanhAttention):
     """Attention with a visual sentinel (Lu et al., 2017, §2.3): it weighs the places against what
     the decoder remembers.
 
@@ -270,14 +279,11 @@ class AdaptiveAttention(Attention):
     def query_dim(config) -> int:
         return config.attention_dim + config.decoder_dim  # that of the attention, and s_t's gate
 
-    def energies(self, annotations, query, images):
-        return _tanh_energies(of_rows(annotations.projected, images), query, self.full_att)
-
     def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
         query, gate = query.split([self.attention_dim, query.shape[1] - self.attention_dim], dim=1)
         sentinel = torch.sigmoid(gate) * torch.tanh(cell).to(gate.dtype)
         key = self.sentinel_att(sentinel).to(query.dtype)
-        own = _tanh_energies(key.unsqueeze(1), query, self.full_att).float() + self.full_att.bias
+        own = self.score(key.unsqueeze(1), query).float() + self.full_att.bias
         places = self.log_alphas(annotations, query, slots // per_image)
         weights = torch.cat([places, own], dim=1).softmax(dim=1)
         alphas, beta = weights[:, :-1], weights[:, -1:].to(query.dtype)
@@ -335,8 +341,3 @@ def word_layer(config, attention) -> nn.Linear | None:
     if query_dim and (config.query == "word" or attention.knows_word):
         return nn.Linear(config.embed_dim, query_dim, bias=False)
     return None
-
-
-def _tanh_energies(keys: Tensor, query: Tensor, full_att: nn.Linear) -> Tensor:
-    """v · tanh(k_i + q), (n, L), of keys (n, L, A) and queries (n, A)."""
-    return torch.tanh(keys + query.unsqueeze(1)) @ full_att.weight.squeeze(0).to(query.dtype)

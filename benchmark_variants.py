@@ -15,13 +15,13 @@ from contract import DECODERS, build_decoder, config_fields, make_config
 from groundwork.progress import progress, say
 from groundwork.timing import alternate
 from objectives import caption_loss
+from training_options import ATTENDING
 
 # Flickr8k's: a batch of --batch_size 160, its vocabulary, and lite2's stages of stride 16 and 32 of
 # images of 256 pixels.
 IMAGES, PER_IMAGE, WORDS, VOCABULARY = 32, 5, 11, 2464
 STAGES = {"stage_dims": (120, 352), "stage_factors": (2, 1), "encoder_dim": 4 * 120 + 352}
-SIZES = {"encoded_image_size": 16, "feature_norm": "layer", "vocab_size": VOCABULARY}
-CHOICES = {"attention_dim": 128, "query": "word", "deep_output": True}
+SIZES = {"feature_norm": "layer", "vocab_size": VOCABULARY}
 
 
 def print_table(device, amp, rounds):
@@ -68,7 +68,7 @@ def _make_step(device, amp):
 
 def _decoder(name, attention, device):
     fields = config_fields(name)
-    values = STAGES | SIZES | CHOICES | ({"attention": attention} if attention else {})
+    values = STAGES | SIZES | ATTENDING | ({"attention": attention} if attention else {})
     config = make_config(name, {key: values[key] for key in fields if key in values})
     decoder = build_decoder(name, config).to(device)
     if attention == "hard":

@@ -98,7 +98,6 @@ class DecoderWithAttention(Decoder):
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         self.decode_step = nn.LSTMCell(embed + dim, hidden)
         self.word_att = word_layer(config, self.attention)  # W_y
-        self.asks_word = self.word_att is not None
         self.init_h = nn.Linear(dim, hidden)
         self.init_c = nn.Linear(dim, hidden)
         self.f_beta = nn.Linear(hidden, {"scalar": 1, "channel": dim}[config.gate])
@@ -152,7 +151,7 @@ class DecoderWithAttention(Decoder):
         word_weight, context_weight = cell.weight_ih.to(dtype).split(
             [self.config.embed_dim, self.attention.context_dim], dim=1
         )
-        if self.asks_word:  # W_h h_{t-1} + W_y E y_{t-1}
+        if self.word_att is not None:  # W_h h_{t-1} + W_y E y_{t-1}
             word_weight = torch.cat([word_weight, self.word_att.weight.to(dtype)])
         vocabulary_weight = self.fc.weight.to(dtype)
         weights = (weight.to(dtype), bias.to(dtype), word_weight, context_weight, vocabulary_weight)

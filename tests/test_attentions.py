@@ -243,7 +243,7 @@ def test_the_deep_output_layer_and_the_channel_gate_take_any_attention(attention
     query = None
     if decoder.query_dim:
         query = decoder.attention.decoder_att(h)
-        query = query + decoder.word_att(words) if decoder.asks_word else query
+        query = query + decoder.word_att(words) if decoder.word_att is not None else query
     look = decoder.attention(memory.annotations, query, torch.arange(2), 1, c)
     seen = torch.sigmoid(decoder.f_beta(h)) * look.context
     h, _ = decoder.decode_step(torch.cat([words, seen], dim=1), tuple(state))
