@@ -113,13 +113,16 @@ def reinforce(
     """What stochastic attention minimises beside -log p of the words (§4.1, eq. 11 and 12): its
     gradient is the estimate of how the places' distribution changes the expected loss.
 
-        Σ_t (R_t - b) log α_{t,s_t} - w H(α_t),    R_t = scale / words_each · Σ_{u ≥ t} -log p(y_u)
+        Σ_t R_t log α_{t,s_t} - w H(α_t),    R_t = scale / words_each · Σ_{u ≥ t} (-log p(y_u) - b)
 
     A place is judged by the words that follow it, as those before do not depend on it. b, the
-    moving average of the returns, is moved by a tenth of the way to their mean after each call, and
-    begins with that of the first batch: as its own returns are in it, of n captions, that one
-    estimate is too small by about an n-th. A batch whose mean is not finite, so that its step is
-    skipped, leaves b alone.
+    moving average of -log p(y), is moved by a tenth of the way to a batch's mean after each call,
+    and begins with that of the first batch: as its own words are in it, that one estimate is too
+    small by about the share of a caption in them. A batch whose mean is not finite, so that its
+    step is skipped, leaves b alone.
+
+    The authors subtract their average once, whatever number of words follow. Taken once a word, it
+    leaves nothing of the returns' fall along a caption, which has nothing to do with the places.
 
     Args:
         scores, targets, drawn: from `Decoder.forward`.
@@ -133,17 +136,17 @@ def reinforce(
     """
     log_p = scores.data.detach().log_softmax(dim=1, dtype=torch.float32)
     missed = -log_p.gather(1, targets.data.unsqueeze(1)).squeeze(1)
-    missed = missed * _counted(targets.data, barred)
-    following, total = [], missed.new_zeros(int(targets.batch_sizes[0]))
-    for own in reversed(missed.split(targets.batch_sizes.tolist())):  # from the last word on
-        total[: len(own)] += own
-        following.append(total[: len(own)].clone())
-    following = torch.cat(following[::-1])
-    returns = following * scale / words_each
-    sums = distributed.add_up(torch.stack([returns.sum(), returns.new_tensor(len(returns))]))
+    counted = _counted(targets.data, barred).to(missed)
+    sums = distributed.add_up(torch.stack([(missed * counted).sum(), counted.sum()]))
     mean, (baseline, begun) = sums[0] / sums[1], drawn.baseline.clone()
     baseline = torch.where(begun > 0, baseline, mean)
+    excess = (missed - baseline) * counted
+    following, total = [], missed.new_zeros(int(targets.batch_sizes[0]))
+    for own in reversed(excess.split(targets.batch_sizes.tolist())):  # from the last word on
+        total[: len(own)] += own
+        following.append(total[: len(own)].clone())
+    returns = torch.cat(following[::-1]) * scale / words_each
     moved = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
     moved = torch.stack([moved, torch.ones_like(moved)])
     drawn.baseline.copy_(moved.where(mean.isfinite(), drawn.baseline))
-    return ((returns - baseline) * drawn.log_p - entropy * drawn.entropy).sum()
+    return (returns * drawn.log_p - entropy * drawn.entropy).sum()

@@ -333,7 +333,7 @@ def estimates(decoder, features, captions, lengths, batches, count, baseline=Non
     -log p, and of what `reinforce` adds to it; each of a batch of `count` times the caption.
 
     Args:
-        baseline: the return that the others are compared with; None for the moving average.
+        baseline: what -log p of a word is compared with; None for the moving average.
     """
     found = []
     parameters = list(decoder.parameters())
@@ -420,44 +420,64 @@ def made_up(lengths, seed=0):
     return scores, targets, log_p
 
 
-def naive_returns(scores, targets, lengths, scale):
-    """R_t of each caption, by the definition."""
-    missed = [
+def naive_missed(scores, targets, lengths):
+    """-log p of each word of each caption."""
+    return [
         [-row.log_softmax(0)[w].item() for row, w in zip(own[:n], words[:n], strict=True)]
         for own, words, n in zip(unpacked(scores), unpacked(targets), lengths, strict=True)
     ]
-    each = sum(lengths) / len(lengths)
-    return [[scale / each * sum(own[t:]) for t in range(len(own))] for own in missed]
+
+
+def naive_returns(missed, words_each, baseline, scale=0.1):
+    """R_t of a caption, by the definition, of -log p of its words."""
+    return [
+        sum(scale / words_each * (missed[u] - baseline) for u in range(t, len(missed)))
+        for t in range(len(missed))
+    ]
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 99))
-def test_a_return_is_what_follows_and_the_baseline_its_moving_average(lengths, seed):
+def test_a_return_is_what_follows_and_the_baseline_a_words_moving_average(lengths, seed):
     scores, targets, log_p = made_up(lengths, seed)
-    returns = naive_returns(scores, targets, lengths, 0.1)
-    mean = sum(map(sum, returns)) / sum(lengths)
-    words_each = sum(lengths) / len(lengths)
+    missed = naive_missed(scores, targets, lengths)
+    mean, words_each = sum(map(sum, missed)) / sum(lengths), sum(lengths) / len(lengths)
     baseline, entropy = torch.zeros(2), torch.zeros(sum(lengths))
-    for begun in (False, True):
-        before = float(baseline[0]) if begun else mean
+
+    def check(before):
         loss = reinforce(scores, targets, Drawn(log_p, entropy, baseline), words_each)
         (found,) = torch.autograd.grad(loss, log_p)
-        for own, expected in zip(unpacked(targets._replace(data=found)), returns, strict=True):
-            close(own[: len(expected)], torch.tensor(expected) - before)
-        close(baseline, [mean, 1.0])  # that of the first batch, which has come twice
-        close(loss, (found * log_p.detach()).sum())
+        found = unpacked(targets._replace(data=found))
+        for own, expected in zip(found, missed, strict=True):
+            close(own[: len(expected)], naive_returns(expected, words_each, before))
+        own = unpacked(targets._replace(data=log_p.detach()))
+        close(loss, (found * own).sum())  # both are 0 after a caption's end
+
+    check(mean)  # a first batch's own
+    close(baseline, [mean, 1.0])
     baseline[0] = 2.0
-    reinforce(scores, targets, Drawn(log_p, entropy, baseline), words_each)
+    check(2.0)
     close(baseline, [0.9 * 2.0 + 0.1 * mean, 1.0])
 
 
-def test_the_whole_loss_is_the_authors(always_drawn):
+def test_how_long_a_caption_goes_on_is_no_fault_of_its_places():
+    """Where every word is as likely as the others, no place is judged, early or late."""
+    lengths = [5, 2, 1]
+    _, targets, log_p = made_up(lengths)
+    even = targets._replace(data=torch.zeros(sum(lengths), V))
+    drawn = Drawn(log_p, torch.zeros(sum(lengths)), torch.zeros(2))
+    loss = reinforce(even, targets, drawn, sum(lengths) / 3)
+    close(torch.autograd.grad(loss, log_p)[0], torch.zeros(sum(lengths)))
+    close(drawn.baseline, [math.log(V), 1.0])
+
+
+def test_the_whole_loss_has_the_authors_weights(always_drawn):
     """-log p a word, the return a tenth of it, entropy 0.002, doubly stochastic attention."""
     decoder, features, captions, lengths = hard_model()
     scores, targets, alphas, drawn = decoder(features, captions, lengths)
     loss = caption_loss(scores, targets, alphas, drawn._replace(baseline=torch.tensor([0.3, 1.0])))
     missed, uneven = loss_terms(scores, targets, alphas)
-    (returns,) = naive_returns(scores, targets, [WORDS], 0.1)
-    estimate = sum((own - 0.3) * log_p for own, log_p in zip(returns, drawn.log_p, strict=True))
+    returns = naive_returns(*naive_missed(scores, targets, [WORDS]), WORDS, 0.3)
+    estimate = sum(own * log_p for own, log_p in zip(returns, drawn.log_p, strict=True))
     entropy = -(alphas * alphas.log()).sum(2)[0]
     close(drawn.entropy, entropy)
     close(loss, missed / WORDS + uneven + estimate - 0.002 * entropy.sum())

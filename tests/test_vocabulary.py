@@ -177,13 +177,13 @@ def test_places_are_not_judged_by_barred_words():
     scores, targets = torch.randn(5, V), torch.tensor([3, UNK, 4, UNK, END])
     scores[:, NEVER] = vocabulary.BARRED
     log_p = scores.log_softmax(dim=1)
-    missed = [
-        0.0 if word == UNK else -log_p[t, word].item() for t, word in enumerate(targets.tolist())
+    excess = [
+        0.0 if word == UNK else -log_p[t, word].item() - 0.3
+        for t, word in enumerate(targets.tolist())
     ]
     drawn = contract.Drawn(torch.randn(5), torch.rand(5), torch.tensor([0.3, 1.0]))
     expected = sum(
-        (0.1 / 2.5 * sum(missed[t:]) - 0.3) * drawn.log_p[t].item()
-        - 0.002 * drawn.entropy[t].item()
+        0.1 / 2.5 * sum(excess[t:]) * drawn.log_p[t].item() - 0.002 * drawn.entropy[t].item()
         for t in range(5)
     )
     packed = [nn.utils.rnn.pack_sequence([x], enforce_sorted=False) for x in (scores, targets)]
