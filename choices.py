@@ -33,11 +33,17 @@ def check(values, typed):
         attention = values["attention"] or fields["attention"].default
         _check_known("attention", attention, ATTENTIONS)
     check_own(typed, name, attention)
-    if attends(name, attention) and "fc" in values["encoder_stages"].split():
+    whole = "fc" in values["encoder_stages"].split()
+    if whole and attends(name, attention):
         way = "--attention none or --decoder merge" if attention else "--decoder merge"
         raise UserError(
             "--encoder_stages fc is one vector of the whole image, in which an attention has no "
             f"places to look at: give --encoder_stages last, or {way}"
+        )
+    if whole and (size := typed.get("encoded_image_size")):
+        raise UserError(
+            f"--encoded_image_size {size}: --encoder_stages fc is one vector of the whole image, "
+            "which has no grid: leave it out"
         )
     _check_sizes(values, typed)
 

@@ -51,6 +51,8 @@ def check(*arguments):
         ("--encoder_stages fc --decoder transformer", "--encoder_stages fc is .*: give "
          "--encoder_stages last, or --decoder merge"),
         ("--encoder_stages 16 fc", "--encoder_stages fc is one vector"),
+        ("--encoder_stages fc --decoder merge --encoded_image_size 8",
+         "--encoded_image_size 8: --encoder_stages fc is .*no grid: leave it out"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_named_with_the_way_out(typed, said):
