@@ -83,8 +83,8 @@ class Crawl:
                     elif kind == "fetched":
                         failures.keep()
             finally:
-                self.stopping.set()
-                pool.shutdown(cancel_futures=True)
+                self.stopping.set()  # those that have not begun end at once
+                pool.shutdown()
             self.signal = stop.signal
         return counts
 
@@ -108,7 +108,6 @@ class Crawl:
                 break
         if stop.signal:
             self.stopping.set()
-            pool.shutdown(cancel_futures=True)
         while pending:
             yield from self._done(pending, names)
 
@@ -118,8 +117,6 @@ class Crawl:
         for future in done:
             address = pending.pop(future)
             names.discard(self.name_of(address))
-            if future.cancelled():
-                continue
             try:
                 error = future.result()
             except _Stopped:
@@ -168,16 +165,11 @@ class Crawl:
         with atomic_write(path) as temporary, self.web.get(address) as reply:
             path.parent.mkdir(parents=True, exist_ok=True)
             kind = reply.headers.get_content_type()
-            if not kind.startswith("image/") and kind != "application/octet-stream":
+            unsaid = "Content-Type" not in reply.headers or kind == "application/octet-stream"
+            if not unsaid and not kind.startswith("image/"):
                 raise FetchError(f"it is {kind} and no image", lasting=True)
-            if (reply.length or 0) > self.largest:
-                raise FetchError(f"it has over {self.largest:,} bytes", lasting=True)
-            size = 0
             with open(temporary, "wb") as file:
-                for chunk in reply.chunks():
-                    size += len(chunk)
-                    if size > self.largest:
-                        raise FetchError(f"it has over {self.largest:,} bytes", lasting=True)
+                for chunk in reply.chunks(self.largest):
                     file.write(chunk)
                     self._rest(0)
             _check_image(temporary)
@@ -191,7 +183,7 @@ def _check_image(path):
     try:
         image = open_image(path)
     except UserError as error:
-        reason = str(error).partition(f"{path}: ")[2] or str(error)
+        reason = str(error).removeprefix(f"cannot read image {path}: ").replace(f" '{path}'", "")
         raise FetchError(f"it is no image that can be read: {reason}", lasting=True) from error
     if image.size == (1, 1):
         raise FetchError("it is a single pixel", lasting=True)

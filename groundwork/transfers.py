@@ -129,10 +129,8 @@ def _go_on(published, part, web, bar):
         bar.n = length
         bar.refresh()
         with open(part.path, "ab") as file:
-            for chunk in reply.chunks():
+            for chunk in reply.chunks(published.size - length):
                 length += len(chunk)
-                if length > published.size:
-                    raise FetchError("more comes than was published", lasting=True)
                 file.write(chunk)
                 bar.update(len(chunk))
     if length < published.size:

@@ -154,18 +154,25 @@ class Reply:
         self.status, self.headers, self._response = response.status, response.headers, response
         self.length = response.length  # bytes of the body; None where the server does not say
 
-    def chunks(self, size=2**16):
-        """Yields the body piece by piece, as it comes, bytes. Raises FetchError where it ends
-        before the length that the server has named."""
+    def chunks(self, most, size=2**16):
+        """Yields the body piece by piece, as it comes, bytes.
+
+        Raises:
+            FetchError: it ends before the length that the server has named, or has over `most`
+                bytes, of which then no more are read.
+        """
         count = 0
         while self.length is None or count < self.length:
+            if max(count, self.length or 0) > most:
+                raise FetchError(f"it has over {most:,} bytes", lasting=True)
             with _faults():
                 left = size if self.length is None else min(size, self.length - count)
                 chunk = self._response.read1(left)
             if not chunk:
                 break
             count += len(chunk)
-            yield chunk
+            if count <= most:
+                yield chunk
         if self.length is not None and count < self.length:
             raise FetchError(f"it broke off after {count:,} of {self.length:,} bytes")
 

@@ -24,7 +24,7 @@ def server():
 
 def body(address, web=WEB, **options):
     with web.get(address, **options) as reply:
-        return b"".join(reply.chunks())
+        return b"".join(reply.chunks(most=200_000))
 
 
 def fault(address, web=WEB, **options):
@@ -116,6 +116,16 @@ def test_a_body_that_ends_early_is_not_taken_for_whole(server):
 def test_no_more_is_read_than_was_announced(server):
     server.answers["/x"] = lambda handler: handler.give(b"x" * 100, length=60)
     assert body(server.address("/x")) == b"x" * 60
+
+
+def test_no_more_is_read_than_is_wanted(server):
+    server.answers["/x"] = lambda handler: handler.give(b"x" * 200_001)
+    server.answers["/y"] = lambda handler: handler.wfile.write(
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 200_001
+    )
+    for path in ("/x", "/y"):
+        error = fault(server.address(path))
+        assert str(error) == "it has over 200,000 bytes" and error.lasting
 
 
 @pytest.mark.parametrize(
@@ -279,10 +289,11 @@ def certificate(tmp_path_factory):
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl")
     path = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=certified".split()
-    command += ["-addext", "subjectAltName=DNS:certified", "-keyout", path, "-out", f"{path}.crt"]
-    subprocess.run(command, check=True, capture_output=True)
-    path.write_text(path.read_text() + (path.parent / "both.pem.crt").read_text())
+    options = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=certified -keyout both.pem -out crt"
+    options += " -addext subjectAltName=DNS:certified"
+    command = ["openssl", "req", *options.split()]
+    subprocess.run(command, cwd=path.parent, check=True, capture_output=True)
+    path.write_text(path.read_text() + (path.parent / "crt").read_text())
     return path
 
 
