@@ -70,6 +70,7 @@ class Crawl:
             UserError: an image cannot be written, or no address at all can be reached any more.
         """
         counts = Counter()
+        self.stopping.clear()
         pool = ThreadPoolExecutor(self.connections)
         failures = _Failures(self.folder / "failed.tsv", self.name_of, retry_failed)
         bar = progress(total=total, desc="fetching images", unit="image")

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from groundwork.errors import UserError
-from groundwork.files import flush, flush_folder, os_errors_as_user_errors, write_json
+from groundwork.files import (
+    check_readable,
+    flush,
+    flush_folder,
+    os_errors_as_user_errors,
+    write_json,
+)
 from groundwork.progress import progress, say
 from groundwork.web import FetchError, Patience, Web
 from groundwork.wording import size_of
@@ -42,6 +48,7 @@ def fetch_file(published, path, web=None, patience=None):
     """
     path, web, patience = Path(path), web or Web(), patience or Patience(tries=6)
     if path.exists():
+        check_readable(path)
         if fault := _fault(published, path):
             raise UserError(
                 f"{path} is not what was published at {published.address}, {fault}: move it away, "

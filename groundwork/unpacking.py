@@ -44,7 +44,7 @@ def unpack(archive, folder, wanted, ratio=RATIO):
             flush_folder(folder)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise UserError(f"{archive} is damaged, fetch it again: {error}") from error
-        except NotImplementedError as error:  # ways to pack of which zipfile knows nothing
+        except NotImplementedError as error:  # of a kind of which zipfile knows nothing
             raise UserError(f"cannot unpack {archive}: {error}") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -85,6 +85,8 @@ def _fault(member):
         return "is a link or a device"
     if member.flag_bits & 1:
         return "is encrypted"
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "is packed in a way that no data set needs"
     return None
 
 

@@ -107,6 +107,7 @@ class Web:
             raise FetchError(f"{address[:80]} is no address of http or https", lasting=True)
         kind = {"http": HTTPConnection, "https": HTTPSConnection}[parts.scheme]
         connection = kind(parts.hostname, parts.port)
+        connection.auto_open = 0  # it is never to find its own way
         connection.sock = self._dial(connection.host, connection.port, deadline)
         if parts.scheme == "https":
             connection.sock = self._encrypted(connection.sock, connection.host)
@@ -237,7 +238,7 @@ def _asked_to_wait(text):
         return float(text)
     try:
         date = parsedate_to_datetime(text)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
     return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
@@ -249,9 +250,8 @@ def _faults():
     try:
         yield
     except ssl.SSLCertVerificationError as error:
-        raise FetchError(
-            f"its certificate is not accepted: {error.verify_message}", True
-        ) from error
+        reason = f"its certificate is not accepted: {error.verify_message}"
+        raise FetchError(reason, lasting=True) from error
     except (ValueError, InvalidURL) as error:  # a port that is no number, a host that cannot be
         raise FetchError(f"the address cannot be: {error}", lasting=True) from error
     except (HTTPException, OSError) as error:

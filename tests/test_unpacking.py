@@ -140,10 +140,19 @@ def test_an_encrypted_archive_is_refused(tmp_path, folder):
     assert "is encrypted" in fault(archive, folder)
 
 
-def test_an_unknown_way_to_pack_is_one_line(tmp_path, folder):
+@pytest.mark.parametrize("kind", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 99])
+def test_other_ways_to_pack_are_refused(tmp_path, folder, kind):
     archive = make(tmp_path / "x.zip", {"images/a": b"a"})
     data = bytearray(archive.read_bytes())
-    data[8] = data[data.index(b"PK\1\2") + 10] = 99
+    data[8] = data[data.index(b"PK\1\2") + 10] = kind
+    archive.write_bytes(data)
+    assert "'images/a' is packed in a way that no data set needs" in fault(archive, folder)
+
+
+def test_what_zipfile_does_not_know_is_one_line(tmp_path, folder):
+    archive = make(tmp_path / "x.zip", {"images/a": b"a"})
+    data = bytearray(archive.read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 200  # the version that is needed
     archive.write_bytes(data)
     assert "cannot unpack" in fault(archive, folder)
 
