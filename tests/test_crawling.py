@@ -244,6 +244,7 @@ def test_a_signal_ends_it_and_the_next_call_goes_on(crawling, number):
 
 def test_where_nobody_can_be_reached_it_ends_and_lists_nobody(crawling):
     crawling.serve("/good", JPEG)
+    crawling.run("/good")
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))  # and listens not
         away = [f"http://127.0.0.1:{deaf.getsockname()[1]}/{n}" for n in range(30)]
