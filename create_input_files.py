@@ -64,9 +64,10 @@ def main():
         if sources != (None, None):
             raise UserError("--download takes neither --karpathy_json nor --image_folder")
         found = downloads.fetch(name, folder, **(crawl if name == "conceptual" else {}))
-        if name == "conceptual":
-            return
-        utils.create_input_files(**options | found | {"dataset": options["dataset"] or name})
+        if name != "conceptual":  # of which there is no reader
+            [options["karpathy_json"]], options["image_folder"] = found
+            options["dataset"] = options["dataset"] or name
+            utils.create_input_files(**options)
     elif options["dataset"] == "demo" and sources == (None, None):
         for name in ("dataset", "karpathy_json", "image_folder"):
             del options[name]

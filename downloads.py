@@ -14,6 +14,13 @@ from groundwork.unpacking import unpack
 from groundwork.wording import counted
 
 
+class Fetched(NamedTuple):
+    """What input files are made of."""
+
+    captions: list[Path]  # in Karpathy's format, or lines of caption TAB address
+    image_folder: Path
+
+
 class Archive(NamedTuple):
     """A zip archive, and what is wanted of it."""
 
@@ -107,8 +114,8 @@ def fetch(name, folder, web=None, **options):
         options: of `Crawl` and `Crawl.run`, for Conceptual Captions.
 
     Returns:
-        a dict of the paths: for `utils.create_input_files`, "karpathy_json" and "image_folder"; of
-        Conceptual Captions "captions", a list, in place of the first.
+        a `Fetched`: of Conceptual Captions, whose images `file_name` names, the training's captions
+        and the validation's, of the others those in Karpathy's format.
 
     Raises:
         UserError: something cannot be had, is not what was published, does not fit on the disk, or
@@ -130,7 +137,7 @@ def fetch(name, folder, web=None, **options):
         _check_space(folder, places)
         for archive, place in places.items():
             _fetch_archive(archive, place, web)
-    return {"karpathy_json": folder / f"dataset_{name}.json", "image_folder": own / images}
+    return Fetched([folder / f"dataset_{name}.json"], own / images)
 
 
 def file_name(address):
@@ -192,7 +199,7 @@ def _conceptual(folder, web, retry_failed=False, **options):
     if crawl.signal:
         print(f"stopped by {Signals(crawl.signal).name}: the same command goes on", flush=True)
         sys.exit(128 + crawl.signal)
-    return {"captions": captions, "image_folder": crawl.folder}
+    return Fetched(captions, crawl.folder)
 
 
 def _addresses(paths):

@@ -110,9 +110,7 @@ def test_what_is_published_where():
 def test_a_data_set_is_fetched_once(server, tmp_path, name, images):
     found = fetch(name, tmp_path)
     own = tmp_path / name
-    assert found == {
-        "karpathy_json": tmp_path / f"dataset_{name}.json", "image_folder": own / images
-    }  # fmt: skip
+    assert found == ([tmp_path / f"dataset_{name}.json"], own / images)
     for archive in downloads.IMAGES[name][0]:
         [top] = archive.wanted
         assert (own / top / "1.jpg").read_bytes() == picture(40)
@@ -161,17 +159,15 @@ def test_flickr30k_says_where_its_form_is_and_goes_on_with_the_images(server, tm
     images.mkdir()
     (images / "0.jpg").write_bytes(picture(0))
     found = fetch("flickr30k", tmp_path)
-    assert found["image_folder"] == images and found["karpathy_json"].exists()
+    assert found == ([tmp_path / "dataset_flickr30k.json"], images) and found.captions[0].exists()
 
 
 def test_conceptual_captions_are_fetched_with_their_images(server, tmp_path, capsys):
     found = fetch("conceptual", tmp_path, connections=2)
     own = tmp_path / "conceptual"
-    assert found == {
-        "captions": [own / "train.tsv", own / "val.tsv"], "image_folder": own / "images"
-    }  # fmt: skip
+    assert found == ([own / "train.tsv", own / "val.tsv"], own / "images")
     for n in range(5):
-        path = found["image_folder"] / file_name(server.address(f"/image/{n}"))
+        path = found.image_folder / file_name(server.address(f"/image/{n}"))
         assert path.read_bytes() == picture(n)
     out = capsys.readouterr().out
     assert "6 captions with an image in" in out and "5 of them new; 1 without" in out
