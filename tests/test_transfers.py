@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 
 import pytest
 from local_server import serving
@@ -92,6 +94,24 @@ def test_a_later_call_goes_on_too(fetching):
     fetching.answer(whole)
     fetching.fetch()
     assert fetching.ranges()[-1] == "bytes=100000-"
+
+
+def test_after_ctrl_c_the_next_call_goes_on(fetching):
+    def interrupted(handler):
+        handler.give(DATA[:50_000], length=len(DATA), ETag='"1"')
+        handler.wfile.flush()
+        while not (fetching.folder / "set.zip.part.json").exists():
+            fetching.server.closing.wait(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        fetching.server.closing.wait(0.1)
+
+    fetching.answer(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_file(fetching.published, fetching.path, WEB, PATIENCE)
+    kept = (fetching.folder / "set.zip.part").stat().st_size
+    fetching.answer(whole)
+    fetching.fetch()
+    assert fetching.ranges()[-1] == (f"bytes={kept}-" if kept else None)
 
 
 def test_every_try_that_brings_something_makes_the_next_a_first(fetching):
