@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import socket
 import threading
@@ -271,3 +272,16 @@ def test_an_image_that_cannot_be_written_is_no_failure_of_its_address(crawling):
     with pytest.raises(UserError, match=r"cannot write .*0\.jpg"):
         crawling.run("/0")
     assert crawling.failed() == {}
+
+
+def test_a_full_disk_ends_it_and_is_no_failure_of_an_address(crawling):
+    crawling.serve("/0", JPEG)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*0\.jpg: File too large"):
+            crawling.run("/0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert crawling.files() == set() and crawling.failed() == {}
+    assert crawling.run("/0") == {"fetched": 1}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 
 import pytest
@@ -112,6 +113,20 @@ def test_after_ctrl_c_the_next_call_goes_on(fetching):
     fetching.answer(whole)
     fetching.fetch()
     assert fetching.ranges()[-1] == (f"bytes={kept}-" if kept else None)
+
+
+def test_on_a_full_disk_what_has_come_stays(fetching):
+    """The largest file that a process may write stands for the room that is left."""
+    fetching.answer(whole)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*set\.zip\.part: File too large"):
+            fetch_file(fetching.published, fetching.path, WEB, PATIENCE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    fetching.fetch()
+    assert fetching.ranges() == [None, "bytes=100000-"]
 
 
 def test_every_try_that_brings_something_makes_the_next_a_first(fetching):
