@@ -4,7 +4,6 @@ captions, word map."""
 import json
 import os
 import random
-import shutil
 import string
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from groundwork.errors import UserError
 from groundwork.files import (
     check_readable,
+    check_space,
     flush,
     make_folder,
     read_json,
@@ -27,7 +27,7 @@ from groundwork.files import (
 )
 from groundwork.hdf5 import new_hdf5
 from groundwork.images import MAX_ASPECT, read_images
-from groundwork.wording import Complaints, counted, size_of
+from groundwork.wording import Complaints, counted
 
 # ------------------------------------------------------------------------------------ captions
 
@@ -152,7 +152,8 @@ def create_input_files(
     _check_folder(samples, karpathy_json)
     with _all_or_nothing(output_folder, base, samples) as temporary:
         count = sum(map(len, samples.values()))
-        _check_space(output_folder, count * 3 * image_size**2)
+        size = count * 3 * image_size**2
+        check_space(output_folder, size, "the images", "another --output_folder")
         readable = _write_splits(temporary, samples, image_size, captions_per_image, workers)
         summary["left_out"]["unreadable images"] = _unreadable(samples, readable, skip_bad_images)
         rng = random.Random(seed)
@@ -332,16 +333,6 @@ def _all_or_nothing(folder, base, splits):
                 input_path(folder, base, kind, split).unlink(missing_ok=True)
         for temporary, path in zip(beside, paths.values(), strict=True):
             os.replace(temporary, path)
-
-
-def _check_space(folder, size):
-    """Raises UserError if `size` bytes do not fit: better now than after reading for an hour."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise UserError(
-            f"the images take {size_of(size)} and {folder} has {size_of(free)} free: "
-            "make room or choose another --output_folder"
-        )
 
 
 def _write_splits(temporary, samples, size, captions_per_image, workers):

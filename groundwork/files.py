@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import platform
+import shutil
 import stat
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -13,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from groundwork.errors import UserError
+from groundwork.wording import size_of
 
 
 @contextmanager
@@ -125,6 +127,17 @@ def reserve(path, size):
     with open(path, "ab") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
+
+
+def check_space(folder, size, what, other="another folder"):
+    """Raises UserError if `size` bytes of `what`, words in the plural, do not fit: better now than
+    after hours of work. `other` is what to choose then."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{what} take {size_of(size)} and {folder} has {size_of(free)} free: "
+            f"make room or choose {other}"
+        )
 
 
 def flush(path):

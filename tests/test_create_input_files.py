@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -520,7 +521,7 @@ def test_a_second_run_into_the_folder_is_refused(source):
 
 def test_too_little_room_on_the_disk(source, monkeypatch):
     usage = type("usage", (), {"free": 4 * 3 * SIZE**2 - 100})
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     words = r"the images take 3.07 kB and .*data has 2.97 kB free: .*--output_folder"
     with pytest.raises(UserError, match=words):
         source.create()
