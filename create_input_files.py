@@ -1,4 +1,6 @@
-"""Turns a folder of images and their captions into the files that training reads."""
+"""Turns images and their captions, of any format, into the files that training reads."""
+
+from dataclasses import fields, replace
 
 from groundwork.errors import UserError, run
 from groundwork.options import MAX_IMAGE_SIZE, Parser, number
@@ -8,9 +10,22 @@ def parse_arguments():
     parser = Parser(description=__doc__)
     positive, count = number(int, above=0), number(int, least=0)
     add = parser.add_argument
-    add("--dataset", required=True, choices=["coco", "flickr8k", "flickr30k", "demo"])
-    add("--karpathy_json", help="captions and splits in Karpathy's format; the demo makes its own")
-    add("--image_folder", help="where the JSON's images are; the demo makes its own")
+    add("--dataset", required=True, help="any name, for the files; demo alone is drawn and made")
+    add("--captions", nargs="+", metavar="FILE", help="files or folders with captions, in order")
+    add("--karpathy_json", help="--captions in Karpathy's format")
+    add("--format", help="of --captions, as docs/data.md names it; None: by its look")
+    add("--image_folder", help="of the images, which webdataset and huggingface hold themselves")
+    add("--image_column", default="image", help="with names of images, of tables")
+    add("--caption_column", default="caption", help="with captions, of tables")
+    add("--split_column", help="with train, val or test; None: split, where there is one")
+    add(
+        "--split_sizes",
+        type=number(float, least=0, below=1e9),
+        nargs=3,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="how images are shared out where the data have no splits; None: 0.8 0.1 0.1",
+    )
+    add("--max_images", type=positive, help="so many images at most, drawn at random")
     size = number(int, above=0, below=MAX_IMAGE_SIZE + 1)
     few = number(int, above=0, below=1001)
     add("--captions_per_image", type=few, default=5, help="sampled for each image")
@@ -23,7 +38,7 @@ def parse_arguments():
         "--seed",
         type=number(int, least=0, below=2**63),
         default=0,
-        help="of the sampling of captions",
+        help="of all that is drawn: captions, splits, --max_images",
     )
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
     return parser.parse_args()
@@ -34,20 +49,33 @@ def main():
 
     # what follows takes a second to import
     import demo
+    import formats
     import utils
 
-    sources = (options["karpathy_json"], options["image_folder"])
-    if options["dataset"] == "demo" and sources == (None, None):
-        for name in ("dataset", "karpathy_json", "image_folder"):
+    options["reading"] = formats.Options(
+        **{field.name: options.pop(field.name) for field in fields(formats.Options)}
+    )
+    karpathy_json, image_folder = options.pop("karpathy_json"), options["image_folder"]
+    if karpathy_json is not None:
+        if options["captions"] is not None or options["reading"].format not in (None, "karpathy"):
+            raise UserError(
+                "--karpathy_json FILE is --captions FILE --format karpathy: give either"
+            )
+        options["captions"] = [karpathy_json]
+        options["reading"] = replace(options["reading"], format="karpathy")
+    if options["captions"] is None and image_folder is not None:  # they lie beside the images
+        options["captions"], options["image_folder"] = [image_folder], None
+    if options["captions"] is not None:
+        utils.create_input_files(**options)
+    elif options["dataset"] == "demo":
+        for name in ("dataset", "captions", "image_folder"):
             del options[name]
         demo.prepare(**options)
-    elif None in sources:
-        needs = "takes both or neither of" if options["dataset"] == "demo" else "needs both"
-        raise UserError(
-            f"--dataset {options['dataset']} {needs} --karpathy_json and --image_folder"
-        )
     else:
-        utils.create_input_files(**options)
+        raise UserError(
+            f"--dataset {options['dataset']} needs its --captions and --image_folder: demo alone "
+            "is made here"
+        )
 
 
 if __name__ == "__main__":
