@@ -157,7 +157,7 @@ def place_in(folder, *names):
     if folder is not None:
         inside = os.path.join(os.path.abspath(folder), "")
         if not os.path.abspath(path).startswith(inside):
-            raise Fault(f"an image outside the folder {folder}, {path}")
+            raise Fault(f"a path outside the folder {folder}, {path}")
     return Path(path)
 
 

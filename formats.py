@@ -106,6 +106,8 @@ def read(files, folder=None, asked=None, seed=0):
         images = captioned
     elif asked.split_sizes is not None:
         raise UserError(f"{some(files)} has splits of its own: leave out --split_sizes")
+    if not any(image.captions for image in images):
+        raise UserError(f"{some(files)} has no image with captions")
     rng = random.Random(seed)
     if asked.max_images is not None:
         images = choose(images, asked.max_images, rng)

@@ -1,5 +1,6 @@
 """Readers of data sets that are one JSON document: Karpathy's splits, and COCO's annotations."""
 
+import os
 import re
 from pathlib import Path
 
@@ -141,9 +142,9 @@ def _place(folder, path, name):
     """Path of an image, in the folder itself, or in the one that is named as its annotations."""
     place = place_in(folder, name)
     part = Path(path).stem.rpartition("_")[2]  # captions_train2014
-    if folder is not None and part and not place.exists():
+    if folder is not None and part and not os.path.exists(place):
         deeper = place_in(folder, part, name)
-        return deeper if deeper.exists() else place
+        return deeper if os.path.exists(deeper) else place
     return place
 
 

@@ -100,6 +100,7 @@ def _rows(path, split, reading):
     """The images of a table."""
     table, images = Table(path), {}
     check_columns(path, table.names, reading)
+    table.check_images(reading.image_column)
     columns = [reading.caption_column, reading.split_column or "split"]
     rows = table.rows(reading.image_column, [name for name in columns if name in table.names])
     with Faults(path) as faults:
@@ -184,6 +185,14 @@ class Table:
     @property
     def names(self):
         return self.schema.names
+
+    def check_images(self, column):
+        """Raises UserError for a column of neither images nor their files' names."""
+        types, kind = self.arrow.types, self.schema.field(column).type
+        names = types.is_string(kind) or types.is_large_string(kind)
+        whole = not types.is_struct(kind) or kind.get_field_index("bytes") >= 0
+        if not (names or (self.holds_images(column) and whole)):
+            raise UserError(f"{self.path} has no images in the column {column!r}, but {kind}")
 
     def holds_images(self, column):
         """Whether a column has images themselves, not their files' names."""

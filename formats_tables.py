@@ -128,9 +128,10 @@ def check_columns(path, columns, reading):
     for kind in ("image", "caption", "split"):
         name = getattr(reading, f"{kind}_column")
         if name is not None and name not in columns:
+            there = f"only {some(columns)}" if columns else "as its first line names none"
             raise UserError(
-                f"{path} has no column {name!r}, only {some(columns) or 'none'}: name the one with "
-                f"the {kind}s by --{kind}_column"
+                f"{path} has no column {name!r}, {there}: name the one with the {kind}s by "
+                f"--{kind}_column"
             )
 
 
@@ -261,7 +262,7 @@ def read_flickr(files, reading):
 
 def _numbered(line, number):
     """Image and captions of a line of Flickr's, None of one that says nothing. Raises Fault."""
-    line = line.strip()
+    line = line.strip("\r\n ")
     if not line or (number == 1 and _BARS.fullmatch(line)):
         return None
     found = _NUMBERED.fullmatch(line)

@@ -240,7 +240,7 @@ def _collect_samples(images, max_len):
 def _check_folder(samples, source):
     """Raises UserError where no image at all is there: one line, not one for each."""
     paths = [sample.source for items in samples.values() for sample in items]
-    if all(isinstance(path, Path) and not path.exists() for path in paths):
+    if all(isinstance(path, Path) and not os.path.exists(path) for path in paths):
         try:
             check_readable(paths[0], f"the first is {paths[0]}")
         except UserError as error:

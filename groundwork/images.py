@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from groundwork.errors import UserError
 from groundwork.files import check_readable
@@ -69,6 +69,10 @@ def open_image(path):
     except Image.DecompressionBombError as error:  # over twice Pillow's own bound, far above ours
         raise UserError(
             f"cannot read image {path}: more than {MAX_PIXELS:,} pixels, make it smaller"
+        ) from error
+    except UnidentifiedImageError as error:  # whose own text names the object in memory
+        raise UserError(
+            f"cannot read image {path}: cannot identify it as one of {', '.join(FORMATS)}"
         ) from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
         raise UserError(f"cannot read image {path}: {error or type(error).__name__}") from error

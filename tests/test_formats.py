@@ -12,11 +12,12 @@ import textwrap
 from pathlib import Path
 
 import data_sets
-import numpy as np
 import pytest
-from conftest import ROOT, failure, run_here
+from conftest import ROOT, failure, run_here, small_checkpoint
 from data_sets import WRITERS, Photograph, write_images
 
+import checkpoints
+import datasets
 import formats
 import utils
 from downloads import file_name
@@ -360,6 +361,11 @@ def test_of_many_bad_rows_ten_are_named_and_the_others_counted(photographs, tmp_
         ("a.csv", b"image,caption\na000.jpg,a dog, brown\n", "line 2 has 3 columns, not the 2"),
         ("a.csv", b'image,caption\na000.jpg,"a dog\n', "line 2 has cells that cannot be told"),
         ("a.csv", b"", "no known format"),
+        ("a.csv", b"image,caption\n", "a.csv has no image with captions"),
+        ("a.csv", b"image,caption\r0.jpg,a dog\r", "no column 'image'.*first line names none"),
+        ("a.jsonl", b"", "a.jsonl has no image with captions"),
+        ("a.tar", bytes(10240), "a.tar has no image with captions"),
+        ("a.token", b"a000.jpg#0\ta dog\na001.jpg#0\t\n", "line 2 has no caption"),
         ("a.jsonl", b'{"image": "a000.jpg",\n', "line 1 has no valid JSON"),
         ("a.jsonl", b"[1]\n" + b"[" * 10**6, "line 1 has no keys; line 2 has no valid JSON"),
         ("a.csv.gz", gzip.compress(b"image,caption\n" + b"a000.jpg,a dog\n" * 99)[:-9], "damaged"),
@@ -402,7 +408,7 @@ def test_members_of_no_use_are_named_and_links_passed_over(tmp_path):
     with pytest.raises(UserError) as error:
         read(shards)
     assert str(error.value).partition("used: ")[2] == (
-        f"../d.jpg has an image outside the folder {sorted(shards.iterdir())[0]}, {shards}/d.jpg; "
+        f"../d.jpg has a path outside the folder {sorted(shards.iterdir())[0]}, {shards}/d.jpg; "
         "a000.png has an image beside a000.jpg: one is the most; "
         "b.txt has no image beside it; c.json has no image beside it"
     )
@@ -540,35 +546,51 @@ def test_results_are_scored_by_references_of_any_format(writer, tmp_path, monkey
     assert "3 images" in process.stdout and " 100.0 |" in process.stdout
 
 
-def test_a_test_without_captions_is_captioned_for_a_server(trained, tmp_path, scenes):
+def test_a_test_without_captions_is_captioned_for_a_server(tmp_path, photographs):
     """Images and references alone; the results have its ids, and there are no scores."""
-    output, _, _ = trained
-    data = json.loads((scenes / "karpathy.json").read_text())
-    for image in data["images"]:
-        if image["split"] == "test":
-            image |= {"sentences": [], "cocoid": image["imgid"] + 500}
-    (tmp_path / "captions.json").write_text(json.dumps(data))
+    *files, test = data_sets.coco(tmp_path, PHOTOGRAPHS)
+    images = json.loads(test.read_text())["images"]
+    test.write_text(json.dumps({"images": images}))
     process = script(
-        "--dataset", "coco", "--captions", tmp_path / "captions.json", "--image_folder",
-        scenes / "images", "--output_folder", tmp_path / "data", "--image_size", 96,
+        "--dataset", "coco", "--captions", *files, test, "--image_folder", photographs,
+        "--output_folder", tmp_path / "data", "--image_size", 64,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert "TEST: 8 images without captions" in process.stdout
+    assert "TEST: 3 images without captions" in process.stdout
     made = {path.name.split("_coco")[0] for path in (tmp_path / "data").glob("TEST*")}
     assert made == {"TEST_IMAGES", "TEST_REFERENCES"}
-    run = ["eval.py", "--model", output, "--data_folder", tmp_path / "data", "--beam_size", 1]
-    line = failure(run_here(*run, "--robustness", 2, "--output_folder", tmp_path / "out"))
-    assert "--robustness" in line and not list(tmp_path.glob("out/*"))
+    checkpoints.save_checkpoint(tmp_path / "m.pth.tar", small_checkpoint())
+    run = ["eval.py", "--model", tmp_path / "m.pth.tar", "--data_folder", tmp_path / "data"]
+    run += ["--beam_size", 1, 2, "--device", "cpu", "--amp", "off"]
+    for name in ("robustness", "attention_report", "report"):
+        value = tmp_path / "page" if name == "report" else 2
+        line = failure(run_here(*run, f"--{name}", value, "--output_folder", tmp_path / "out"))
+        assert f"--{name} compares with people's captions" in line
+        assert not list(tmp_path.glob("out/*")) and not (tmp_path / "page").exists()
     process = run_here(*run, "--output_folder", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     assert "no scores: TEST_IMAGES_coco" in process.stdout and "BLEU" not in process.stdout
-    [path] = (tmp_path / "out").glob("*.json")
-    results = json.loads(path.read_text())
-    ids = [i["cocoid"] for i in data["images"] if i["split"] == "test"]
-    assert [r["image_id"] for r in results] == ids
-    learned = {i["sentences"][0]["raw"] for i in data["images"] if i["sentences"]}
-    words = {" ".join(utils.tokenize(text)) for text in learned}
-    assert np.mean([r["caption"] in words for r in results]) > 0.8
+    paths = sorted((tmp_path / "out").glob("*.json"))
+    assert [path.name.split("_")[2] for path in paths] == ["beam1", "beam2"]
+    for path in paths:
+        results = json.loads(path.read_text())
+        assert [result["image_id"] for result in results] == [image["id"] for image in images]
+        assert all(isinstance(result["caption"], str) for result in results)
     (tmp_path / "closed").write_text("no folder")
     line = failure(run_here(*run, "--output_folder", tmp_path / "closed"))
     assert "closed" in line and "scores" not in line
+
+
+def test_some_captions_of_a_test_are_no_split_without(tmp_path, photographs):
+    """REFERENCES of which some lack captions are no file of ours."""
+    create(data_sets.jsonl(tmp_path, PHOTOGRAPHS), photographs, tmp_path / "data")
+    [path] = (tmp_path / "data").glob("TEST_REFERENCES*")
+    references = json.loads(path.read_text())
+    references[1]["captions"] = []
+    path.write_text(json.dumps(references))
+    with pytest.raises(UserError, match="TEST_REFERENCES.* has no captions of 1 image of 3"):
+        datasets.read_references(path, may_lack_captions=True)
+    path.write_text(json.dumps([reference | {"captions": []} for reference in references]))
+    assert len(datasets.read_references(path, may_lack_captions=True)) == 3
+    with pytest.raises(UserError, match="has no captions of 3 images of 3"):
+        datasets.read_references(path)

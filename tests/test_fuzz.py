@@ -9,7 +9,7 @@ import data_sets
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, tiny_checkpoint
+from conftest import small_checkpoint, tiny_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,11 +21,10 @@ import formats
 import utils
 from captioner import Captioner
 from datasets import CaptionDataset, read_word_map
-from encoders import Encoder, EncoderError
+from encoders import EncoderError
 from groundwork import files, images, provenance, timing
 from groundwork.errors import UserError
 from groundwork.images import read_images
-from models import DecoderWithAttention, LSTMConfig
 
 MEMORY = 2**30  # bytes that reading may take
 
@@ -225,16 +224,8 @@ ODD = st.one_of(
 
 
 @pytest.fixture(scope="module")
-def small(tiny_data):
-    """A checkpoint of a model and of a run that can be continued."""
-    torch.manual_seed(0)
-    encoder = Encoder("squeezenet1_1", 3, weights=None)
-    decoder = DecoderWithAttention(
-        LSTMConfig(len(WORDS), encoder.dim, 4, 4, 4, encoded_image_size=3)
-    )
-    return tiny_checkpoint(
-        encoder_name="squeezenet1_1", encoder=encoder.state_dict(), decoder=decoder.state_dict()
-    )
+def small():
+    return small_checkpoint()
 
 
 @pytest.mark.filterwarnings("ignore")
