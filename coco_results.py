@@ -1,13 +1,15 @@
-"""Captions and references as files: COCO results, COCO annotations, Karpathy's JSON."""
+"""Captions and references as files: COCO results, and references of all formats."""
 
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+import formats
+from captioned import said
 from groundwork.errors import UserError
 from groundwork.files import check_readable, read_json, write_json
 from groundwork.wording import counted, some
-from utils import SPLITS, read_karpathy, reference_of, tokenize
+from utils import references_of, text_of, tokenize
 
 FEW = 3  # ids that stand for many in a message
 
@@ -28,43 +30,27 @@ class References(NamedTuple):
 
 
 def read_references(path, split):
-    """`References` of a split of Karpathy's JSON, or of COCO's own format, which has no splits."""
-    contents = read_json(path)
-    coco = isinstance(contents, dict) and "annotations" in contents
-    found = _read_coco(contents, path) if coco else _read_split(path, split)
+    """`References` of a split of a data set in any of the `formats`: of all of it where the format
+    has no splits, as COCO's. Raises UserError."""
+    found = References({}, {}, {})
+    for image in formats.load(path):
+        id_ = id_of(image.id)
+        # where there are no splits, nothing has been left out of input files
+        texts = references_of(image) if image.split else list(map(text_of, image.captions))
+        if not texts:
+            continue
+        if image.split in (None, split.upper()):
+            found.captions[id_] = texts
+            found.names[image.name] = id_
+        else:
+            found.elsewhere[id_] = said(image.split)
     if not found.captions:
-        there = ", ".join(sorted(set(found.elsewhere.values()))) or "none"
-        of_split = "" if coco else f" of the {split} split, see --split: there are {there}"
+        there = ", ".join(sorted(set(found.elsewhere.values())))
+        of_split = f" of the {split} split, see --split: there are {there}" if there else ""
         raise UserError(f"{path} has no captions{of_split}")
     for id_, texts in found.captions.items():
         if not any(map(tokenize, texts)):
             raise UserError(f"{path} has no words for image {id_}: leave it out")
-    return found
-
-
-def _read_coco(contents, path):
-    captions, names = {}, {}
-    for id_, caption in _image_captions(contents["annotations"], path):
-        captions.setdefault(id_, []).append(caption)
-    images = contents.get("images")
-    for image in images if isinstance(images, list) else []:
-        if isinstance(image, dict) and isinstance(image.get("file_name"), str):
-            names[image["file_name"]] = id_of(image.get("id"))
-    return References(captions, names, {})
-
-
-def _read_split(path, split):
-    found = References({}, {}, {})
-    for image in read_karpathy(path):
-        reference = reference_of(image)
-        if not reference["captions"]:
-            continue
-        id_, own = id_of(reference["id"]), SPLITS[image["split"]]
-        if own == split.upper():
-            found.captions[id_] = reference["captions"]
-            found.names[image["filename"]] = id_
-        else:
-            found.elsewhere[id_] = own.lower()
     return found
 
 
@@ -239,7 +225,8 @@ def _read_ids(path):
         images = [image if isinstance(image, dict) else {} for image in images]
         pairs = [(image.get("file_name"), image.get("id")) for image in images]
     else:
-        pairs = [(image["filename"], image["imgid"]) for image in read_karpathy(path)]
+        found = formats.load(path, formats.Options("karpathy"))
+        pairs = [(image.name, image.id) for image in found]
     ids = {}
     for name, id_ in pairs:
         if not isinstance(name, str) or id_of(id_) is None:

@@ -1,4 +1,6 @@
-"""Turns a folder of images and their captions into the files that training reads."""
+"""Turns images and their captions, of any format, into the files that training reads."""
+
+from dataclasses import fields, replace
 
 from groundwork.errors import UserError, run
 from groundwork.options import MAX_IMAGE_SIZE, Parser, number
@@ -12,8 +14,7 @@ def parse_arguments():
     add = parser.add_argument
     add(
         "--dataset",
-        choices=["coco", "flickr8k", "flickr30k", "demo"],
-        help="names the input files; None: as --download says",
+        help="any name, for the files; demo alone is drawn and made; None: as --download says",
     )
     add(
         "--download",
@@ -23,8 +24,21 @@ def parse_arguments():
     add("--download_folder", default="data/downloads", help="where what is fetched goes")
     add("--connections", type=few, default=32, help="images of conceptual fetched at once")
     add("--retry_failed", action="store_true", help="tries images again that could not be had")
-    add("--karpathy_json", help="captions and splits in Karpathy's format; the demo makes its own")
-    add("--image_folder", help="where the JSON's images are; the demo makes its own")
+    add("--captions", nargs="+", metavar="FILE", help="files or folders with captions, in order")
+    add("--karpathy_json", help="--captions in Karpathy's format")
+    add("--format", help="of --captions, as docs/data.md names it; None: by its look")
+    add("--image_folder", help="of the images, which webdataset and huggingface hold themselves")
+    add("--image_column", default="image", help="with names of images, of tables")
+    add("--caption_column", default="caption", help="with captions, of tables")
+    add("--split_column", help="with train, val or test; None: split, where there is one")
+    add(
+        "--split_sizes",
+        type=number(float, least=0, below=1e9),
+        nargs=3,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="how images are shared out where the data have no splits; None: 0.8 0.1 0.1",
+    )
+    add("--max_images", type=positive, help="so many images at most, drawn at random")
     add("--captions_per_image", type=few, default=5, help="sampled for each image")
     add("--min_word_freq", type=count, default=5, help="words seen more often have an index")
     add("--max_len", type=few, default=50, help="captions with more words are left out")
@@ -35,7 +49,7 @@ def parse_arguments():
         "--seed",
         type=number(int, least=0, below=2**63),
         default=0,
-        help="of the sampling of captions",
+        help="of all that is drawn: captions, splits, --max_images",
     )
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
     typed = parser.typed()
@@ -46,6 +60,9 @@ def parse_arguments():
             parser.error(f"--{name} goes with --download")
         if name != "download_folder" and name in typed and typed["download"] != "conceptual":
             parser.error(f"--{name} goes with --download conceptual")
+    for name in ("captions", "karpathy_json", "format", "image_folder"):
+        if name in typed and "download" in typed:
+            parser.error(f"--{name} goes without --download, which knows its own")
     return parser.parse_args()
 
 
@@ -54,31 +71,50 @@ def main():
 
     # what follows takes a second to import
     import demo
-    import downloads
+    import formats
     import utils
+
+    options["reading"] = formats.Options(
+        **{field.name: options.pop(field.name) for field in fields(formats.Options)}
+    )
+    find_captions(options)
+    if options["captions"] is not None:
+        utils.create_input_files(**options)
+    elif options["dataset"] == "demo":
+        for name in ("dataset", "captions", "image_folder"):
+            del options[name]
+        demo.prepare(**options)
+    else:
+        raise UserError(
+            f"--dataset {options['dataset']} needs its --captions and --image_folder: demo alone "
+            "is made here"
+        )
+
+
+def find_captions(options):
+    """Settles where the captions are and in which format, and fetches them where that is asked for:
+    changes the options, a dict."""
+    import downloads
 
     name, folder = options.pop("download"), options.pop("download_folder")
     crawl = {key: options.pop(key) for key in ("connections", "retry_failed")}
-    sources = (options["karpathy_json"], options["image_folder"])
+    karpathy_json, form = options.pop("karpathy_json"), None
     if name is not None:
-        if sources != (None, None):
-            raise UserError("--download takes neither --karpathy_json nor --image_folder")
         found = downloads.fetch(name, folder, **(crawl if name == "conceptual" else {}))
-        if name != "conceptual":  # of which there is no reader
-            [options["karpathy_json"]], options["image_folder"] = found
-            options["dataset"] = options["dataset"] or name
-            utils.create_input_files(**options)
-    elif options["dataset"] == "demo" and sources == (None, None):
-        for name in ("dataset", "karpathy_json", "image_folder"):
-            del options[name]
-        demo.prepare(**options)
-    elif None in sources:
-        needs = "takes both or neither of" if options["dataset"] == "demo" else "needs both"
-        raise UserError(
-            f"--dataset {options['dataset']} {needs} --karpathy_json and --image_folder"
-        )
-    else:
-        utils.create_input_files(**options)
+        options["captions"], options["image_folder"] = found
+        options["dataset"] = options["dataset"] or name
+        form = "conceptual" if name == "conceptual" else "karpathy"
+    elif karpathy_json is not None:
+        if options["captions"] is not None or options["reading"].format not in (None, "karpathy"):
+            raise UserError(
+                "--karpathy_json FILE is --captions FILE --format karpathy: give either"
+            )
+        options["captions"], form = [karpathy_json], "karpathy"
+    elif options["captions"] is None and options["image_folder"] is not None:
+        # they lie beside the images
+        options["captions"], options["image_folder"] = [options["image_folder"]], None
+    if form is not None:
+        options["reading"] = replace(options["reading"], format=form)
 
 
 if __name__ == "__main__":

@@ -235,12 +235,17 @@ def _read_numbers(path, dimensions):
     return numbers
 
 
-def read_references(path):
-    """The images' file names, ids and human captions, and their widths and heights where they are
-    known. Raises UserError if they are unusable."""
+def read_references(path, may_lack_captions=False):
+    """The images' file names, ids and human captions, of none of them where that is allowed, and
+    their widths and heights where they are known. Raises UserError if they are unusable."""
     references = read_json(path)
     if not isinstance(references, list) or not all(map(_is_reference, references)):
         raise UserError(f"{path} is no list of file names, ids, captions and sizes")
+    without = sum(not reference["captions"] for reference in references)
+    if without and not (may_lack_captions and without == len(references)):
+        raise UserError(
+            f"{path} has no captions of {counted(without, 'image')} of {len(references)}"
+        )
     return references
 
 
@@ -302,7 +307,6 @@ def _is_reference(value):
         and isinstance(value.get("filename"), str)
         and isinstance(value.get("id"), int | str)
         and isinstance(value.get("captions"), list)
-        and value["captions"]
         and all(isinstance(caption, str) for caption in value["captions"])
         and are_boxes(value.get("boxes", {}))
         and (

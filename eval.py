@@ -67,7 +67,11 @@ def parse_arguments():
         help="caption images of the split under perturbations, too: so many, 200 by default",
     )
     add("--results", help="captions made elsewhere, as COCO results JSON, to score instead")
-    add("--references", help="for --results: Karpathy's JSON, of which --split, or COCO's captions")
+    add(
+        "--references",
+        help="for --results: people's captions, in any format of create_input_files.py; of its "
+        "splits --split",
+    )
     add_workers_option(parser)
     add_decoding_options(parser)
     add_device_options(parser)
@@ -120,13 +124,16 @@ def evaluate(options):
     model = Captioner.load(path, options.device, options.amp, options.word_map, options.look)
     model.check_beam_size(max(options.beam_size))
     data = open_split(path, model, options)
+    if not data.has_captions:
+        check_for_results_alone(data, options)
     regions = find(data.references, options.regions, options.region_words.split())
     log = training_log(path, model.about) if options.report is not None else []
     asked = options.output_folder is not None
     folder = Path(options.output_folder if asked else path.parent)
     part, source = file_name_parts(path, model, data, options)
     paths = {k: folder / f"results_{part}_beam{k}_{source}.json" for k in options.beam_size}
-    results = Place(next(iter(paths.values())), CAPTION * len(data), asked)
+    first = next(iter(paths.values()))
+    results = Place(first, CAPTION * len(data), asked, needed=not data.has_captions)
     page = options.report and Place(report.page_path(options.report), PICTURE * len(data))
     picture = options.robustness and Place(
         folder / f"robustness_{part}_{source}.png", PICTURE, asked
@@ -140,6 +147,8 @@ def evaluate(options):
     if distributed.is_main and results.is_open:
         with results.writing():
             write_captions(paths, data, captions)
+    if not data.has_captions:
+        return
     attention = attention_report.measure(
         captions, data.references, regions, asked_for_attention, model.look
     )
@@ -161,6 +170,16 @@ def evaluate(options):
     places = (place for place in (results, page, picture) if place)
     if any(place.asked and not place.is_open for place in places):
         sys.exit(1)
+
+
+def check_for_results_alone(data, options):
+    """Raises UserError where more is asked for of images without captions than the results."""
+    for name in ("attention_report", "regions", "report", "robustness"):
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name} compares with people's captions, of which {data.path.name} has none: "
+                "leave it out, for the results file alone"
+            )
 
 
 def change_images(options, model, data, captions, with_attention, picture, search, write_page):
@@ -208,12 +227,13 @@ class Place:
         path: of the file.
         size: bytes, about.
         asked: whether the user has named its folder: then the script ends with status 1.
+        needed: whether there is nothing else to come, so that it ends at once.
     """
 
-    def __init__(self, path, size, asked=True):
+    def __init__(self, path, size, asked=True, needed=False):
         from groundwork import distributed
 
-        self.path, self.asked, self.fault = path, asked, None
+        self.path, self.asked, self.needed, self.fault = path, asked, needed, None
         if distributed.is_main:
             with self.writing():
                 check_writable(path, size)
@@ -228,6 +248,8 @@ class Place:
         try:
             yield
         except UserError as error:
+            if self.needed:
+                raise
             self.fault = error
             kind = "error" if self.asked else "not written"
             print(f"{kind}: {error}; the scores are printed all the same", file=sys.stderr)
@@ -260,6 +282,8 @@ def write_captions(paths, data, captions):
     for beam_size, found in captions.items():
         write_results(paths[beam_size], data.references, [caption.text for caption in found])
         print(f"captions: {paths[beam_size]}")
+    if not data.has_captions:
+        print(f"no scores: {data.path.name} comes without people's captions to compare with")
 
 
 def print_scores(path, model, data, captions, attention, options):

@@ -26,7 +26,7 @@ class EvaluationData(Dataset):
 
     image: uint8 (3, S, S), of the size that the model is for.
     captions: int64 (K, T), `<start>` to `<end>`, padded; an image with fewer than others has some
-        of them again.
+        of them again. Of a split without captions K is 0.
     lengths: int64 (K,), `<start>` and `<end>` counted.
 
     Args:
@@ -46,7 +46,7 @@ class EvaluationData(Dataset):
         count = len(open_images(self.path))
         path = input_path(folder, base, "REFERENCES", split)
         if path.exists():
-            self.references = read_references(path)
+            self.references = read_references(path, may_lack_captions=True)
         else:
             whole = CaptionDataset(folder, base, split, karpathy_json=karpathy_json)
             self.references = whole.references
@@ -58,7 +58,7 @@ class EvaluationData(Dataset):
         self.places, self.count, self._images = list(range(count)), count, None
         texts = [reference["captions"] for reference in self.references]
         self.per_image = max(map(len, texts))
-        self.longest = max(len(tokenize(text)) for own in texts for text in own)
+        self.longest = max((len(tokenize(text)) for own in texts for text in own), default=0)
 
     def keep(self, subset, value):
         """Keeps those images alone that a subset from `coco_results.read_subset` takes; `value` is
@@ -68,6 +68,11 @@ class EvaluationData(Dataset):
         kept = set(choose(subset, ids, names, value, self.path.name))
         self.places = [i for i, id_ in enumerate(ids) if id_ in kept]
         self.references = [self.references[i] for i in self.places]
+
+    @property
+    def has_captions(self):
+        """Whether there is something to score by: captions of tests may be kept back."""
+        return self.per_image > 0
 
     @property
     def fingerprint(self):
@@ -108,8 +113,9 @@ class EvaluationData(Dataset):
             encode_caption(tokenize(texts[k % len(texts)]), self.word_map, self.longest)
             for k in range(self.per_image)
         ]
-        captions, lengths = zip(*encoded, strict=True)
-        return torch.from_numpy(image), torch.tensor(captions), torch.tensor(lengths)
+        captions = torch.tensor([caption for caption, _ in encoded], dtype=torch.int64)
+        lengths = torch.tensor([length for _, length in encoded], dtype=torch.int64)
+        return torch.from_numpy(image), captions, lengths
 
 
 def find_data_set(path, about, folder, name, split):

@@ -1,27 +1,29 @@
-"""Karpathy's split images and captions made into the files that training reads: HDF5, encoded
-captions, word map."""
+"""Split images and captions made into the files that training reads: HDF5, encoded captions, word
+map."""
 
 import json
 import os
 import random
+import re
 import string
 import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 from tqdm import tqdm
 
+import formats
+from captioned import SPECIAL_WORDS, SPLITS
 from groundwork.errors import UserError
 from groundwork.files import (
     check_readable,
     check_space,
     flush,
     make_folder,
-    read_json,
     sole_writer,
     temporaries,
 )
@@ -30,8 +32,6 @@ from groundwork.images import MAX_ASPECT, read_images
 from groundwork.wording import Complaints, counted
 
 # ------------------------------------------------------------------------------------ captions
-
-SPECIAL_WORDS = ("<unk>", "<start>", "<end>", "<pad>")
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -80,8 +80,6 @@ def sample_captions(captions, count, rng):
 
 # --------------------------------------------------------------------------------- input files
 
-SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
-
 _KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
 
 
@@ -101,15 +99,15 @@ def input_path(folder, base, kind, split=None):
 class _Sample:
     """An image that has captions to learn from."""
 
-    path: Path
+    source: object  # as `groundwork.images.open_image` takes it
     captions: list[list[str]]  # words; wordless and too long captions left out
     reference: dict  # its entry in the REFERENCES file, to which reading adds width and height
 
 
 def create_input_files(
     dataset,
-    karpathy_json,
-    image_folder,
+    captions,
+    image_folder=None,
     captions_per_image=5,
     min_word_freq=5,
     max_len=50,
@@ -118,38 +116,41 @@ def create_input_files(
     workers=None,
     seed=0,
     skip_bad_images=False,
+    reading=None,
 ):
-    """Turns a folder of images and Karpathy's JSON into the files that training reads.
+    """Turns images and their captions, of any of the `formats`, into the files that training reads.
 
     Writes to `output_folder`, for each split that has images (TRAIN and VAL must, TEST may):
     IMAGES (uint8 (I, 3, image_size, image_size)), CAPTIONS and CAPLENS (captions_per_image
     entries per image), REFERENCES (one entry per image); and one WORDMAP. They appear all
-    together at the end or, after an error, not at all; a WORDMAP marks a complete data set.
+    together at the end or, after an error, not at all; a WORDMAP marks a complete data set. A TEST
+    without any captions has IMAGES and REFERENCES alone.
 
+    `dataset` names them. `captions`, `image_folder` and `reading` are as `formats.read` takes them.
     `workers` threads read the images: None takes all cores.
-    Prints a summary and returns it as a dict. Raises UserError if the JSON or the folder is
+    Prints a summary and returns it as a dict. Raises UserError if the captions or the folder are
     unusable, if an image is (the first are named on stderr; skip_bad_images leaves them out),
     or if a file cannot be written.
     """
-    images = read_karpathy(karpathy_json)
-    if not Path(image_folder).is_dir():
-        raise UserError(f"there is no folder {image_folder}: check --image_folder")
-    samples, left_out = _collect_samples(images, Path(image_folder), max_len)
+    check_name(dataset)
+    data = formats.read(captions, image_folder, reading, seed)
+    print("\n".join(data.notes))
+    samples, left_out = _collect_samples(data.images, max_len)
+    left_out.update(data.left_out)
     for split in ("TRAIN", "VAL"):
         if split not in samples:
-            raise UserError(f"{karpathy_json} has no {split} image with captions to learn from")
-    word_map = make_word_map((s["tokens"] for i in images for s in i["sentences"]), min_word_freq)
+            raise UserError(f"{data.source} has no {split} image with captions to learn from")
+    captions = [caption for image in data.images for caption in image.captions]
+    word_map = make_word_map(map(words_of, captions), min_word_freq)
     if len(word_map) == len(SPECIAL_WORDS):
         raise UserError(
-            f"{karpathy_json} has no word more than {counted(min_word_freq, 'time')}, so there is "
+            f"{data.source} has no word more than {counted(min_word_freq, 'time')}, so there is "
             "nothing to say: lower --min_word_freq, to 0 for all words"
         )
     output_folder, base = Path(output_folder), base_name(dataset, captions_per_image, min_word_freq)
     summary = {"base": base, "splits": {}, "vocabulary": len(word_map), "left_out": dict(left_out)}
-    written = [s for image in images for s in image["sentences"] if s.get("raw")]
-    summary["by_tokens"] = sum(not is_split_by_rule(sentence) for sentence in written)
-
-    _check_folder(samples, karpathy_json)
+    summary["by_tokens"] = sum(bool(c.raw) and not is_split_by_rule(c) for c in captions)
+    _check_folder(samples, data.source)
     with _all_or_nothing(output_folder, base, samples) as temporary:
         count = sum(map(len, samples.values()))
         size = count * 3 * image_size**2
@@ -158,48 +159,20 @@ def create_input_files(
         summary["left_out"]["unreadable images"] = _unreadable(samples, readable, skip_bad_images)
         rng = random.Random(seed)
         for split, items in readable.items():
-            chosen = [sample_captions(item.captions, captions_per_image, rng) for item in items]
-            encoded = [encode_caption(words, word_map, max_len) for c in chosen for words in c]
-            summary["splits"][split] = _write_captions(temporary, split, items, encoded, word_map)
+            summary["splits"][split] = _write_captions(
+                temporary, split, items, captions_per_image, word_map, max_len, rng
+            )
         _write_json(temporary["WORDMAP", None], word_map)
     _print_summary(summary)
     return summary
 
 
-def read_karpathy(path):
-    """The list of images of a JSON file in Karpathy's format. Raises UserError if it is none."""
-    contents = read_json(path)
-    images = contents.get("images") if isinstance(contents, dict) else None
-    if not isinstance(images, list):
-        raise UserError(f'{path} is not in Karpathy\'s format: it has no list "images"')
-    for i, image in enumerate(images):
-        if fault := _fault(image):
-            raise UserError(f"{path} is not in Karpathy's format: images[{i}] has {fault}")
-    _give_ids(images, path)
-    return images
-
-
-def _give_ids(images, path):
-    """Makes "imgid" each image's own within its split: COCO's id, the one that it has, its place,
-    or where that is another's id, its file name. Raises UserError for an id that two have."""
-    taken, without = {}, []
-    for i, image in enumerate(images):
-        id_ = image.get("imgid") if image.get("cocoid") is None else image["cocoid"]
-        if id_ is None:
-            without.append(i)
-            continue
-        # pandas writes whole numbers as floats
-        image["imgid"] = int(id_) if isinstance(id_, float) else id_
-        key = SPLITS[image["split"]], str(image["imgid"])  # 1 and "1" are one
-        if key in taken:
-            raise UserError(
-                f"{path} has the id {id_!r} twice, of images[{taken[key]}] and images[{i}]: give "
-                "each image its own, which results are told apart by"
-            )
-        taken[key] = i
-    for i in without:
-        images[i]["imgid"] = (
-            images[i]["filename"] if (SPLITS[images[i]["split"]], str(i)) in taken else i
+def check_name(dataset):
+    """Raises UserError for a data set's name that cannot be a part of files' names."""
+    if not re.fullmatch(r"\w[\w.-]*", dataset) or len(dataset.encode()) > 100:
+        raise UserError(
+            f"--dataset {dataset}: give a name of letters, digits, dots, dashes and underscores, "
+            "100 bytes at most, that begins with a letter or digit"
         )
 
 
@@ -220,81 +193,55 @@ def is_size(width, height):
     )
 
 
-def _fault(image):
-    """What keeps an entry of Karpathy's JSON from being used, or None."""
-    if not isinstance(image, dict):
-        return "no keys"
-    image = {"filepath": ""} | image
-    for key, kind in {"filename": str, "filepath": str, "split": str, "sentences": list}.items():
-        if not isinstance(image.get(key), kind):
-            return f'no {"text" if kind is str else "list"} "{key}"'
-    if image["split"] not in SPLITS:
-        return f"an unknown split {image['split']!r}: known are {', '.join(SPLITS)}"
-    for key in ("cocoid", "imgid"):
-        id_ = image.get(key)
-        whole = isinstance(id_, float) and id_ % 1 == 0
-        if not whole and type(id_) not in (int, str, type(None)):
-            return f"{key} {id_!r}, which is no whole number or text"
-    for sentence in image["sentences"]:
-        tokens = sentence.get("tokens") if isinstance(sentence, dict) else None
-        if not isinstance(tokens, list) or not all(isinstance(word, str) for word in tokens):
-            return 'a sentence without a list "tokens" of words'
-        if not isinstance(sentence.get("raw"), str | None):
-            return 'a sentence whose "raw" is no text'
-        if reserved := set(tokens).intersection(SPECIAL_WORDS):
-            return f"a sentence with the reserved word {min(reserved)}"
-    return None
+def words_of(caption):
+    """The words of a `captioned.Caption`."""
+    return tokenize(caption.raw) if caption.tokens is None else caption.tokens
 
 
-def reference_of(image):
-    """What an entry of `read_karpathy` is scored by: its id, and all captions with words."""
-    worded = [sentence for sentence in image["sentences"] if any(sentence["tokens"])]
-    return {"id": image["imgid"], "captions": list(map(text_of, worded))}
+def references_of(image):
+    """What an image of `formats` is scored by: all of its captions with words, as texts."""
+    return [text_of(caption) for caption in image.captions if any(words_of(caption))]
 
 
-def text_of(sentence):
+def text_of(caption):
     """A caption as written, or its tokens, where the rule does not split the one into the other:
     words are to be compared with words."""
-    return sentence["raw"] if is_split_by_rule(sentence) else " ".join(sentence["tokens"])
+    return caption.raw if is_split_by_rule(caption) else " ".join(caption.tokens)
 
 
-def is_split_by_rule(sentence):
-    """Whether `tokenize` makes the tokens of what was written."""
-    return tokenize(sentence.get("raw") or "") == sentence["tokens"]
+def is_split_by_rule(caption):
+    """Whether `tokenize` makes the words of what was written."""
+    return tokenize(caption.raw or "") == words_of(caption)
 
 
-def _collect_samples(images, folder, max_len):
+def _collect_samples(images, max_len):
     """The images that have captions to learn from, by split, and counts of what is left out."""
-    samples = {split: [] for split in SPLITS.values()}
+    samples, bare = {split: [] for split in SPLITS}, []
     left_out = Counter()
     for image in images:
-        worded = [s for s in image["sentences"] if any(s["tokens"])]
-        captions = [s["tokens"] for s in worded if len(s["tokens"]) <= max_len]
-        left_out["wordless captions"] += len(image["sentences"]) - len(worded)
+        worded = [words for words in map(words_of, image.captions) if any(words)]
+        captions = [words for words in worded if len(words) <= max_len]
+        left_out["wordless captions"] += len(image.captions) - len(worded)
         left_out["too long captions"] += len(worded) - len(captions)
         left_out["images without captions"] += not captions
+        reference = {"filename": image.name, "id": image.id, "captions": references_of(image)}
+        if are_boxes(image.boxes):  # of the demo; COCO's are of another form
+            reference["boxes"] = image.boxes
+        sample = _Sample(image.source, captions, reference)
         if captions:
-            reference = {"filename": image["filename"], **reference_of(image)}
-            if are_boxes(image.get("boxes")):  # of the demo; COCO's are of another form
-                reference["boxes"] = image["boxes"]
-            path = _image_path(folder, image)
-            samples[SPLITS[image["split"]]].append(_Sample(path, captions, reference))
+            samples[image.split].append(sample)
+        elif image.split == "TEST" and not image.captions:
+            bare.append(sample)
+    if bare and not samples["TEST"]:  # a test whose captions are not published: to be captioned
+        samples["TEST"] = bare
+        left_out["images without captions"] -= len(bare)
     return {split: items for split, items in samples.items() if items}, left_out
-
-
-def _image_path(folder, image):
-    """Where an entry's image is; names may have been written on Windows."""
-    names = [image.get("filepath", ""), image["filename"]]
-    path = folder.joinpath(*names)
-    if "\\" in "".join(names) and not os.path.exists(path):
-        path = folder.joinpath(*(name.replace("\\", "/") for name in names))
-    return path
 
 
 def _check_folder(samples, source):
     """Raises UserError where no image at all is there: one line, not one for each."""
-    paths = [sample.path for items in samples.values() for sample in items]
-    if not any(map(os.path.exists, paths)):
+    paths = [sample.source for items in samples.values() for sample in items]
+    if all(isinstance(path, Path) and not os.path.exists(path) for path in paths):
         try:
             check_readable(paths[0], f"the first is {paths[0]}")
         except UserError as error:
@@ -307,16 +254,16 @@ def _check_folder(samples, source):
 def read_split(path, split, max_len):
     """(reference, captions) of each image of a split of Karpathy's JSON that has captions of
     `max_len` words or fewer, in its order: as the input files have them. Raises UserError."""
-    samples, _ = _collect_samples(read_karpathy(path), Path(), max_len)
+    samples, _ = _collect_samples(formats.load(path, formats.Options("karpathy")), max_len)
     return [(sample.reference, sample.captions) for sample in samples.get(split, [])]
 
 
 @contextmanager
-def _all_or_nothing(folder, base, splits):
-    """Yields temporary paths by (kind, split) for the input files of `splits` and the WORDMAP,
+def _all_or_nothing(folder, base, samples):
+    """Yields temporary paths by (kind, split) for the input files of `samples` and the WORDMAP,
     (WORDMAP, None). All take their places when the block succeeds, else none does."""
-    keys = [*((kind, split) for split in splits for kind in _KINDS), ("WORDMAP", None)]
-    paths = {key: input_path(folder, base, *key) for key in keys}
+    keys = [(kind, split) for split in samples for kind in kinds_of(samples[split])]
+    paths = {key: input_path(folder, base, *key) for key in [*keys, ("WORDMAP", None)]}
     make_folder(folder)
     with (
         sole_writer(paths["WORDMAP", None], "wait for it, or choose another --output_folder"),
@@ -328,9 +275,8 @@ def _all_or_nothing(folder, base, splits):
         # Only renames are left. The WORDMAP goes first and comes last, so that if they are cut
         # short none vouches for a mixture of old and new files.
         paths["WORDMAP", None].unlink(missing_ok=True)
-        for split in set(SPLITS.values()).difference(splits):  # an older data set may have had it
-            for kind in _KINDS:
-                input_path(folder, base, kind, split).unlink(missing_ok=True)
+        for kind, split in set(product(_KINDS, SPLITS)).difference(keys):  # an older data set's
+            input_path(folder, base, kind, split).unlink(missing_ok=True)
         for temporary, path in zip(beside, paths.values(), strict=True):
             os.replace(temporary, path)
 
@@ -338,8 +284,8 @@ def _all_or_nothing(folder, base, splits):
 def _write_splits(temporary, samples, size, captions_per_image, workers):
     """Reads the images and writes those of each split to its HDF5 file, the path by (kind, split).
     The first that cannot be read are named on stderr. Returns the samples that are there."""
-    paths = [sample.path for items in samples.values() for sample in items]
-    pictures = read_images(paths, size, workers)
+    sources = [sample.source for items in samples.values() for sample in items]
+    pictures = read_images(sources, size, workers)
     with Complaints(partial(tqdm.write, file=sys.stderr)) as complaints:
         return {
             split: _write_images(
@@ -373,12 +319,20 @@ def _write_images(path, samples, pictures, size, captions_per_image, complaints)
     return readable
 
 
-def _write_captions(paths, split, samples, encoded, word_map):
+def kinds_of(samples):
+    """The kinds of input files of a split, by whether its images have captions."""
+    return [kind for kind in _KINDS if samples[0].captions or not kind.startswith("CAP")]
+
+
+def _write_captions(paths, split, samples, per_image, word_map, max_len, rng):
     """Writes the JSON files of a split, at paths by (kind, split); counts for the summary."""
-    captions, lengths = zip(*encoded, strict=True)
-    _write_json(paths["CAPTIONS", split], captions)
-    _write_json(paths["CAPLENS", split], lengths)
-    _write_json(paths["REFERENCES", split], [sample.reference for sample in samples])
+    chosen = [sample_captions(s.captions, per_image, rng) for s in samples if s.captions]
+    encoded = [encode_caption(words, word_map, max_len) for own in chosen for words in own]
+    captions, lengths = [caption for caption, _ in encoded], [length for _, length in encoded]
+    contents = {"CAPTIONS": captions, "CAPLENS": lengths}
+    contents["REFERENCES"] = [sample.reference for sample in samples]
+    for kind in kinds_of(samples)[1:]:
+        _write_json(paths[kind, split], contents[kind])
     return {
         "images": len(samples),
         "captions": len(captions),
@@ -404,7 +358,7 @@ def _unreadable(samples, readable, skip_bad_images):
 def _share_unknown(captions, lengths, word_map):
     """The share of <unk> among the captions' words, <start> and <end> not counted."""
     unknown = sum(caption.count(word_map["<unk>"]) for caption in captions)
-    return unknown / (sum(lengths) - 2 * len(lengths))
+    return unknown / max(1, sum(lengths) - 2 * len(lengths))
 
 
 def _write_json(path, contents):
@@ -415,8 +369,13 @@ MANY = 0.2  # share of <unk>, from which on a hint is given
 
 
 def _print_summary(summary):
-    for split in dict.fromkeys(SPLITS.values()):
-        if counts := summary["splits"].get(split):
+    for split in SPLITS:
+        counts = summary["splits"].get(split)
+        if counts and not counts["captions"]:
+            print(
+                f"{split}: {counted(counts['images'], 'image')} without captions, for results alone"
+            )
+        elif counts:
             print(
                 f"{split}: {counted(counts['images'], 'image')}, "
                 f"{counted(counts['captions'], 'caption')}, "
@@ -435,7 +394,9 @@ def _print_summary(summary):
         )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
         print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")
-    one = {"images without captions": "image without captions"}  # the others lose an s
-    left_out = summary["left_out"].items()
-    left_out = [counted(n, one.get(what, what.removesuffix("s")), what) for what, n in left_out]
+    one = {
+        what: re.sub(r"(image|caption|text)s\b", r"\1", what, count=1)
+        for what in summary["left_out"]
+    }
+    left_out = [counted(n, one[what], what) for what, n in summary["left_out"].items()]
     print("left out: " + ", ".join(left_out))

@@ -1,5 +1,6 @@
 """Image files of every kind that people have, read as upright RGB pictures, several at a time."""
 
+import io
 import os
 import re
 import struct
@@ -11,7 +12,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from groundwork.errors import UserError
 from groundwork.files import check_readable
@@ -48,22 +49,30 @@ def endings():
 def open_image(path):
     """The image file's picture as an upright RGB PIL.Image, transparent parts on white.
 
-    Of an animated file the first frame. Raises UserError naming the file if it is missing, not
-    an image of `FORMATS`, AVIF or HEIC, damaged, has more than `MAX_PIXELS`, or is over
-    `MAX_ASPECT` times as long as wide, or if a package that reads it is missing.
+    Of an animated file the first frame. `path` is a file's, or what reads a part of a larger file:
+    its `read()` gives bytes, and its text says where they are from. Raises UserError naming it if
+    it is missing, not an image of `FORMATS`, AVIF or HEIC, damaged, has more than `MAX_PIXELS`,
+    or is over `MAX_ASPECT` times as long as wide, or if a package that reads it is missing.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)) and not os.path.exists(path):
-        raise UserError(f"{path}: addresses are not fetched: download it and name the file")
-    check_readable(path, f"there is no image {path}")
+    is_file = isinstance(path, str | os.PathLike)
+    if is_file:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)) and not os.path.exists(path):
+            raise UserError(f"{path}: addresses are not fetched: download it and name the file")
+        check_readable(path, f"there is no image {path}")
     try:
+        file = path if is_file else io.BytesIO(path.read())
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes earlier
-            image = Image.open(path, formats=_formats(path))
+            image = Image.open(file, formats=_formats(file))
         with image:
             return to_rgb(image)
     except Image.DecompressionBombError as error:  # over twice Pillow's own bound, far above ours
         raise UserError(
             f"cannot read image {path}: more than {MAX_PIXELS:,} pixels, make it smaller"
+        ) from error
+    except UnidentifiedImageError as error:  # whose own text names the object in memory
+        raise UserError(
+            f"cannot read image {path}: cannot identify it as one of {', '.join(FORMATS)}"
         ) from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
         raise UserError(f"cannot read image {path}: {error or type(error).__name__}") from error
@@ -71,7 +80,7 @@ def open_image(path):
 
 def _formats(path):
     """What the file may be, by its first bytes. Raises ValueError where a package is missing."""
-    with open(path, "rb") as file:
+    with nullcontext(path) if isinstance(path, io.BytesIO) else open(path, "rb") as file:
         size, kind, *brands = struct.unpack("4s" * 16, file.read(64).ljust(64, b"\0"))
     if kind != b"ftyp":
         return FORMATS

@@ -19,7 +19,9 @@ from playwright.sync_api import Error, sync_playwright
 import checkpoints
 import demo
 import utils
+from encoders import Encoder
 from groundwork import errors, provenance
+from models import DecoderWithAttention, LSTMConfig
 
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same on any machine
 settings.load_profile("suite")
@@ -68,6 +70,18 @@ def tiny_checkpoint(**changes):
         "word_map": WORDS,
         "best_record": None,
     } | changes
+
+
+def small_checkpoint():
+    """A checkpoint of a model, and of a run that can be continued."""
+    torch.manual_seed(0)
+    encoder = Encoder("squeezenet1_1", 3, weights=None)
+    decoder = DecoderWithAttention(
+        LSTMConfig(len(WORDS), encoder.dim, 4, 4, 4, encoded_image_size=3)
+    )
+    return tiny_checkpoint(
+        encoder_name="squeezenet1_1", encoder=encoder.state_dict(), decoder=decoder.state_dict()
+    )
 
 
 def run_here(script, *arguments):

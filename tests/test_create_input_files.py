@@ -158,6 +158,20 @@ def test_restval_is_train_and_filepath_is_joined(source):
     assert source.read("REFERENCES", "TRAIN")[2]["id"] == 77
 
 
+def test_other_names_of_splits_and_captions_as_written_alone_are_taken(source, tmp_path):
+    """As in other people's versions of Karpathy's files."""
+    source.create()
+    expected = {path.name: path.read_bytes() for path in source.output.iterdir()}
+    for i, name in enumerate(["validation", "dev", "VAL"]):
+        for entry in source.entries:
+            entry["split"] = name if entry["filename"] == "1.png" else entry["split"]
+            for own in entry["sentences"]:
+                own.pop("tokens", None)
+        source.create(output_folder=tmp_path / str(i))
+        found = {path.name: path.read_bytes() for path in (tmp_path / str(i)).iterdir()}
+        assert found == expected
+
+
 def test_references_keep_boxes_and_do_without_raw_and_id(source):
     boxes = {"dog": [0, 1, 2, 3]}
     source.add("4.png", "val", "a dog", boxes=boxes)
@@ -468,7 +482,11 @@ GOOD = {"filename": "0.png", "split": "train", "sentences": [sentence("a dog")]}
         {"images": [GOOD, {**GOOD, "filepath": None}]},
         {"images": [GOOD, {**GOOD, "sentences": "a dog"}]},
         {"images": [GOOD, {**GOOD, "sentences": ["a dog"]}]},
-        {"images": [GOOD, {**GOOD, "sentences": [{"raw": "a dog"}]}]},
+        {"images": [GOOD, {**GOOD, "sentences": [{}]}]},
+        {"images": [GOOD, {**GOOD, "sentences": [{"raw": None}]}]},
+        {"images": [GOOD, {**GOOD, "sentences": [{"raw": "a dog " * 5000}]}]},
+        {"images": [GOOD, {**GOOD, "filename": "../0.png"}]},
+        {"images": [GOOD, {**GOOD, "filepath": "/etc"}]},
         {"images": [GOOD, {**GOOD, "sentences": [{"tokens": "dog"}]}]},
         {"images": [GOOD, {**GOOD, "sentences": [{"tokens": [1]}]}]},
         {"images": [GOOD, {**GOOD, "sentences": [{"tokens": ["a"], "raw": 1}]}]},
@@ -535,11 +553,11 @@ def test_output_folder_that_cannot_be(source):
 
 
 def test_script_prints_one_line_for_an_error(source):
-    source.entries[1]["split"] = "validation"
+    source.entries[1]["split"] = "training"
     result = source.run_script()
     assert result.returncode == 1 and result.stdout == ""
     [line] = result.stderr.splitlines()
-    assert line.startswith("error: ") and "images[1]" in line and "'validation'" in line
+    assert line.startswith("error: ") and "images[1]" in line and "'training'" in line
 
 
 def call_main(monkeypatch, *arguments):
@@ -547,11 +565,13 @@ def call_main(monkeypatch, *arguments):
     create_input_files_script.main()
 
 
-@pytest.mark.parametrize("missing", ["--karpathy_json", "--image_folder"])
-def test_script_needs_its_sources(monkeypatch, missing):
-    other = {"--karpathy_json", "--image_folder"}.difference([missing]).pop()
-    with pytest.raises(UserError, match=f"--dataset coco needs .*{missing}"):
-        call_main(monkeypatch, "--dataset", "coco", other, "x")
+@pytest.mark.parametrize("captions", ["--karpathy_json", "--captions"])
+def test_script_needs_its_sources(monkeypatch, captions, source):
+    source.json.write_text("{}")
+    with pytest.raises(UserError, match="dataset.json names images.*--image_folder"):
+        call_main(monkeypatch, "--dataset", "coco", captions, source.json)
+    with pytest.raises(UserError, match="--dataset coco needs .*--captions and --image_folder"):
+        call_main(monkeypatch, "--dataset", "coco")
 
 
 @pytest.mark.parametrize("option", ["--captions_per_image=0", "--workers=-1", "--max_len=x"])

@@ -5,10 +5,11 @@ import json
 import shutil
 from datetime import timedelta
 
+import data_sets
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, tiny_checkpoint
+from conftest import small_checkpoint, tiny_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,13 +17,14 @@ from torch import nn
 
 import checkpoints
 import decoding
+import formats
 import utils
 from captioner import Captioner
 from datasets import CaptionDataset, read_word_map
-from encoders import Encoder, EncoderError
+from encoders import EncoderError
 from groundwork import files, images, provenance, timing
 from groundwork.errors import UserError
-from models import DecoderWithAttention, LSTMConfig
+from groundwork.images import read_images
 
 MEMORY = 2**30  # bytes that reading may take
 
@@ -97,6 +99,27 @@ def karpathy_files(_, folder):
     return [(folder / "karpathy.json", json.dumps(contents).encode())], read
 
 
+def data_set_files(writer):
+    """A data set in one of the formats beside Karpathy's, and what reads it."""
+
+    def files(_, folder):
+        photographs = data_sets.draw(4, hashed=writer is data_sets.conceptual)
+        images = data_sets.write_images(folder / "images", photographs)
+        told = writer(folder, photographs)
+        paths = [inner for path in told for inner in data_sets.files_below(path)]
+        paths += folder.glob("*Images.txt")
+
+        def read(_):
+            found = formats.read(told, images).images
+            for outcome in read_images([image.source for image in found], 8, 1):
+                if isinstance(outcome, str):
+                    raise UserError(outcome)
+
+        return [(path, path.read_bytes()) for path in paths], read
+
+    return files
+
+
 def input_files(kinds):
     def files(tiny_data, folder):
         source, base = tiny_data
@@ -132,7 +155,12 @@ def checkpoint_files(_, folder):
 
 READERS = {
     "images": image_files,
-    "karpathy": karpathy_files,
+    **{
+        writer.__name__: data_set_files(writer)
+        for writers in data_sets.WRITERS.values()
+        for writer in writers
+    },
+    "karpathy": karpathy_files,  # with words
     "json": input_files(["CAPTIONS", "CAPLENS", "REFERENCES"]),
     "hdf5": input_files(["IMAGES"]),
     "checkpoints": checkpoint_files,
@@ -196,16 +224,8 @@ ODD = st.one_of(
 
 
 @pytest.fixture(scope="module")
-def small(tiny_data):
-    """A checkpoint of a model and of a run that can be continued."""
-    torch.manual_seed(0)
-    encoder = Encoder("squeezenet1_1", 3, weights=None)
-    decoder = DecoderWithAttention(
-        LSTMConfig(len(WORDS), encoder.dim, 4, 4, 4, encoded_image_size=3)
-    )
-    return tiny_checkpoint(
-        encoder_name="squeezenet1_1", encoder=encoder.state_dict(), decoder=decoder.state_dict()
-    )
+def small():
+    return small_checkpoint()
 
 
 @pytest.mark.filterwarnings("ignore")

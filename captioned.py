@@ -1,0 +1,187 @@
+"""What every reader of a data set gives, images with people's captions, and what it checks."""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from groundwork.errors import UserError
+from groundwork.wording import MOST
+
+SPECIAL_WORDS = ("<unk>", "<start>", "<end>", "<pad>")
+
+SPLITS = ("TRAIN", "VAL", "TEST")
+
+SPLIT_NAMES = {
+    "train": "TRAIN",
+    "restval": "TRAIN",
+    "val": "VAL",
+    "validation": "VAL",
+    "dev": "VAL",
+    "test": "TEST",
+}
+
+MAX_WORDS, MAX_LENGTH = 1000, 20_000  # of a caption: words between blanks, characters
+
+
+class Caption(NamedTuple):
+    """A person's caption: as written, as words, or both."""
+
+    raw: str | None
+    tokens: list[str] | None = None  # None: the rule of `utils.tokenize` makes them
+
+
+@dataclass(slots=True)
+class CaptionedImage:
+    """An image of a data set."""
+
+    name: str  # of its file, as the data set has it
+    source: object  # what `groundwork.images.open_image` takes: a path, or a part of a larger file
+    captions: list[Caption]
+    split: str | None  # TRAIN, VAL, TEST; None: the data do not tell
+    where: str  # it stands in its file, for messages
+    id: int | str | float | None = None  # as the data set has it
+    boxes: object = None  # where the objects are that words name; of the demo
+
+
+@dataclass
+class Reading:
+    """What a reader is told beside its files, and what it tells beside its images."""
+
+    folder: Path | None = None  # of the images; None: they are not going to be opened
+    image_column: str = "image"
+    caption_column: str = "caption"
+    split_column: str | None = None  # None: "split", where there is one
+    file_splits: dict[Path, str] = field(default_factory=dict)  # by the files' names
+    left_out: Counter = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)  # lines for people
+
+
+# ------------------------------------------------------------------------------------- faults
+
+
+class Fault(Exception):
+    """What an entry has that keeps it from being used: "no caption"."""
+
+
+class Faults:
+    """Faults of a file's entries, which the end of the block raises as one UserError: the first
+    ones with their places, and how many more there are.
+
+    Args:
+        path: of the file.
+        what: is said of it.
+    """
+
+    def __init__(self, path, what="cannot be used"):
+        self.path, self.what, self.lines, self.count = path, what, [], 0
+
+    def add(self, where, fault):
+        self.count += 1
+        if self.count <= MOST:
+            self.lines.append(f"{where} has {fault}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.count and kind is None:
+            more = f"; and {self.count - MOST} more" if self.count > MOST else ""
+            raise UserError(f"{self.path} {self.what}: {'; '.join(self.lines)}{more}")
+
+
+def written(value):
+    """A caption as written. Raises Fault unless it is text of a caption's length."""
+    if value is None or value == "":
+        raise Fault("no caption")
+    if not isinstance(value, str):
+        raise Fault(f"a caption that is no text, {value!r:.40}")
+    check_length(value.split(), value)
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise Fault("a caption with half a character")
+    return value
+
+
+def check_length(words, text):
+    """Raises Fault for a caption that no person wrote of a picture."""
+    if len(words) > MAX_WORDS or len(text) > MAX_LENGTH:
+        raise Fault(
+            f"a caption of {len(words)} words, {len(text)} characters: {MAX_WORDS} and "
+            f"{MAX_LENGTH} are the most"
+        )
+
+
+def captions_of(value):
+    """Captions, of a text or a list of texts. Raises Fault."""
+    return [Caption(written(text)) for text in (value if isinstance(value, list) else [value])]
+
+
+def split_of(value):
+    """TRAIN, VAL or TEST of a data set's word for it. Raises Fault."""
+    split = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
+    if split is None:
+        raise Fault(f"an unknown split {value!r:.40}: known are {', '.join(SPLIT_NAMES)}")
+    return split
+
+
+def split_in_name(path):
+    """TRAIN, VAL or TEST where a file's name tells one, or else its folder's; None otherwise."""
+    for name in (path.name, path.parent.name):
+        words = re.findall(r"(?<![a-z])(train|val|validation|dev|test)(?:ing)?(?![a-z])",
+                           re.sub("[Ii]mages", "", name).lower())  # fmt: skip
+        found = {SPLIT_NAMES[word] for word in words}
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
+def splits_in_names(files):
+    """File -> split, training first, where each file's name tells one, and not all the same."""
+    splits = {path: split_in_name(Path(path)) for path in files}
+    if None in splits.values() or len(set(splits.values())) < 2:
+        return {}
+    return dict(sorted(splits.items(), key=lambda item: SPLITS.index(item[1])))
+
+
+def place_in(folder, *names):
+    """Path of an image that a data set names, which may have been written on Windows. Raises Fault
+    where it is outside its folder."""
+    if not all(isinstance(name, str) for name in names) or not names[-1].strip():
+        raise Fault("no name of an image")
+    path = os.path.normpath(os.path.join(folder or "", *names))
+    if "\\" in path and not os.path.exists(path):
+        names = (name.replace("\\", "/") for name in names)
+        path = os.path.normpath(os.path.join(folder or "", *names))
+    if folder is not None:
+        inside = os.path.join(os.path.abspath(folder), "")
+        if not os.path.abspath(path).startswith(inside):
+            raise Fault(f"a path outside the folder {folder}, {path}")
+    return Path(path)
+
+
+class Rows:
+    """Images gathered from rows that may name one several times, each time with other captions."""
+
+    def __init__(self, folder):
+        self.folder, self.images = folder, {}
+
+    def add(self, where, name, captions, split):
+        """Adds what a row tells. Raises Fault where it does not go with the rows before."""
+        path = place_in(self.folder, name)
+        image = self.images.setdefault(path, CaptionedImage(name, path, [], split, where))
+        if image.split != split:
+            raise Fault(
+                f"the image {name} in the split {said(split)}, which {image.where} has in "
+                f"{said(image.split)}"
+            )
+        image.captions += captions
+
+    def __iter__(self):
+        return iter(self.images.values())
+
+
+def said(split):
+    """A split as people name it."""
+    return "none" if split is None else split.lower()

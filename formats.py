@@ -1,0 +1,265 @@
+"""Formats of data sets: a registry of their readers, which one a file has, and what all have in
+common: splits, ids, a subset.
+
+`read` gives images with their captions, whatever the format; `utils.create_input_files` makes the
+files that training reads of them.
+"""
+
+import gzip
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import formats_archives as archives
+import formats_json as documents
+import formats_parquet as parquet
+import formats_tables as tables
+from captioned import SPLITS, CaptionedImage, Reading, splits_in_names
+from groundwork.errors import UserError
+from groundwork.files import check_listable, check_readable
+from groundwork.wording import counted, some
+
+HEAD = 2**16  # bytes that a format is told by
+
+
+class Format(NamedTuple):
+    """A format of data sets."""
+
+    fits: Callable[
+        [Path, str], bool
+    ]  # whether a path, and the first of what it holds, look like it
+    read: Callable[[list[Path], Reading], list[CaptionedImage]]
+    holds_images: bool = False  # or names their files, in a folder
+
+
+FORMATS = {  # looked at in this order
+    "webdataset": Format(archives.is_webdataset, archives.read_webdataset, True),
+    "huggingface": Format(parquet.is_huggingface, parquet.read_huggingface, True),
+    "folder": Format(archives.is_folder, archives.read_folder, True),
+    "jsonl": Format(tables.is_jsonl, tables.read_jsonl),
+    "coco": Format(documents.is_coco, documents.read_coco),
+    "karpathy": Format(documents.is_karpathy, documents.read_karpathy),
+    "flickr30k": Format(tables.is_flickr30k, tables.read_flickr),
+    "flickr8k": Format(tables.is_flickr8k, tables.read_flickr),
+    "conceptual": Format(tables.is_conceptual, tables.read_conceptual),
+    "tsv": Format(tables.is_tsv, tables.read_csv),
+    "csv": Format(tables.is_csv, tables.read_csv),
+}
+
+SIZES = (0.8, 0.1, 0.1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a data set is read."""
+
+    format: str | None = None  # of `FORMATS`; None: found out by looking
+    image_column: str = "image"
+    caption_column: str = "caption"
+    split_column: str | None = None  # None: "split", where there is one
+    split_sizes: tuple[float, float, float] | None = None  # where the data have no splits; `SIZES`
+    max_images: int | None = None
+
+
+@dataclass
+class DataSet:
+    """What `read` gives."""
+
+    images: list[CaptionedImage]  # each with a split and an id
+    source: str  # its files, for messages
+    left_out: dict[str, int]
+    notes: list[str]  # lines on how it was read, for people
+
+
+def read(files, folder=None, asked=None, seed=0):
+    """A data set's images in order, each with captions, split and id.
+
+    Args:
+        files: paths of its captions, files or folders, or a single path.
+        folder: of the images; None: where the captions are, of a format that holds them.
+        asked: `Options`.
+        seed: of splits and subset.
+
+    Raises:
+        UserError: the format is unknown or cannot be read.
+    """
+    asked, files = asked or Options(), _paths(files)
+    check(asked)
+    name = asked.format or find_format(files)
+    if folder is None and not FORMATS[name].holds_images:
+        raise UserError(f"{some(files)} names images, it does not hold them: give --image_folder")
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"there is no folder {folder}: check --image_folder")
+    columns = asked.image_column, asked.caption_column, asked.split_column
+    reading = Reading(Path(folder or files[0]), *columns)
+    images = _read(name, files, reading)
+    notes = [f"format: {name}" + ("" if asked.format else ", by its look (see --format)")]
+    notes += reading.notes
+    give_ids(images, some(files))
+    told = any(image.split for image in images)
+    if not told:
+        captioned = [image for image in images if image.captions]
+        reading.left_out["images without captions"] += len(images) - len(captioned)
+        images = captioned
+    elif asked.split_sizes is not None:
+        raise UserError(f"{some(files)} has splits of its own: leave out --split_sizes")
+    if not any(image.captions for image in images):
+        raise UserError(f"{some(files)} has no image with captions")
+    rng = random.Random(seed)
+    if asked.max_images is not None:
+        images = choose(images, asked.max_images, rng)
+    if not told:
+        notes.append(share_out(images, asked.split_sizes or SIZES, rng, seed))
+    notes += _in_several(images)
+    return DataSet(images, some(files), reading.left_out, notes)
+
+
+def check(asked):
+    """Raises UserError for options that cannot be."""
+    if asked.format is not None and asked.format not in FORMATS:
+        raise UserError(f"--format {asked.format}: known are {', '.join(FORMATS)}")
+    if asked.split_sizes is not None and not all(asked.split_sizes[:2]):
+        raise UserError("--split_sizes: training and validation need more than 0")
+
+
+def load(files, asked=None):
+    """The images of a data set with captions and ids, to be compared with and not opened; their
+    splits are None where the data tell none. Raises UserError."""
+    asked, files = asked or Options(), _paths(files)
+    columns = asked.image_column, asked.caption_column, asked.split_column
+    images = _read(asked.format or find_format(files), files, Reading(None, *columns))
+    give_ids(images, some(files))
+    return images
+
+
+def _read(name, files, reading):
+    """The images of files of a format."""
+    if FORMATS[name].holds_images:
+        files = [inner for path in files for inner in _shards(name, path)]
+    reading.file_splits = splits_in_names(files)
+    images = FORMATS[name].read(list(reading.file_splits) or files, reading)
+    without = [image for image in images if image.split is None]
+    if without and len(without) < len(images):
+        raise UserError(
+            f"{without[0].where} has no split and others have one"
+            f" ({counted(len(without), 'image')}): give all of them one, or none"
+        )
+    return images
+
+
+def _shards(name, path):
+    """The files of a folder of shards, in the order of their names."""
+    if name != "webdataset" or not path.is_dir():
+        return [path]
+    shards = sorted(path.rglob("*.tar"))
+    if not shards:
+        raise UserError(f"{path} has no shards, .tar, in it")
+    return shards
+
+
+def _paths(files):
+    files = [files] if isinstance(files, str | Path) else files
+    return [Path(path) for path in files]
+
+
+# -------------------------------------------------------------------------------- which format
+
+
+def find_format(files):
+    """The name of the files' format, by the first file whose look tells it. Raises UserError."""
+    for path in files:
+        head = _head(path)
+        for name, format_ in FORMATS.items():
+            if format_.fits(path, head):
+                return name
+    raise UserError(
+        f"{some(files)}: no known format of captions: choose one by --format ({', '.join(FORMATS)})"
+    )
+
+
+def _head(path):
+    """The first of what a file holds, as text; nothing of a folder."""
+    if path.is_dir():
+        check_listable(path)
+        return ""
+    check_readable(path)
+    try:
+        with tables.open_text(path) as file:
+            return file.read(HEAD).decode("utf-8-sig", "replace")
+    except (OSError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+# ------------------------------------------------------------------------- ids, splits, subset
+
+
+def give_ids(images, source):
+    """Gives each image an id of its own within its split: the one that it has, or its place, or
+    where that is another's id, its file name. Raises UserError for an id that two have."""
+    taken, without = {}, []
+    for i, image in enumerate(images):
+        if image.id is None:
+            without.append(i)
+            continue
+        if isinstance(image.id, float):
+            image.id = int(image.id)
+        key = image.split, str(image.id)  # 1 and "1" are one
+        if key in taken:
+            raise UserError(
+                f"{source} has the id {image.id!r} twice, of {taken[key].where} and {image.where}: "
+                "give each image its own, which results are told apart by"
+            )
+        taken[key] = image
+    for i in without:
+        image = images[i]
+        image.id = image.name if (image.split, str(i)) in taken else i
+
+
+def shares(total, weights):
+    """`total` in whole numbers in proportion to weights, those above 0 getting 1 or more."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    parts = [max(int(share), share > 0) for share in exact]
+    while sum(parts) != total:
+        step = 1 if sum(parts) < total else -1
+        places = [i for i, part in enumerate(parts) if (exact[i] if step > 0 else part > 1)]
+        places = places or [i for i, part in enumerate(parts) if part]
+        place = max(places, key=lambda i: (step * (exact[i] - parts[i]), -step * i))
+        parts[place] += step
+    return parts
+
+
+def choose(images, count, rng):
+    """So many of the images, drawn at random, in their order; splits keep their proportions."""
+    if count >= len(images):
+        return images
+    by_split = {}
+    for i, image in enumerate(images):
+        by_split.setdefault(image.split, []).append(i)
+    sizes = shares(count, list(map(len, by_split.values())))
+    places = zip(by_split.values(), sizes, strict=True)
+    kept = [i for own, size in places for i in rng.sample(own, size)]
+    return [images[i] for i in sorted(kept)]
+
+
+def share_out(images, sizes, rng, seed):
+    """Gives images splits at random, and returns a line about it."""
+    counts = shares(len(images), sizes)
+    splits = [s for s, n in zip(SPLITS, counts, strict=True) for _ in range(n)]
+    rng.shuffle(splits)
+    for image, split in zip(images, splits, strict=True):
+        image.split = split
+    return f"splits: drawn at random, {counts[0]}, {counts[1]} and {counts[2]} images, seed {seed}"
+
+
+def _in_several(images):
+    """A line about images that stand in several splits, as the data have it."""
+    splits = {}
+    for image in images:
+        splits.setdefault(str(image.source), (image.name, set()))[1].add(image.split)
+    several = [name for name, found in splits.values() if len(found) > 1]
+    if several:
+        are = counted(len(several), "image stands", "images stand")
+        yield f"{are} in several splits ({some(several, 3)})"
