@@ -144,7 +144,11 @@ RUN_KEYS = MODEL_KEYS | {  # and what training needs to go on
     "log": is_log,
     "word_map": _is_dict,
 }
-OPTIONAL = {"records": _is_records}
+OPTIONAL = {
+    "records": _is_records,
+    "raw": lambda value: _is_dict(value) and all(map(_is_state_dict, value.values())),
+    "averaged": _is_count,
+}
 # What older files lack: there was one decoder, one measure of the best epoch, and one stage
 OLDER = {
     "decoder_name": "lstm",
@@ -176,7 +180,7 @@ def _fault(checkpoint, keys):
         plain = type(tensor) is Tensor and tensor.layout is torch.strided
         if not plain or tensor.is_quantized or tensor.device.type != "cpu":
             return "is no checkpoint of train.py: it holds a tensor of an unknown kind"
-    for part in ("encoder", "decoder", "optimizer"):
+    for part in ("encoder", "decoder", "raw", "optimizer"):
         for tensor in _tensors(checkpoint.get(part)):
             if tensor.dtype not in DTYPES:
                 return f"is no checkpoint of train.py: its {part} holds {tensor.dtype}"

@@ -42,6 +42,28 @@ def check(values, typed):
     _check_sizes(values, typed)
 
 
+def check_training(values, typed):
+    """Raises UserError where options of training have no effect, or not together.
+
+    Args:
+        values: all options, by name.
+        typed: those typed, by name.
+    """
+    sampling = {name: typed[name] for name in sorted(typed) if name.startswith("sampling_")}
+    if sampling and not values["scheduled_sampling"]:
+        raise UserError(f"{as_flags(sampling)}: that is of --scheduled_sampling: give it, too")
+    if values["scheduled_sampling"] and hasattr(ATTENTIONS.get(values["attention"]), "LOOKS"):
+        raise UserError(
+            f"--scheduled_sampling: the attention {values['attention']} draws places, which learn "
+            "from true words alone: leave the option out, or give another --attention"
+        )
+    if values["augment"] and (values["stage"], values["cache_features"]) == ("decoder", "auto"):
+        raise UserError(
+            f"{as_flags({'augment': values['augment']})}: this stage reads cached features, no "
+            "images: give --stage finetune, --cache_features off, or --views in its place"
+        )
+
+
 def check_own(typed, decoder, attention):
     """Raises UserError where options of the model are typed that have no effect on it.
 

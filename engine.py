@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import decoding
 import metrics
-from contract import Decoder
+from contract import Decoder, pack
 from encoders import Encoder
 from groundwork import distributed
 from groundwork.devices import autocast
@@ -48,11 +49,16 @@ class Network:
         captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
         return self.decoder(features, captions, lengths.flatten())
 
-    def trained(self, finetune):
+    def targets(self, captions, lengths):
+        """The words to predict of true captions, packed as in `contract.Forward`."""
+        captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
+        return pack(captions[:, 1:], lengths.flatten().cpu() - 1)
+
+    def trained(self, finetune, tune_from=8):
         """The parameters that training changes, as lists: the decoder's, and the encoder's, too,
-        where it is fine-tuned."""
+        from the stages of stride `tune_from` on, where it is fine-tuned."""
         self.tunes_encoder = finetune
-        self.encoder.fine_tune(finetune)
+        self.encoder.fine_tune(finetune, tune_from)
         parts = [self.decoder, *([self.encoder] if finetune else [])]
         return [[p for p in part.parameters() if p.requires_grad] for part in parts]
 
@@ -106,8 +112,10 @@ class Step(NamedTuple):
     flags: list[bool]  # whether any process raised them
 
 
-def train_epoch(network, batches, objective, optimizer, grad_clip, means, flags, after_step):
-    """Updates the weights once a batch.
+def train_epoch(
+    network, batches, objective, optimizer, grad_clip, means, flags, after_step, accumulate=1
+):
+    """Updates the weights once a batch, or once so many.
 
     Args:
         network: a `Network`.
@@ -118,30 +126,41 @@ def train_epoch(network, batches, objective, optimizer, grad_clip, means, flags,
         means: `Means`, to which the steps' loss and accuracy are added.
         flags: called before each step; a list of bool to share among the processes.
         after_step: called with each `Step`.
+        accumulate: batches of a step; the last has those that remain.
 
     Raises:
         AnomalyError: anomaly detection is on and has found the operation.
     """
     network.decoder.train()
-    for batch in batches:
-        after_step(train_step(network, batch, objective, optimizer, grad_clip, means, flags()))
+    batches = iter(batches)
+    while group := list(islice(batches, accumulate)):
+        after_step(train_step(network, group, objective, optimizer, grad_clip, means, flags()))
 
 
-def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
-    """One update, if loss and gradients are finite: a `Step`."""
-    source, captions, lengths = batch
-    with network.autocast():
-        read = network.read(network.encode(source), captions, lengths)
-        own = objective.sizes(read.targets)
-        loss = objective(*read, sizes=distributed.add_up(own.clone()))
-    right = metrics.top5_right(read.scores.data, read.targets.data, objective.barred)
+def train_step(network, batches, objective, optimizer, grad_clip, means, flags):
+    """One update, if loss and gradients are finite: a `Step`.
+
+    The gradients of several batches add up to that of one batch that holds them all, as each has
+    its part of the loss; an attention's moving baseline alone moves with each.
+    """
+    loss, right, own, sizes = 0.0, 0.0, None, None
+    if len(batches) > 1:  # of all, before the first is read
+        own = sum(objective.sizes(network.targets(*truth)) for _, *truth in batches)
     optimizer.zero_grad(set_to_none=True)
-    _backward(loss)
+    for source, captions, lengths in batches:
+        with network.autocast():
+            read = objective.read(network, network.encode(source), captions, lengths)
+            own = objective.sizes(read.targets) if own is None else own
+            sizes = distributed.add_up(own.clone()) if sizes is None else sizes
+            part = objective(*read, sizes=sizes)
+        right += metrics.top5_right(read.scores.data, read.targets.data, objective.barred)
+        _backward(part)
+        loss += part.detach()
     trained = parameters(optimizer)
     distributed.add_up_gradients(trained)
     gradients = [p.grad for p in trained if p.grad is not None]
     largest = nn.utils.get_total_norm(gradients, math.inf)
-    news = distributed.add_up(torch.stack([loss.detach(), largest, *loss.new_tensor(flags)]))
+    news = distributed.add_up(torch.stack([loss, largest, *loss.new_tensor(flags)]))
     # in one message, as the host waits for the device here
     mine = torch.stack([own[0], right])
     value, largest, *flags, words, right = torch.cat([news, mine]).tolist()

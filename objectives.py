@@ -27,6 +27,14 @@ class CrossEntropy:
         terms = self.alpha_c, self.label_smoothing
         return caption_loss(scores, targets, alphas, drawn, *terms, sizes, self.barred)
 
+    def read(self, network, features, captions, lengths):
+        """What the decoder makes of a batch, a `contract.Forward`: teacher forcing.
+
+        Args:
+            as of `engine.Network.read`.
+        """
+        return network.read(features, captions, lengths)
+
     def sizes(self, targets):
         """Words and captions that the loss is a mean over, float32 (2,) on their device."""
         return sizes_of(targets, self.barred)

@@ -77,6 +77,7 @@ def train(parser, options, typed, request, start, device):
             print(f"demo data, so the defaults are {as_flags(DEMO_DEFAULTS)}")
     if start is None:
         choices.check(vars(options), make_parser().typed())
+    choices.check_training(vars(options), typed)
     torch.manual_seed(options.seed)
 
     with folder_for(options.output_folder or options.data_folder) as options.output_folder:

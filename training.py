@@ -10,6 +10,7 @@ import checkpoints
 import engine
 import metrics
 import vocabulary
+from config import SCHEDULES
 from datasets import CaptionDataset
 from groundwork import distributed
 from groundwork.errors import UserError
@@ -17,7 +18,9 @@ from groundwork.progress import progress
 from groundwork.signals import Stop
 from groundwork.wording import counted
 from objectives import CrossEntropy
+from optimization import rates_of
 from run_state import RunFiles, RunState
+from sampling import ScheduledSampling, own_share
 from training_data import TrainingData
 from training_report import MEASURES, Reports
 
@@ -137,7 +140,7 @@ class Training:
         )
         while state.epoch < config.epochs and state.waited < config.stop_after:
             started = time.perf_counter() - state.seconds
-            rates = [group["lr"] for group in state.optimizer.param_groups]
+            rates = rates_of(state.optimizer).values()
             record = {"stage": state.stage, "epoch": state.epoch + 1}
             record |= zip(("lr", "encoder_lr"), rates, strict=False)  # the second in fine-tuning
             record |= self._train_epoch(started)
@@ -162,7 +165,7 @@ class Training:
     def _train_epoch(self, started):
         """The steps of an epoch that are still to do; its mean loss and accuracy, its speed."""
         state, config = self.state, self.state.config
-        self.data.sampler.set_epoch(state.epoch + 1, state.step)
+        self.data.set_epoch(state.epoch + 1, state.step)
         saved = time.monotonic()
 
         def flags():
@@ -194,18 +197,22 @@ class Training:
                 engine.train_epoch(
                     state.network,
                     self.data.train,
-                    _objective(state, config.label_smoothing),
+                    _trained_by(state),
                     state.optimizer,
                     config.grad_clip,
                     state.means,
                     flags,
                     after_step,
+                    config.accumulate,
                 )
             except engine.AnomalyError as error:
                 raise UserError(f"{state.place(state.step + 1)}: {error}") from error
         rate = self._rate(started)
         means = state.means.add_up(state.network.device)
-        return {"loss": means["loss"], "top5": means["top5"], "captions_per_second": round(rate, 1)}
+        found = {"loss": means["loss"], "top5": means["top5"]}
+        if config.scheduled_sampling:
+            found["own_words"] = round(_own_share(state), 4)  # of the words read, at its end
+        return found | {"captions_per_second": round(rate, 1)}
 
     def _count(self, step):
         """Counts a step; stops where many in a row were skipped."""
@@ -245,7 +252,7 @@ class Training:
                 yield batch
 
         loss, top5, captions = engine.validate(
-            state.network, batches(), _objective(state), state.word_map, self.reports.measured()
+            state.judged, batches(), _objective(state), state.word_map, self.reports.measured()
         )
         references = [reference["captions"] for reference in self.data.references]
         texts = [" ".join(caption.words) for caption in captions]
@@ -280,3 +287,21 @@ def _objective(state, label_smoothing=0.0):
     return CrossEntropy(
         state.config.alpha_c, label_smoothing, vocabulary.barred(state.network.decoder)
     )
+
+
+def _trained_by(state):
+    """What the epochs minimise."""
+    plain = _objective(state, state.config.label_smoothing)
+    if not state.config.scheduled_sampling:
+        return plain
+    never = [state.word_map[word] for word in (*vocabulary.NEVER, "<end>")]
+    never = torch.tensor(never, device=state.network.device)
+    return ScheduledSampling(**vars(plain), share=lambda: _own_share(state), never=never)
+
+
+def _own_share(state):
+    """Share of the words that the next update reads from the model itself."""
+    config = state.config
+    k = config.sampling_k or SCHEDULES[config.scheduled_sampling]
+    since = state.updates.count - config.sampling_start
+    return own_share(config.scheduled_sampling, since, k, config.sampling_max)

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import CaptionDataset, LengthSampler
+from datasets import FRESH, VIEWS, CaptionDataset, LengthSampler
 from features import cache_features, other_features
 from groundwork import distributed
 from groundwork.devices import loader_options
@@ -43,9 +43,11 @@ class TrainingData:
         prune=False,
     ):
         network.encoder.to(network.device)
+        fresh = config.augment if finetune or not cache else None  # images are read
+        changes = fresh.split() if fresh else VIEWS
         # both before either is encoded, which may take hours
         train, val = (
-            CaptionDataset(folder, base, split, seed=config.seed, karpathy_json=karpathy_json)
+            CaptionDataset(folder, base, split, None, config.seed, karpathy_json, changes)
             for split in ("TRAIN", "VAL")
         )
         for data, split, views in ((train, "TRAIN", config.views), (val, "VAL", 1)):
@@ -62,11 +64,12 @@ class TrainingData:
             _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
         captions = config.finetune_batch_size if finetune else config.batch_size
         self.finetune, self.captions_per_image = finetune, train.captions.shape[1]
+        self.views, self.changes = config.views, " ".join(changes) if fresh else None
         images = max(1, captions // self.captions_per_image)
         self.sampler = LengthSampler(
             train.lengths,
             images,
-            config.views,
+            FRESH if fresh else config.views,
             config.seed,
             distributed.rank,
             distributed.world_size,
@@ -81,13 +84,20 @@ class TrainingData:
         self.references = val.references
         self.image_count, self.caption_count = len(train), train.lengths.numel()
         self.image_size = val.image_size  # pixels
-        self.steps = self.sampler.total  # of an epoch
+        self.accumulate = config.accumulate  # batches of a step
+        self.steps = -(-self.sampler.total // self.accumulate)  # of an epoch
+
+    def set_epoch(self, epoch, step):
+        """The epoch whose order comes next, from a step on."""
+        self.sampler.set_epoch(epoch, step * self.accumulate)
 
     def order(self):
         """What the order of the batches follows from, beside the epoch."""
         return {
             "images": self.sampler.batch_size,
-            "views": self.sampler.views,
+            "views": self.views,
+            "augment": self.changes,
+            "accumulate": self.accumulate,
             "seed": self.sampler.seed,
             "processes": distributed.world_size,
         }
@@ -100,12 +110,14 @@ class TrainingData:
             options: name -> number or text, of the earlier run.
         """
         own, wanted = self.order(), {}
-        differ = {name for name in own if order.get(name) != own[name]}
+        older = {"accumulate": 1}  # what there was before it was told
+        differ = {name for name in own if order.get(name, older.get(name)) != own[name]}
         if "images" in differ:
             name = "finetune_batch_size" if self.finetune else "batch_size"
             images = order.get("images")
             wanted[name] = options.get(name, images and images * self.captions_per_image)
-        wanted |= {name: order.get(name) for name in ("views", "seed") if name in differ}
+        names = [name for name in ("views", "augment", "accumulate", "seed") if name in differ]
+        wanted |= {name: order.get(name, older.get(name)) for name in names}
         parts = [as_flags(wanted)]
         if (count := order.get("processes")) and "processes" in differ:
             parts.append(f"{counted(count, 'process')} (torchrun --nproc_per_node {count})")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from config import ModelConfig, TrainingConfig
+from config import CHANGES, SCHEDULES, ModelConfig, TrainingConfig
 from groundwork.options import (
     MAX_GRID,
     SUPPRESS,
@@ -13,6 +13,7 @@ from groundwork.options import (
     add_model_option,
     add_region_options,
     add_workers_option,
+    any_of,
     as_flags,
     interval,
     number,
@@ -88,8 +89,17 @@ def make_parser(description=None):
     add(
         "--views",
         type=positive,
-        help="views of an image to train on: itself, its mirror image, then random crops; "
-        "mirror images belie captions that speak of left and right",
+        help="views of an image to train on: itself, its mirror image, then random crops; of a "
+        "mirror image's captions left and right are exchanged",
+    )
+    add(
+        "--augment",
+        nargs="+",
+        action=Joined,
+        type=any_of((*CHANGES, "none")),
+        metavar="CHANGE",
+        help="in the place of --views, where images are read, as in fine-tuning: a fresh view of "
+        f"each image in every epoch, by any of {', '.join(CHANGES)}, or none",
     )
 
     parser.add_argument(
@@ -200,8 +210,39 @@ def make_parser(description=None):
     add("--epochs", type=positive, help="at most, in each stage")
     add("--batch_size", type=positive, help="captions, stage 1")
     add("--finetune_batch_size", type=positive, help="captions, stage 2")
-    add("--decoder_lr", type=number(float, above=0), help="Adam, decoder")
-    add("--encoder_lr", type=number(float, above=0), help="Adam, encoder")
+    add("--decoder_lr", type=number(float, above=0), help="AdamW, decoder")
+    add("--encoder_lr", type=number(float, above=0), help="AdamW, encoder")
+    add(
+        "--tune_from",
+        type=positive,
+        metavar="STRIDE",
+        help="the stages of the encoder that fine-tuning trains: those of this stride, pixels a "
+        "place, and more; the earlier stay as they are",
+    )
+    add(
+        "--warmup",
+        type=number(int, least=0),
+        metavar="UPDATES",
+        help="updates at a stage's begin over which the rates rise in proportion to their number",
+    )
+    add(
+        "--weight_decay",
+        type=number(float, least=0),
+        help="AdamW: in each update a weight loses its rate times this share of itself; biases, "
+        "norms and embeddings lose nothing",
+    )
+    add(
+        "--accumulate",
+        type=positive,
+        metavar="BATCHES",
+        help="whose gradients make an update together, as those of one batch of their size",
+    )
+    add(
+        "--ema",
+        type=share,
+        help="decay of a moving average of the weights, as 0.999, which is what is validated and "
+        "kept in the place of the weights themselves; 0: none",
+    )
     add(
         "--schedule",
         choices=["plateau", "cosine"],
@@ -219,6 +260,27 @@ def make_parser(description=None):
     add("--grad_clip", type=number(float, above=0), help="element-wise")
     add("--alpha_c", type=number(float, least=0), help="weight of doubly stochastic attention")
     add("--label_smoothing", type=share, help="share spread over the vocabulary")
+    add(
+        "--scheduled_sampling",
+        choices=SCHEDULES,
+        help="how the share of the words grows over a stage that training reads from the model "
+        "itself, in the place of the true words before",
+    )
+    add(
+        "--sampling_start",
+        type=number(int, least=0),
+        metavar="UPDATES",
+        help="before the first word of the model's own",
+    )
+    add(
+        "--sampling_k",
+        type=number(float, least=1),
+        metavar="UPDATES",
+        help="how slowly the share grows: linear i / k, exponential 1 - exp(-i / k), "
+        "inverse_sigmoid 1 - k / (k + exp(i / k)) after i updates; None: "
+        + ", ".join(f"{k} {name}" for name, k in SCHEDULES.items()),
+    )
+    add("--sampling_max", type=number(float, least=0, most=1), help="that share at most")
     add("--seed", type=number(int, least=0, below=2**63), help="of everything")
     add(
         "--deterministic",

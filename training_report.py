@@ -62,7 +62,7 @@ class Reports:
     def step(self, loss):
         """A step of training was done, and has been counted."""
         if self.events is not None:  # at the step's first caption, so before the epoch's end
-            rates = [group["lr"] for group in self.state.optimizer.param_groups]
+            rates = self.state.updates.rates()
             self.events.step(self._captions_seen(self.state.step - 1) + 1, loss, rates)
 
     def epoch_events(self, record, captions):

@@ -43,7 +43,7 @@ class Joined(argparse.Action):
         setattr(namespace, self.dest, " ".join(values))
 
 
-def number(kind, above=None, least=None, below=None):
+def number(kind, above=None, least=None, below=None, most=None):
     """An argparse type: an int or float within bounds."""
 
     def parse(text):
@@ -58,10 +58,24 @@ def number(kind, above=None, least=None, below=None):
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
         if below is not None and not value < below:
             raise argparse.ArgumentTypeError(f"{text} is not below {below}")
+        if most is not None and not value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
         return value
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def any_of(choices):
+    """An argparse type: one of several words, or some of them with blanks between, as `Joined`
+    keeps them."""
+
+    def words(text):
+        if unknown := [word for word in text.split() if word not in choices]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(choices)}")
+        return text
+
+    return words
 
 
 def interval(text):

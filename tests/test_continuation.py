@@ -269,7 +269,8 @@ def test_inside_an_epoch_what_its_order_follows_from_is_asked_for(
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "world_size", 2)
         data = training_data.TrainingData.__new__(training_data.TrainingData)
-        data.sampler = type("Sampler", (), {"batch_size": 3, "views": 1, "seed": 3})
+        data.sampler = type("Sampler", (), {"batch_size": 3, "seed": 3})
+        data.views, data.changes, data.accumulate = 1, None, 1
         order = {"images": 3, "views": 1, "seed": 3, "processes": 4}
         assert data.differences(order, {}) == "4 processes (torchrun --nproc_per_node 4)"
     process = run_here(*run, "--batch_size", 35)  # which are as many images
