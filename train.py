@@ -35,7 +35,6 @@ def main():
     import torch
 
     import continuation
-    import metrics
     import parts_of_speech
     from groundwork import distributed, tensorboard_log
     from groundwork.devices import choose_device
@@ -49,8 +48,6 @@ def main():
     if options.tensorboard:
         tensorboard_log.check_installed()
         parts_of_speech.check_installed()
-    if options.select_by == "cider":
-        metrics.check_cider()
     if options.regions is not None and not options.tensorboard:
         raise UserError("--regions are for --tensorboard, which shows how the attention fits")
     if options.region_words and options.regions is None:
