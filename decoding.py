@@ -155,8 +155,10 @@ def _to_the_end(decoder, encoder_out, word_map, per_image, choose):
 
 
 def _drawn(probabilities, generator=None):
-    """A word of each row (n, V), (n, 1) int64."""
-    return torch.multinomial(probabilities, 1, generator=generator)
+    """A word of each row (n, V), (n, 1) int64: what torch.multinomial draws, which raises an error
+    where training has made a probability nan."""
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(dim=1, keepdim=True)
 
 
 def beam_search(

@@ -296,13 +296,3 @@ def novelty(captions, training):
     """The share of captions that are, word for word, none of the training captions."""
     known = {tuple(tokenize(text)) for text in training}
     return sum(tuple(tokenize(text)) not in known for text in captions) / max(len(captions), 1)
-
-
-def top5_right(scores, targets, barred=None):
-    """How many targets (n,) int64 are among the five largest scores of their row (n, V), and not
-    `barred`, int64: a scalar float32 on their device, so that the host need not wait for it."""
-    top = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    right = (top == targets.unsqueeze(1)).any(dim=1)
-    if barred is not None:
-        right &= (targets.unsqueeze(1) != barred).all(dim=1)
-    return right.float().sum()
