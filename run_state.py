@@ -19,6 +19,13 @@ from groundwork import distributed, tensorboard_log
 from groundwork.errors import UserError
 from groundwork.files import atomic_write, write_json
 
+# Options with the learning rates of a stage: the decoder's, and the encoder's where it learns, too
+RATES = {
+    "decoder": ["decoder_lr"],
+    "finetune": ["decoder_lr", "encoder_lr"],
+    "scst": ["scst_lr"],
+}
+
 
 class RunFiles:
     """Where a run on the data set `base` keeps its files in a folder."""
@@ -97,9 +104,9 @@ class RunState:
         network, config = self.network, self.config
         self.stage, self.epoch, self.waited = stage, 0, 0
         self.begin_epoch()
-        rates = config.decoder_lr, config.encoder_lr
+        rates = [getattr(config, name) for name in RATES[stage]]
         trained = network.trained(stage == "finetune")
-        groups = [{"params": ps, "lr": lr} for ps, lr in zip(trained, rates, strict=False)]
+        groups = [{"params": ps, "lr": lr} for ps, lr in zip(trained, rates, strict=True)]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         if config.schedule == "cosine":
             self.schedule = CosineAnnealingLR(self.optimizer, config.epochs)
@@ -110,7 +117,7 @@ class RunState:
 
     def begin_epoch(self):
         """Nothing of the next epoch is done yet."""
-        self.step, self.means, self.seconds = 0, Means(), 0.0
+        self.step, self.means, self.seconds = 0, Means(checkpoints.measure_of(self.stage)), 0.0
 
     def end_epoch(self, record):
         """Counts an epoch, and logs its record; whether it is the best so far."""
@@ -225,9 +232,7 @@ class RunState:
             self.waited = 0  # by the other measure; the best so far stays the one to beat
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         self._restore_schedule(checkpoint["schedule"], before)
-        for group, name in zip(
-            self.optimizer.param_groups, ("decoder_lr", "encoder_lr"), strict=False
-        ):
+        for group, name in zip(self.optimizer.param_groups, RATES[self.stage], strict=True):
             if getattr(self.config, name) != before.get(name):
                 group["lr"] = getattr(self.config, name)
         if checkpoint["step"]:

@@ -23,7 +23,7 @@ class TrainingData:
         folder, base: which input files.
         network: `engine.Network`, whose encoder the features are of.
         config: `TrainingConfig`.
-        finetune: whether the encoder is trained, too.
+        stage: of `checkpoints.STAGES`; fine-tuning trains the encoder, too.
         cache: whether to cache features, if there is room.
         workers: processes that read batches ahead, None for the device's usual.
         karpathy_json: as `CaptionDataset` takes it.
@@ -36,20 +36,21 @@ class TrainingData:
         base,
         network,
         config,
-        finetune,
+        stage,
         cache=True,
         workers=None,
         karpathy_json=None,
         prune=False,
     ):
         network.encoder.to(network.device)
+        frozen = stage != "finetune"
         # both before either is encoded, which may take hours
         train, val = (
             CaptionDataset(folder, base, split, seed=config.seed, karpathy_json=karpathy_json)
             for split in ("TRAIN", "VAL")
         )
         for data, split, views in ((train, "TRAIN", config.views), (val, "VAL", 1)):
-            if cache and not finetune:
+            if cache and frozen:
                 with distributed.main_first():
                     features = cache_features(
                         network.encoder, folder, base, split, views, config.seed, network.amp
@@ -58,11 +59,15 @@ class TrainingData:
                     data.use_features(features)
         if train.from_features and val.from_features:
             network.encoder.cpu()
-        if distributed.is_main and cache and not finetune:
+        if distributed.is_main and cache and frozen:
             _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
-        captions = config.finetune_batch_size if finetune else config.batch_size
-        self.finetune, self.captions_per_image = finetune, train.captions.shape[1]
-        images = max(1, captions // self.captions_per_image)
+        self.sized_by, per_image = ("batch_size",), train.captions.shape[1]
+        if stage == "finetune":
+            self.sized_by = ("finetune_batch_size",)
+        elif stage == "scst":  # captions drawn, in the place of those that there are
+            self.sized_by, per_image = ("scst_batch_size", "samples"), config.samples
+        self.captions_per_image = per_image
+        images = max(1, getattr(config, self.sized_by[0]) // per_image)
         self.sampler = LengthSampler(
             train.lengths,
             images,
@@ -80,6 +85,7 @@ class TrainingData:
         self.val = DataLoader(val, batch_size=VAL_BATCH, sampler=share, **common)
         self.references = val.references
         self.image_count, self.caption_count = len(train), train.lengths.numel()
+        self.epoch_captions = len(train) * per_image  # that an epoch's steps are of
         self.image_size = val.image_size  # pixels
         self.steps = self.sampler.total  # of an epoch
 
@@ -102,9 +108,9 @@ class TrainingData:
         own, wanted = self.order(), {}
         differ = {name for name in own if order.get(name) != own[name]}
         if "images" in differ:
-            name = "finetune_batch_size" if self.finetune else "batch_size"
-            images = order.get("images")
-            wanted[name] = options.get(name, images and images * self.captions_per_image)
+            size, images = self.sized_by[0], order.get("images")
+            wanted[size] = images and images * self.captions_per_image
+            wanted |= {name: options[name] for name in self.sized_by if name in options}
         wanted |= {name: order.get(name) for name in ("views", "seed") if name in differ}
         parts = [as_flags(wanted)]
         if (count := order.get("processes")) and "processes" in differ:

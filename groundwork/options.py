@@ -64,6 +64,20 @@ def number(kind, above=None, least=None, below=None):
     return parse
 
 
+def checked(check):
+    """An argparse type: the text itself, of which a function raises ValueError where it cannot
+    be."""
+
+    def parse(text):
+        try:
+            check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return parse
+
+
 def interval(text):
     """An argparse type: ("minutes", n) of "10m", ("steps", n) of "500"."""
     unit, count = ("minutes", text[:-1]) if text.endswith("m") else ("steps", text)
