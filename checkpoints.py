@@ -28,7 +28,13 @@ for module in ("recurrent", "transformer", "merge"):  # each registers its decod
 # ------------------------------------------------------------------------------------- contents
 
 
-STAGES = ["decoder", "finetune"]  # of training
+STAGES = ["decoder", "finetune", "scst"]  # of training, in their order
+
+
+def measure_of(stage):
+    """What a stage's objective measures beside its loss: words among the five likeliest, or the
+    reward of captions drawn."""
+    return "reward" if stage == "scst" else "top5"
 
 
 def _is_size(value):
@@ -79,7 +85,7 @@ def is_log(value):
         _is_texts(line)
         and line.get("stage") in STAGES
         and all(_is_number(line.get(key)) for key in numbers)
-        and _is_number(line.get("encoder_lr", 0.0))
+        and all(_is_number(line.get(key, 0.0)) for key in ("encoder_lr", "cider", "reward"))
         for line in value
     )
 
@@ -107,7 +113,7 @@ def _is_means(value):
         and value.keys() == {"count", "sums"}
         and _is_number(value["count"])
         and _is_dict(value["sums"])
-        and value["sums"].keys() == {"loss", "top5"}
+        and value["sums"].keys() in ({"loss", "top5"}, {"loss", "reward"})
         and all(map(_is_number, value["sums"].values()))
     )
 
@@ -188,6 +194,9 @@ def _fault(checkpoint, keys):
                 return f"is of no use: its {part} holds values that are not finite"
     checks = keys | {key: fits for key, fits in OPTIONAL.items() if key in checkpoint}
     unfit = [key for key, fits in checks.items() if not fits(checkpoint[key])]
+    if not unfit and "partial" in keys:
+        own = measure_of(checkpoint["stage"])
+        unfit = ["partial"] * (own not in checkpoint["partial"]["sums"])
     return f"is no checkpoint of train.py: its {unfit[0]} cannot be one" if unfit else None
 
 

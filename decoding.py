@@ -54,7 +54,7 @@ def sample(decoder, encoder_out, word_map, max_length=MAX_LENGTH, temperature=1.
     """
 
     def choose(log_probs):
-        words = _drawn((log_probs / temperature).softmax(dim=1), generator)
+        words = drawn_from((log_probs / temperature).softmax(dim=1), generator)
         return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
 
     return _search_one(decoder, encoder_out, word_map, max_length, choose)
@@ -65,8 +65,9 @@ def _search_one(decoder, encoder_out, word_map, max_length, choose):
     """A `Caption` for each image, of words chosen from log p (I, V): log p of them, and which."""
     allow, end = _Allow(word_map, max_length, encoder_out.device), word_map["<end>"]
     words, log_probs, alphas = _to_the_end(
-        decoder, encoder_out, word_map, 1, lambda scores, step: choose(allow(scores, step))
-    )
+        decoder, encoder_out, word_map, 1, max_length,
+        lambda scores, step: choose(allow(scores, step)),
+    )  # fmt: skip
     return _captions(words, alphas, log_probs.sum(dim=1), end)
 
 
@@ -93,10 +94,11 @@ def draw(decoder, encoder_out, word_map, per_image, max_length=MAX_LENGTH):
 
     def choose(scores, step):
         log_probs = allow.renormalised(scores, step)
-        words = _drawn(log_probs.detach().exp())
+        words = drawn_from(log_probs.detach().exp())
         return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
 
-    return Draws(*_to_the_end(decoder, encoder_out, word_map, per_image, choose)[:2])
+    drawn = _to_the_end(decoder, encoder_out, word_map, per_image, max_length, choose)
+    return Draws(*drawn[:2])
 
 
 def roll_out(decoder, encoder_out, words, choose):
@@ -124,8 +126,9 @@ def roll_out(decoder, encoder_out, words, choose):
         yield scores, alphas, words
 
 
-def _to_the_end(decoder, encoder_out, word_map, per_image, choose):
-    """Rolls out until all captions have ended.
+def _to_the_end(decoder, encoder_out, word_map, per_image, max_length, choose):
+    """Rolls out until all captions have ended, as those of numbers that are finite do after
+    `max_length` words.
 
     Args:
         choose: called with scores (n, V) and the step; gives log p (n,) and the words (n,) chosen.
@@ -144,7 +147,8 @@ def _to_the_end(decoder, encoder_out, word_map, per_image, choose):
         log_probs.append(log_p.masked_fill(done, 0.0))
         return words.masked_fill(done, end)
 
-    for _, alpha, words in roll_out(decoder, encoder_out, start, next_words):
+    steps = roll_out(decoder, encoder_out, start, next_words)
+    for _, alpha, words in itertools.islice(steps, max_length + 1):
         history.append(words)
         alphas.append(alpha)
         done = done | (words == end)
@@ -154,9 +158,11 @@ def _to_the_end(decoder, encoder_out, word_map, per_image, choose):
     return torch.stack(history, dim=1), torch.stack(log_probs, dim=1), alphas
 
 
-def _drawn(probabilities, generator=None):
-    """A word of each row (n, V), (n, 1) int64."""
-    return torch.multinomial(probabilities, 1, generator=generator)
+def drawn_from(probabilities, generator=None):
+    """A word of each row (n, V), (n, 1) int64: what torch.multinomial draws, which raises an error
+    where training has made a probability nan."""
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(dim=1, keepdim=True)
 
 
 def beam_search(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import decoding
-import metrics
 from contract import Decoder, pack
 from encoders import Encoder
 from groundwork import distributed
@@ -64,10 +63,14 @@ class Network:
 
 
 class Means:
-    """Means of loss and top-5 accuracy over words."""
+    """Means of the loss and of what the objective measures beside it.
 
-    def __init__(self):
-        self.count, self.sums = 0, {"loss": 0.0, "top5": 0.0}
+    Args:
+        measure: of the objective, as `CrossEntropy.measure`.
+    """
+
+    def __init__(self, measure="top5"):
+        self.measure, self.count, self.sums = measure, 0, {"loss": 0.0, measure: 0.0}
 
     def add(self, count, **values):
         self.count += count
@@ -78,7 +81,7 @@ class Means:
         """The means over what all processes have found."""
         values = torch.tensor([self.count, *self.sums.values()], dtype=torch.float64)
         count, *sums = distributed.add_up(values.to(device)).tolist()
-        total = Means()
+        total = Means(self.measure)
         total.load({"count": count, "sums": dict(zip(self.sums, sums, strict=True))})
         return total
 
@@ -123,7 +126,7 @@ def train_epoch(
         objective: see `objectives`.
         optimizer: of the parameters to train.
         grad_clip: largest size of a gradient's element.
-        means: `Means`, to which the steps' loss and accuracy are added.
+        means: `Means`, to which the steps' loss and what the objective measures are added.
         flags: called before each step; a list of bool to share among the processes.
         after_step: called with each `Step`.
         accumulate: batches of a step; the last has those that remain.
@@ -143,7 +146,7 @@ def train_step(network, batches, objective, optimizer, grad_clip, means, flags):
     The gradients of several batches add up to that of one batch that holds them all, as each has
     its part of the loss; an attention's moving baseline alone moves with each.
     """
-    loss, right, own, sizes = 0.0, 0.0, None, None
+    loss, measured, own, sizes = 0.0, 0.0, None, None
     if len(batches) > 1:  # of all, before the first is read
         own = sum(objective.sizes(network.targets(*truth)) for _, *truth in batches)
     optimizer.zero_grad(set_to_none=True)
@@ -153,7 +156,7 @@ def train_step(network, batches, objective, optimizer, grad_clip, means, flags):
             own = objective.sizes(read.targets) if own is None else own
             sizes = distributed.add_up(own.clone()) if sizes is None else sizes
             part = objective(*read, sizes=sizes)
-        right += metrics.top5_right(read.scores.data, read.targets.data, objective.barred)
+        measured += objective.measured(read)
         _backward(part)
         loss += part.detach()
     trained = parameters(optimizer)
@@ -162,13 +165,13 @@ def train_step(network, batches, objective, optimizer, grad_clip, means, flags):
     largest = nn.utils.get_total_norm(gradients, math.inf)
     news = distributed.add_up(torch.stack([loss, largest, *loss.new_tensor(flags)]))
     # in one message, as the host waits for the device here
-    mine = torch.stack([own[0], right])
-    value, largest, *flags, words, right = torch.cat([news, mine]).tolist()
+    mine = torch.stack([own[0], measured])
+    value, largest, *flags, count, measured = torch.cat([news, mine]).tolist()
     fault = None
     if math.isfinite(value) and math.isfinite(largest):
         nn.utils.clip_grad_value_(trained, grad_clip)
         optimizer.step()
-        means.add(int(words), loss=value, top5=right / words)
+        means.add(int(count), **{"loss": value, objective.measure: measured / count})
     else:
         fault = "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
     return Step(value, fault, [bool(flag) for flag in flags])
@@ -198,7 +201,8 @@ def validate(network, batches, objective, word_map, with_alphas=()):
     """Loss and accuracy with teacher forcing, and free captions, of all processes together.
 
     Args:
-        network, objective: as in `train_epoch`.
+        network: as in `train_epoch`.
+        objective: a `CrossEntropy`.
         batches: (source, captions, lengths) each, this process's share of them: see
             `distributed.share`.
         word_map: word -> index.
@@ -215,10 +219,10 @@ def validate(network, batches, objective, word_map, with_alphas=()):
         with network.autocast():
             features = network.encode(source)
             with network.decoder.prepared(features):
-                scores, targets, alphas, _ = network.read(features, *truth)
+                read = objective.read(network, features, *truth)
                 decoded = decoding.greedy(network.decoder, features, word_map)
-            sums += objective.sums(scores, targets, alphas)
-        right += metrics.top5_right(scores.data, targets.data, objective.barred).item()
+            sums += objective.sums(*read[:3])
+        right += objective.measured(read).item()
         for caption in decoded:
             # the number that `distributed.share` gives it
             image = distributed.rank + distributed.world_size * len(captions)

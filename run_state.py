@@ -20,6 +20,13 @@ from groundwork.errors import UserError
 from groundwork.files import atomic_write, write_json
 from optimization import Updates, same_form
 
+# Options with the learning rates of a stage: the decoder's, and the encoder's where it learns, too
+RATES = {
+    "decoder": ["decoder_lr"],
+    "finetune": ["decoder_lr", "encoder_lr"],
+    "scst": ["scst_lr"],
+}
+
 
 class RunFiles:
     """Where a run on the data set `base` keeps its files in a folder."""
@@ -99,9 +106,10 @@ class RunState:
         self.stage, self.epoch, self.waited = stage, 0, 0
         self.begin_epoch()
         network.trained(stage == "finetune", config.tune_from)
-        tuned = {"encoder": network.encoder} if network.tunes_encoder else {}
-        parts = {"decoder": network.decoder} | tuned
-        rates = {f"{name}_lr": getattr(config, f"{name}_lr") for name in parts}
+        parts = {"decoder": network.decoder}
+        if network.tunes_encoder:
+            parts["encoder"] = network.encoder
+        rates = {name: getattr(config, name) for name in RATES[stage]}
         self.updates = Updates(parts, rates, config)
         self.optimizer = self.updates.optimizer
         if config.schedule == "cosine":
@@ -118,7 +126,7 @@ class RunState:
 
     def begin_epoch(self):
         """Nothing of the next epoch is done yet."""
-        self.step, self.means, self.seconds = 0, Means(), 0.0
+        self.step, self.means, self.seconds = 0, Means(checkpoints.measure_of(self.stage)), 0.0
 
     def end_epoch(self, record):
         """Counts an epoch, and logs its record; whether it is the best so far."""

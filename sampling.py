@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from contract import Forward, pack
-from decoding import roll_out
+from decoding import drawn_from, roll_out
 from objectives import CrossEntropy
 
 
@@ -68,8 +68,7 @@ class ScheduledSampling(CrossEntropy):
         def choose(scores, step):
             own = torch.rand(len(captions), device=captions.device) < share
             likely = scores.float().index_fill(1, self.never, -torch.inf).softmax(dim=1)
-            drawn = torch.multinomial(likely, 1).squeeze(1)
-            return drawn.where(own, captions[:, step + 1])
+            return drawn_from(likely).squeeze(1).where(own, captions[:, step + 1])
 
         rolled = islice(roll_out(decoder, encoder_out, captions[:, 0], choose), longest)
         scores, alphas, _ = zip(*rolled, strict=True)

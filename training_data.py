@@ -23,7 +23,7 @@ class TrainingData:
         folder, base: which input files.
         network: `engine.Network`, whose encoder the features are of.
         config: `TrainingConfig`.
-        finetune: whether the encoder is trained, too.
+        stage: of `checkpoints.STAGES`; fine-tuning trains the encoder, too.
         cache: whether to cache features, if there is room.
         workers: processes that read batches ahead, None for the device's usual.
         karpathy_json: as `CaptionDataset` takes it.
@@ -36,14 +36,15 @@ class TrainingData:
         base,
         network,
         config,
-        finetune,
+        stage,
         cache=True,
         workers=None,
         karpathy_json=None,
         prune=False,
     ):
         network.encoder.to(network.device)
-        fresh = config.augment if finetune or not cache else None  # images are read
+        frozen = stage != "finetune"
+        fresh = None if frozen and cache else config.augment  # where images are read
         changes = fresh.split() if fresh else VIEWS
         # both before either is encoded, which may take hours
         train, val = (
@@ -51,7 +52,7 @@ class TrainingData:
             for split in ("TRAIN", "VAL")
         )
         for data, split, views in ((train, "TRAIN", config.views), (val, "VAL", 1)):
-            if cache and not finetune:
+            if cache and frozen:
                 with distributed.main_first():
                     features = cache_features(
                         network.encoder, folder, base, split, views, config.seed, network.amp
@@ -60,12 +61,16 @@ class TrainingData:
                     data.use_features(features)
         if train.from_features and val.from_features:
             network.encoder.cpu()
-        if distributed.is_main and cache and not finetune:
+        if distributed.is_main and cache and frozen:
             _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
-        captions = config.finetune_batch_size if finetune else config.batch_size
-        self.finetune, self.captions_per_image = finetune, train.captions.shape[1]
+        self.sized_by, per_image = ("batch_size",), train.captions.shape[1]
+        if stage == "finetune":
+            self.sized_by = ("finetune_batch_size",)
+        elif stage == "scst":  # captions drawn, in the place of those that there are
+            self.sized_by, per_image = ("scst_batch_size", "samples"), config.samples
+        self.captions_per_image = per_image
         self.views, self.changes = config.views, " ".join(changes) if fresh else None
-        images = max(1, captions // self.captions_per_image)
+        images = max(1, getattr(config, self.sized_by[0]) // per_image)
         self.sampler = LengthSampler(
             train.lengths,
             images,
@@ -83,6 +88,7 @@ class TrainingData:
         self.val = DataLoader(val, batch_size=VAL_BATCH, sampler=share, **common)
         self.references = val.references
         self.image_count, self.caption_count = len(train), train.lengths.numel()
+        self.epoch_captions = len(train) * per_image  # that an epoch's steps are of
         self.image_size = val.image_size  # pixels
         self.accumulate = config.accumulate  # batches of a step
         self.steps = -(-self.sampler.total // self.accumulate)  # of an epoch
@@ -113,9 +119,9 @@ class TrainingData:
         older = {"accumulate": 1}  # what there was before it was told
         differ = {name for name in own if order.get(name, older.get(name)) != own[name]}
         if "images" in differ:
-            name = "finetune_batch_size" if self.finetune else "batch_size"
-            images = order.get("images")
-            wanted[name] = options.get(name, images and images * self.captions_per_image)
+            size, images = self.sized_by[0], order.get("images")
+            wanted[size] = images and images * self.captions_per_image
+            wanted |= {name: options[name] for name in self.sized_by if name in options}
         names = [name for name in ("views", "augment", "accumulate", "seed") if name in differ]
         wanted |= {name: order.get(name, older.get(name)) for name in names}
         parts = [as_flags(wanted)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import rewards
 from config import CHANGES, SCHEDULES, ModelConfig, TrainingConfig
 from groundwork.options import (
     MAX_GRID,
@@ -13,8 +14,8 @@ from groundwork.options import (
     add_model_option,
     add_region_options,
     add_workers_option,
-    any_of,
     as_flags,
+    checked,
     interval,
     number,
 )
@@ -31,6 +32,12 @@ ATTENDING = {
 }
 USUAL = dataclasses.asdict(ModelConfig()) | dataclasses.asdict(TrainingConfig())
 RECIPES = {"attending": ATTENDING, "paper": {name: USUAL[name] for name in ATTENDING}}
+
+# Of the self-critical stage, where it begins; all else that is not typed is as in its run before.
+SCST_DEFAULTS = {"epochs": 10, "select_by": "cider"}
+SCST_OPTIONS = (
+    "scst_batch_size", "scst_lr", "scst_grad_clip", "samples", "reward", "cross_entropy_share",
+)  # fmt: skip
 
 # Learnable in minutes on two cores.
 DEMO_DEFAULTS = {
@@ -96,7 +103,7 @@ def make_parser(description=None):
         "--augment",
         nargs="+",
         action=Joined,
-        type=any_of((*CHANGES, "none")),
+        type=checked(_check_changes),
         metavar="CHANGE",
         help="in the place of --views, where images are read, as in fine-tuning: a fresh view of "
         f"each image in every epoch, by any of {', '.join(CHANGES)}, or none",
@@ -186,10 +193,11 @@ def make_parser(description=None):
     add = training.add_argument
     add(
         "--stage",
-        choices=["decoder", "finetune", "both"],
+        choices=["decoder", "finetune", "both", "scst"],
         default="both",
         help="the decoder alone, fine-tuning the encoder with it from the best checkpoint, or "
-        "one after the other",
+        "one after the other; scst: self-critical training of the decoder, from the best "
+        "checkpoint",
     )
     add_model_option(
         training, "to go on from, with its model, of which only dropout may be changed"
@@ -198,8 +206,8 @@ def make_parser(description=None):
         "--resume",
         action="store_true",
         help="go on where the run in the output folder was stopped, or start it: the result is "
-        "that of a run never stopped. As with --model and --stage finetune, the run's own "
-        "options hold, but for those typed",
+        "that of a run never stopped. As with --model, --stage finetune and --stage scst, the "
+        "run's own options hold, but for those typed",
     )
     add(
         "--save_every",
@@ -292,11 +300,26 @@ def make_parser(description=None):
         action=SWITCH,
         help="find the operation whose gradient is not a number; slow",
     )
+
+    add = parser.add_argument_group("self-critical training, --stage scst").add_argument
+    add("--reward", type=checked(rewards.parse), help="cider and bleu4, each with its weight")
+    add("--samples", type=number(int, least=2), help="captions drawn of each image")
+    add("--scst_batch_size", type=positive, help="captions drawn, of all its images")
+    add("--scst_lr", type=number(float, above=0), help="Adam, decoder" + own)
+    add("--scst_grad_clip", type=number(float, above=0), help="element-wise")
+    add("--cross_entropy_share", type=share, help="of the loss; the rest is the reward's")
+
     add_workers_option(parser)
     add_device_options(parser)
     parser.set_defaults(**dict.fromkeys(("tensorboard", "deterministic", "detect_anomaly"), False))
     parser.set_defaults(**USUAL)
     return parser
+
+
+def _check_changes(text):
+    """Raises ValueError where words are none of `CHANGES`."""
+    if unknown := set(text.split()) - {*CHANGES, "none"}:
+        raise ValueError(f"{min(unknown)} is none of {', '.join(CHANGES)}, none")
 
 
 def typed_options(parser):

@@ -66,16 +66,18 @@ def number(kind, above=None, least=None, below=None, most=None):
     return parse
 
 
-def any_of(choices):
-    """An argparse type: one of several words, or some of them with blanks between, as `Joined`
-    keeps them."""
+def checked(check):
+    """An argparse type: the text itself, of which a function raises ValueError where it cannot
+    be."""
 
-    def words(text):
-        if unknown := [word for word in text.split() if word not in choices]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(choices)}")
+    def parse(text):
+        try:
+            check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
         return text
 
-    return words
+    return parse
 
 
 def interval(text):
