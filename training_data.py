@@ -63,11 +63,7 @@ class TrainingData:
             network.encoder.cpu()
         if distributed.is_main and cache and frozen:
             _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
-        self.sized_by, per_image = ("batch_size",), train.captions.shape[1]
-        if stage == "finetune":
-            self.sized_by = ("finetune_batch_size",)
-        elif stage == "scst":  # captions drawn, in the place of those that there are
-            self.sized_by, per_image = ("scst_batch_size", "samples"), config.samples
+        self.sized_by, per_image = _sizes(stage, config, train.captions.shape[1])
         self.captions_per_image = per_image
         self.views, self.changes = config.views, " ".join(changes) if fresh else None
         images = max(1, getattr(config, self.sized_by[0]) // per_image)
@@ -132,6 +128,14 @@ class TrainingData:
     def captions_in(self, steps):
         """Captions of so many steps of an epoch."""
         return self.caption_count * steps // self.steps
+
+
+def _sizes(stage, config, per_image):
+    """Names of the options that a stage's batches have their size from, and how many captions of an
+    image count in them, of `per_image` that there are."""
+    if stage == "scst":  # captions drawn
+        return ("scst_batch_size", "samples"), config.samples
+    return ("finetune_batch_size" if stage == "finetune" else "batch_size",), per_image
 
 
 def _prune(files, folder, remove):

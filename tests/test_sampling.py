@@ -173,6 +173,7 @@ def test_own_words_are_none_that_no_caption_goes_on_with():
     decoder = build(("lstm", {}), vocab_size=len(WORDS))
     network = Network(None, decoder, torch.device("cpu"), amp=False)
     config = TrainingConfig(scheduled_sampling="linear", label_smoothing=0.1, alpha_c=0.3)
-    objective = training._trained_by(RunState(network, config, "x", WORDS, {}, [{}]))
+    state = RunState(network, config, "x", WORDS, {}, [{}], stage="decoder")
+    objective, _ = training._objective_of(state, None)
     assert (objective.alpha_c, objective.label_smoothing) == (0.3, 0.1)
     assert sorted(objective.never.tolist()) == [0, 3, 4, 5]
