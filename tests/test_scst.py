@@ -1,4 +1,4 @@
-"""Self-critical training as train.py's third stage: where it begins, how it goes on, what it says."""
+"""Self-critical training, the third stage of train.py: where it begins, goes on, what it says."""
 
 import json
 import os
@@ -163,9 +163,13 @@ def test_another_share_of_cross_entropy_and_rewards_go_on(critical, tiny_data, t
 def test_a_checkpoint_whose_sums_are_of_another_stage_is_refused(critical, tiny_data, tmp_path):
     newest, _ = paths(critical[0], tiny_data[1])
     path = tmp_path / "x.pth.tar"
-    for change in ({"partial": {"count": 1, "sums": {"loss": 1.0, "top5": 1.0}}},
-                   {"stage": "third"}, {"stage": ["scst"]},
-                   {"log": [log_of(critical[0], tiny_data[1])[-1] | {"cider": "much"}]}):  # fmt: skip
+    last = log_of(critical[0], tiny_data[1])[-1]
+    for change in (
+        {"partial": {"count": 1, "sums": {"loss": 1.0, "top5": 1.0}}},
+        {"stage": "third"},
+        {"stage": ["scst"]},
+        {"log": [last | {"cider": "much"}]},
+    ):
         torch.save(load(newest) | change, path)
         assert "cannot be one" in failure(run_here("train.py", "--model", path))
 
