@@ -87,8 +87,8 @@ def test_it_is_shown(critical, tiny_data, tmp_path):
     training_loss, _ = loss.get_lines()
     assert [str(y) for y in training_loss.get_ydata()[-2:]] == ["nan", "nan"]
     assert len(cider.get_lines()) == 2 and len(rate.get_lines()) == 2
-    labels = [text.get_text() for text in rate.get_legend().get_texts()]
-    assert labels == ["decoder", "encoder", "fine-tuning", "self-critical"]
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert labels == ["training", "validation", "fine-tuning", "self-critical"]
 
 
 def test_resuming_is_exact_inside_an_epoch(critical, trained, tiny_data, tmp_path, monkeypatch):
