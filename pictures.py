@@ -51,7 +51,7 @@ def curves(records):
     if scored:
         ciders = {"validation": "cider"}
         if any("reward" in record for record in records):
-            ciders["reward in training"] = "reward"
+            ciders["reward"] = "reward"
         _plot(cider[0], records, "CIDEr-D (%)", ciders, scale=100)
     rates = {"decoder": "lr"}
     if any("encoder_lr" in record for record in records):
@@ -73,7 +73,9 @@ def _plot(axes, records, title, curves, scale=1):
     for stage, (shade, name) in LATER.items():
         if stage in stages[1:] and (begin := stages.index(stage)):
             stop = begin + stages.count(stage) + 0.5
-            axes.axvspan(begin + 0.5, stop, color=shade, label=name)
+            # told once, where there is room
+            label = name if axes is axes.figure.axes[0] else None
+            axes.axvspan(begin + 0.5, stop, color=shade, label=label)
     axes.set_title(title, loc="left", pad=24)
     axes.set_xlabel("epoch")
     axes.set_xlim(0.5, end)

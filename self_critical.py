@@ -10,8 +10,8 @@ has the gradient that makes good captions likelier and bad ones less likely (REI
 that it lowers the estimate's variance and leaves its mean alone; the greedy caption, which Rennie
 et al. take, costs another pass. The words and their log p come of the same values dropped out.
 
-A reward compares whole captions, `<end>` among their words: without it the captions learn to end in
-«with a», whose n-grams people's captions are full of (Hessel et al., 2019).
+A reward compares whole captions, `<end>` among their words: without it captions learn to end in
+«with a», which people's captions are full of (Hu et al., 2023).
 
 Of hard attention (`attentions.HardAttention`) the places get a gradient in the batches in which it
 is soft. In those in which it draws places, the words are judged given the places, and what draws

@@ -346,7 +346,7 @@ def test_features_not_in_use_are_counted_or_removed(tiny_data, tmp_path, capsys)
         network = SimpleNamespace(
             encoder=TinyEncoder(weight), device=torch.device("cpu"), amp=False
         )
-        options = {"finetune": False} | options
+        options = {"stage": "decoder"} | options
         TrainingData(tmp_path, base, network, TrainingConfig(), **options)
         return sorted(tmp_path.glob("*FEATURES*"))
 
@@ -357,7 +357,7 @@ def test_features_not_in_use_are_counted_or_removed(tiny_data, tmp_path, capsys)
     assert "--prune_features removes them" in said
     assert kept(1.0, prune=True) == first
     assert "removed" in capsys.readouterr().out
-    assert kept(1.0, finetune=True, prune=True) == first  # stage 2 uses none, and leaves them
+    assert kept(1.0, stage="finetune", prune=True) == first  # stage 2 uses none, and leaves them
     assert kept(1.0, cache=False, prune=True) == first
     assert "features" not in capsys.readouterr().out
 

@@ -38,11 +38,12 @@ run_two = run_torchrun(2)
 
 STEPS = """
 import sys, torch
-import checkpoints, contract, engine
+import checkpoints, contract, decoding, engine
 from config import TrainingConfig
 from groundwork import distributed
 from objectives import CrossEntropy, caption_loss
 from optimization import Updates
+from self_critical import SelfCritical
 sizes = {"vocab_size": 20, "encoder_dim": 6, "encoded_image_size": 3, "dropout": 0.0}
 found = {}
 
@@ -89,10 +90,37 @@ def update():  # three times, the last of one batch, with all that goes with an 
     found.update({f"update {key}": value for key, value in averaged.items()})
     assert updates.count == 3
 
+def worth(captions, people):
+    return [(sum(words) % 7 + len(people)) / 20 for words in captions]
+
+def draw_and_train(name):
+    # self-critical steps whose words are drawn by numbers that are each image's own
+    torch.manual_seed(0)
+    words = {"<pad>": 0, "<unk>": 1, "<start>": 2, "<end>": 3} | {str(i): i for i in range(4, 20)}
+    decoder = checkpoints.new_decoder(name, sizes).train()
+    network = engine.Network(None, decoder, torch.device("cpu"), False)
+    optimizer, means = torch.optim.SGD(decoder.parameters(), lr=0.1), engine.Means("reward")
+    for step in range(3):
+        features, captions = torch.rand(5, 3, 3, 6), torch.randint(20, (5, 4, 12))
+        lengths, numbers = torch.randint(2, 13, (5, 4)), torch.rand(7, 5, 3)
+        mine, draws = distributed.share(5), iter(numbers)
+        own = SelfCritical(worth, words, 6, samples=3, share=0.3)
+        def drawn(p, generator=None):
+            at = next(draws)[mine].flatten().unsqueeze(1)
+            return (p.cumsum(1) < at * p.sum(1, keepdim=True)).sum(1, keepdim=True)
+        decoding.drawn_from = drawn
+        batch = features[mine], captions[mine], lengths[mine]
+        done = engine.train_step(network, [batch], own, optimizer, 0.1, means, [])
+        assert done.fault is None
+    total = means.add_up(network.device)
+    found.update({f"{name} drawn {key}": torch.tensor(total[key]) for key in total.sums})
+    found.update({f"{name} drawn {key}": value for key, value in decoder.state_dict().items()})
+
 with distributed.group(torch.device("cpu")):
     update()
     for name in contract.DECODERS:
         train(name)
+        draw_and_train(name)
 if distributed.is_main:
     torch.save(found, sys.argv[1])
 """

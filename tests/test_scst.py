@@ -1,4 +1,4 @@
-"""Self-critical training as train.py's third stage: where it begins, how it goes on, what it says."""
+"""Self-critical training, the third stage of train.py: where it begins, goes on, what it says."""
 
 import json
 import os
@@ -87,8 +87,8 @@ def test_it_is_shown(critical, tiny_data, tmp_path):
     training_loss, _ = loss.get_lines()
     assert [str(y) for y in training_loss.get_ydata()[-2:]] == ["nan", "nan"]
     assert len(cider.get_lines()) == 2 and len(rate.get_lines()) == 2
-    labels = [text.get_text() for text in rate.get_legend().get_texts()]
-    assert labels == ["decoder", "encoder", "fine-tuning", "self-critical"]
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert labels == ["training", "validation", "fine-tuning", "self-critical"]
 
 
 def test_resuming_is_exact_inside_an_epoch(critical, trained, tiny_data, tmp_path, monkeypatch):
@@ -163,9 +163,13 @@ def test_another_share_of_cross_entropy_and_rewards_go_on(critical, tiny_data, t
 def test_a_checkpoint_whose_sums_are_of_another_stage_is_refused(critical, tiny_data, tmp_path):
     newest, _ = paths(critical[0], tiny_data[1])
     path = tmp_path / "x.pth.tar"
-    for change in ({"partial": {"count": 1, "sums": {"loss": 1.0, "top5": 1.0}}},
-                   {"stage": "third"}, {"stage": ["scst"]},
-                   {"log": [log_of(critical[0], tiny_data[1])[-1] | {"cider": "much"}]}):  # fmt: skip
+    last = log_of(critical[0], tiny_data[1])[-1]
+    for change in (
+        {"partial": {"count": 1, "sums": {"loss": 1.0, "top5": 1.0}}},
+        {"stage": "third"},
+        {"stage": ["scst"]},
+        {"log": [last | {"cider": "much"}]},
+    ):
         torch.save(load(newest) | change, path)
         assert "cannot be one" in failure(run_here("train.py", "--model", path))
 

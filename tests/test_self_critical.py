@@ -191,7 +191,7 @@ def test_a_step_makes_good_captions_likelier(variant):
     means, batch = [], make_truth(8)
     for _ in range(40):
         means.append(engine.Means("reward"))
-        step = engine.train_step(network, batch, own, optimizer, 0.1, means[-1], [])
+        step = engine.train_step(network, [batch], own, optimizer, 0.1, means[-1], [])
         assert step.fault is None
     assert means[0]["reward"] < 0.8 and means[0].count == 40
     assert means[-1]["reward"] > 0.95
@@ -202,7 +202,7 @@ def test_numbers_that_are_not_finite_skip_the_step():
     network.decoder.fc.weight.data[:] = torch.inf
     optimizer = torch.optim.Adam(network.decoder.parameters())
     step = engine.train_step(
-        network, make_truth(2), objective(), optimizer, 0.1, engine.Means("reward"), []
+        network, [make_truth(2)], objective(), optimizer, 0.1, engine.Means("reward"), []
     )
     assert step.fault == "the loss is nan"
 
