@@ -152,10 +152,12 @@ def project(layer: nn.Linear, annotations: Annotations) -> Tensor:
 
 
 def of_rows(values: Tensor, images: Tensor) -> Tensor:
-    """(n, …) of values (I, …): those of each row's image (n,).
+    """(n, …) of values (I, …): those of each row's image (n,), or of a mask (I,).
 
     index_select's gradient is added up in order, that of indexing by several threads at once.
     """
+    if images.dtype == torch.bool:
+        images = images.nonzero().squeeze(1)
     return values.index_select(0, images)
 
 

@@ -28,7 +28,13 @@ for module in ("recurrent", "transformer", "merge"):  # each registers its decod
 # ------------------------------------------------------------------------------------- contents
 
 
-STAGES = ["decoder", "finetune"]  # of training
+STAGES = ["decoder", "finetune", "scst"]  # of training, in their order
+
+
+def measure_of(stage):
+    """What a stage's objective measures beside its loss: words among the five likeliest, or the
+    reward of captions drawn."""
+    return "reward" if stage == "scst" else "top5"
 
 
 def _is_size(value):
@@ -79,7 +85,7 @@ def is_log(value):
         _is_texts(line)
         and line.get("stage") in STAGES
         and all(_is_number(line.get(key)) for key in numbers)
-        and _is_number(line.get("encoder_lr", 0.0))
+        and all(_is_number(line.get(key, 0.0)) for key in ("encoder_lr", "cider", "reward"))
         for line in value
     )
 
@@ -107,7 +113,7 @@ def _is_means(value):
         and value.keys() == {"count", "sums"}
         and _is_number(value["count"])
         and _is_dict(value["sums"])
-        and value["sums"].keys() == {"loss", "top5"}
+        and value["sums"].keys() in ({"loss", "top5"}, {"loss", "reward"})
         and all(map(_is_number, value["sums"].values()))
     )
 
@@ -144,7 +150,11 @@ RUN_KEYS = MODEL_KEYS | {  # and what training needs to go on
     "log": is_log,
     "word_map": _is_dict,
 }
-OPTIONAL = {"records": _is_records}
+OPTIONAL = {
+    "records": _is_records,
+    "raw": lambda value: _is_dict(value) and all(map(_is_state_dict, value.values())),
+    "averaged": _is_count,
+}
 # What older files lack: there was one decoder, one measure of the best epoch, and one stage
 OLDER = {
     "decoder_name": "lstm",
@@ -176,7 +186,7 @@ def _fault(checkpoint, keys):
         plain = type(tensor) is Tensor and tensor.layout is torch.strided
         if not plain or tensor.is_quantized or tensor.device.type != "cpu":
             return "is no checkpoint of train.py: it holds a tensor of an unknown kind"
-    for part in ("encoder", "decoder", "optimizer"):
+    for part in ("encoder", "decoder", "raw", "optimizer"):
         for tensor in _tensors(checkpoint.get(part)):
             if tensor.dtype not in DTYPES:
                 return f"is no checkpoint of train.py: its {part} holds {tensor.dtype}"
@@ -184,6 +194,9 @@ def _fault(checkpoint, keys):
                 return f"is of no use: its {part} holds values that are not finite"
     checks = keys | {key: fits for key, fits in OPTIONAL.items() if key in checkpoint}
     unfit = [key for key, fits in checks.items() if not fits(checkpoint[key])]
+    if not unfit and "partial" in keys:
+        own = measure_of(checkpoint["stage"])
+        unfit = ["partial"] * (own not in checkpoint["partial"]["sums"])
     return f"is no checkpoint of train.py: its {unfit[0]} cannot be one" if unfit else None
 
 

@@ -15,6 +15,7 @@ from groundwork.options import as_flags
 
 # Of the model's options, those that a checkpoint that is continued may have otherwise
 DROPOUTS = ("dropout", "embed_dropout")
+FROZEN = ("decoder", "scst")  # stages that leave the encoder as it is
 # And those that say how its words were begun, which its weights tell no more
 BEGUN = tuple(vocabulary.LAYERS)
 
@@ -46,6 +47,33 @@ def check(values, typed):
             "which has no grid: leave it out"
         )
     _check_sizes(values, typed)
+
+
+def check_training(values, typed):
+    """Raises UserError where options of training have no effect, or not together.
+
+    Args:
+        values: all options, by name.
+        typed: those typed, by name.
+    """
+    sampling = {name: typed[name] for name in sorted(typed) if name.startswith("sampling_")}
+    if sampling and not values["scheduled_sampling"]:
+        raise UserError(f"{as_flags(sampling)}: that is of --scheduled_sampling: give it, too")
+    if values["scheduled_sampling"] and hasattr(ATTENTIONS.get(values["attention"]), "LOOKS"):
+        raise UserError(
+            f"--scheduled_sampling: the attention {values['attention']} draws places, which learn "
+            "from true words alone: leave the option out, or give another --attention"
+        )
+    if values["accumulate"] > 1 and values["stage"] == "scst":
+        raise UserError(
+            "--accumulate: how many words the next batches' captions will have is not known before "
+            "they are drawn: leave the option out, or give a larger --scst_batch_size"
+        )
+    if values["augment"] and values["stage"] in FROZEN and values["cache_features"] == "auto":
+        raise UserError(
+            f"{as_flags({'augment': values['augment']})}: this stage reads cached features, no "
+            "images: give --stage finetune, --cache_features off, or --views in its place"
+        )
 
 
 def check_own(typed, decoder, attention):

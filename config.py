@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+CHANGES = ("crop", "mirror", "colour")  # what the fresh views of an image differ by
+# How the share of words of the model's own grows, by its name: the default of k, updates
+SCHEDULES = {"linear": 10000, "exponential": 10000, "inverse_sigmoid": 500}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -38,15 +42,31 @@ class TrainingConfig:
     epochs: int = 120  # at most, in each stage
     batch_size: int = 80  # captions, stage 1
     finetune_batch_size: int = 32  # captions, stage 2
-    decoder_lr: float = 4e-4  # Adam
+    scst_batch_size: int = 50  # captions drawn, self-critical stage
+    decoder_lr: float = 4e-4  # AdamW
     encoder_lr: float = 1e-4
+    scst_lr: float | None = None  # of the self-critical stage; None: the decoder's own
+    tune_from: int = 8  # stride of the encoder's first stage that is fine-tuned
+    augment: str | None = None  # of `CHANGES`, joined: fresh views of an image every epoch
+    warmup: int = 0  # updates over which the rates rise from 0
+    weight_decay: float = 0.0
+    accumulate: int = 1  # batches whose gradients make an update
+    ema: float = 0.0  # decay of the moving average of the weights; 0: none
     schedule: str = "plateau"  # or "cosine"
     select_by: str = "bleu4"  # what tells the best epoch, or "cider", "loss"
     patience: int = 8  # epochs, of the plateau schedule
     stop_after: int = 20  # epochs without a better one
     grad_clip: float = 5.0  # element-wise
+    scst_grad_clip: float = 0.1  # in the self-critical stage
     alpha_c: float = 1.0  # weight of doubly stochastic attention
     label_smoothing: float = 0.0  # share spread over the vocabulary
+    scheduled_sampling: str | None = None  # of `SCHEDULES`: words of the model's own are read
+    sampling_start: int = 0  # updates before it begins
+    sampling_k: float | None = None  # how slow, in updates
+    sampling_max: float = 0.25  # share of the words read that are the model's own, at most
+    samples: int = 5  # captions of an image that are drawn, self-critical stage
+    reward: str = "cider=1"  # what they are judged by, and its weight: see `rewards.parse`
+    cross_entropy_share: float = 0.0  # of the self-critical stage's loss
     views: int = 1  # of an image to train on
     seed: int = 0
 

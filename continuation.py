@@ -12,6 +12,12 @@ from groundwork.wording import counted
 from utils import input_path
 
 KEYS = checkpoints.RUN_KEYS
+KINDS = {  # what stages are called
+    "decoder": "training",
+    "finetune": "fine-tuning",
+    "scst": "self-critical training",
+}
+LATER = ("finetune", "scst")  # stages that begin from the best checkpoint of those before
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,12 @@ class Start(NamedTuple):
     path: Path
     checkpoint: dict
     saved: int  # when, in ns
-    finetunes: bool = False  # whether stage 2 begins there
+    begins: str | None = None  # the stage that begins there; None: it goes on in its own
 
     def __str__(self):
-        if self.finetunes:
-            return f"fine-tuning starts from epoch {self.checkpoint['epoch']} of {self.path}"
+        if self.begins:
+            kind, epoch = KINDS[self.begins], self.checkpoint["epoch"]
+            return f"{kind} starts from epoch {epoch} of {self.path}"
         return f"resuming from {self.path}: {where(self.checkpoint)}"
 
 
@@ -55,16 +62,25 @@ def find_start(request, folder):
         raise UserError("--resume goes without --model and --overwrite")
     if request.model is not None:
         start = _load(checkpoints.find_checkpoint(request.model))
-    elif request.resume or request.stage == "finetune":
+    elif request.resume or request.stage in LATER:
         start = _in_folder(request, Path(folder))
     else:
         return None
     if start is None:
         return None
     reached = start.checkpoint["stage"]
-    if (request.stage or start.checkpoint["options"].get("stage")) == "decoder" != reached:
-        raise UserError(f"{start.path} is past stage decoder: continue it with --stage finetune")
-    return start._replace(finetunes=request.stage == "finetune" and reached == "decoder")
+    asked = request.stage or start.checkpoint["options"].get("stage")
+    last = "finetune" if asked == "both" else asked
+    if last in KINDS and is_later(reached, last):
+        raise UserError(f"{start.path} is past stage {last}: continue it with --stage {reached}")
+    if request.stage in LATER and is_later(request.stage, reached):
+        return start._replace(begins=request.stage)
+    return start
+
+
+def is_later(stage, other):
+    """Whether a stage comes after another."""
+    return checkpoints.STAGES.index(stage) > checkpoints.STAGES.index(other)
 
 
 def _load(path):
@@ -96,7 +112,8 @@ def _latest(newest, best):
 
 
 def _in_folder(request, data_folder):
-    """The newest checkpoint of a run in the output folder, or, to fine-tune from, its best."""
+    """The newest checkpoint of a run in the output folder, or, for a later stage to begin from, its
+    best."""
     folder = Path(request.output_folder or request.data_folder or data_folder)
     base = request.data_name or _only_run(request, folder)
     if base is None:  # of the data there, as for a new run
@@ -109,19 +126,22 @@ def _in_folder(request, data_folder):
                 f"no checkpoint of {base} in {folder} can be continued: start anew with "
                 "--overwrite, or in another --output_folder"
             )
-        if (start.checkpoint["stage"], request.stage) != ("decoder", "finetune"):
+        if request.stage not in LATER or not is_later(request.stage, start.checkpoint["stage"]):
             return start
-    if request.stage != "finetune":
+    if request.stage not in LATER:
         return None
     if base is None or not best.exists():
         missing = best if base else f"a BEST checkpoint in {folder}"
         raise UserError(
-            f"--stage finetune starts from a trained decoder, and {missing} is missing: "
+            f"--stage {request.stage} starts from a trained decoder, and {missing} is missing: "
             "train with --stage decoder first, or name one with --model"
         )
     start = _load(best)
-    # a fine-tuning that is given up starts again from the best that there is
-    return start._replace(checkpoint=start.checkpoint | {"stage": "decoder"})
+    if start.checkpoint["stage"] != request.stage:
+        return start
+    # a stage that is given up starts again from the best that there is
+    before = checkpoints.STAGES[checkpoints.STAGES.index(request.stage) - 1]
+    return start._replace(checkpoint=start.checkpoint | {"stage": before})
 
 
 def runs_in(folder):
@@ -161,7 +181,8 @@ def is_elsewhere(start, folder):
 
 
 def check_nothing_is_lost(start, request, folder, base):
-    """The start, for a run that is alone in its folder now; its log with all epochs before stage 2.
+    """The start, for a run that is alone in its folder now; where a stage begins, its log with all
+    epochs before.
 
     Raises:
         UserError: what an earlier run left there would be lost, unasked.
@@ -176,22 +197,24 @@ def check_nothing_is_lost(start, request, folder, base):
         return start
     if start.path.stat().st_mtime_ns != start.saved:
         raise UserError(f"another run has written {start.path} just now: call again")
-    if request.resume and not start.finetunes:
+    if request.resume and not start.begins:
         return start
     if (latest := _latest(newest, best)) is None:
         return start
     latest = latest.checkpoint
     if not request.overwrite and _would_lose(start, latest, best):
-        kind = "fine-tuning" if latest["stage"] == "finetune" else "training"
         raise UserError(
-            f"{newest} holds an earlier {kind}, {where(latest)}, that starting from {start.path} "
-            "would discard: continue it with --resume, choose another --output_folder, or give it "
-            "up with --overwrite"
+            f"{newest} holds an earlier {KINDS[latest['stage']]}, {where(latest)}, that starting "
+            f"from {start.path} would discard: continue it with --resume, choose another "
+            "--output_folder, or give it up with --overwrite"
         )
-    if not start.finetunes:
+    if not start.begins:
         return start
-    # the epochs after the best, too, and none of a fine-tuning that is given up
-    log, own = _decoders(latest["log"]), _decoders(start.checkpoint["log"])
+    # the epochs after the best, too, and none of a stage that is given up
+    log, own = (
+        [record for record in log if is_later(start.begins, record["stage"])]
+        for log in (latest["log"], start.checkpoint["log"])
+    )
     log = log if _begins_with(log, own) else own
     return start._replace(checkpoint=start.checkpoint | {"log": log})
 
@@ -199,9 +222,10 @@ def check_nothing_is_lost(start, request, folder, base):
 def _would_lose(start, latest, best):
     """Whether a start in a run's own folder does without work of its latest checkpoint."""
     own, log = start.checkpoint, latest["log"]
-    if start.finetunes:  # which takes the place of what the decoder's stage has in hand
-        foreign = start.path.resolve() != best.resolve() and not _begins_with(log, own["log"])
-        return latest["stage"] == "finetune" or foreign
+    if start.begins:  # a stage takes the place of what the one before has in hand
+        skips = is_later(latest["stage"], own["stage"]) or not _begins_with(log, own["log"])
+        foreign = start.path.resolve() != best.resolve() and skips
+        return not is_later(start.begins, latest["stage"]) or foreign
     behind = len(own["log"]) == len(log) and own["step"] < latest["step"]
     return behind or not _begins_with(own["log"], log)
 
@@ -209,10 +233,6 @@ def _would_lose(start, latest, best):
 def _begins_with(log, start):
     # as text: a loss may be nan, which equals nothing
     return repr(log[: len(start)]) == repr(start)
-
-
-def _decoders(log):
-    return [record for record in log if record["stage"] == "decoder"]
 
 
 def where(checkpoint):

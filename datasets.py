@@ -1,6 +1,7 @@
 """Prepared data: images (or their cached features) together with all their captions."""
 
 import hashlib
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from groundwork.images import unsqueeze
 from groundwork.options import MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
 from utils import are_boxes, check_word_map, input_path, is_size, read_split
+
+VIEWS = ("crop", "mirror")  # what the numbered views of an image differ by
+FRESH = 2**31  # views to draw from where each epoch has its own
 
 
 def find_data(data_folder, base=None):
@@ -59,7 +63,8 @@ class CaptionDataset(Dataset):
 
     source: uint8 (3, S, S), a view of the image, by itself its first: see `make_view`; or float16
         (g, g, D), the view's features, where `features` names their file.
-    captions: int64 (K, T), `<start>` to `<end>`, padded.
+    captions: int64 (K, T), `<start>` to `<end>`, padded; those of a view that is mirrored have left
+        and right exchanged.
     lengths: int64 (K,), `<start>` and `<end>` counted.
 
     Args:
@@ -68,13 +73,23 @@ class CaptionDataset(Dataset):
         seed: of the views.
         karpathy_json: path of the data set's JSON, for the captions as written where there is no
             REFERENCES file.
+        changes: as `make_view` takes them.
 
     Raises:
         UserError: a file is missing, damaged, or does not belong to the others.
     """
 
-    def __init__(self, data_folder, base, split, features=None, seed=0, karpathy_json=None):
-        self.base, self.seed, self.from_features = base, seed, False
+    def __init__(
+        self,
+        data_folder,
+        base,
+        split,
+        features=None,
+        seed=0,
+        karpathy_json=None,
+        changes=VIEWS,
+    ):
+        self.base, self.seed, self.changes, self.from_features = base, seed, changes, False
         self.path = input_path(data_folder, base, "IMAGES", split)
         images = open_images(self.path).shape
         self.image_size = images[-1]
@@ -98,6 +113,7 @@ class CaptionDataset(Dataset):
                 "create_input_files.py again"
             )
         self.captions = captions.view(images[0], -1, captions.shape[1])
+        self.mirrored = mirrored_words(word_map)
         self.lengths = lengths.view(images[0], -1)
         path = input_path(data_folder, base, "REFERENCES", split)
         if path.exists():
@@ -129,8 +145,12 @@ class CaptionDataset(Dataset):
         if self.from_features:
             source = torch.from_numpy(read_item(self._data, (i, view)))
         else:
-            source = make_view(torch.from_numpy(read_item(self._data, i)), view, (self.seed, i))
-        return source, self.captions[i], self.lengths[i]
+            image = torch.from_numpy(read_item(self._data, i))
+            source = make_view(image, view, (self.seed, i), self.changes)
+        captions = self.captions[i]
+        if is_mirrored(view, self.changes):
+            captions = self.mirrored[captions]
+        return source, captions, self.lengths[i]
 
 
 def count_targets(data, words):
@@ -328,20 +348,52 @@ def as_photographed(square, reference):
     return unsqueeze(square, *proportions(reference))
 
 
-def make_view(image, view, seed=()):
-    """View 0 is the image (3, S, S) itself, 1 its mirror image, others are crops of it.
+def is_mirrored(view, changes=VIEWS):
+    """Whether a view of `make_view` is a mirror image: every second is."""
+    return bool(view % 2) and "mirror" in changes
 
-    A crop keeps half of the area or more and is squeezed back to S × S; every second is mirrored.
-    Which part it keeps follows from the view and the seed, a tuple of ints.
+
+def make_view(image, view, seed=(), changes=VIEWS):
+    """View 0 is the image (3, S, S) itself, every second a mirror image, from 2 on they are changed
+    otherwise, too.
+
+    A crop keeps half of the area or more and is squeezed back to S × S. Colours are changed mildly,
+    in brightness, contrast and saturation, but not in hue, which captions name. How, follows from
+    the view and the seed, a tuple of ints.
+
+    Args:
+        changes: of "crop", "mirror" and "colour", those that there are.
     """
-    if view == 0:
-        return image
     if view > 1:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.default_rng((*seed, view)).integers(2**32)))
-            crop = v2.RandomResizedCrop(image.shape[-2:], scale=(0.5, 1.0), antialias=True)
-            image = crop(image)
-    return image.flip(-1) if view % 2 else image
+            if "crop" in changes:
+                size = image.shape[-2:]
+                image = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)(image)
+            if "colour" in changes:
+                image = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)(image)
+    return image.flip(-1) if is_mirrored(view, changes) else image
+
+
+# left and right, and what is made of them: "leftmost", "left-hand", "lefthanded", "topright". Words
+# that only look so, as "leftover", "upright", "bright" or "rightful", are not among them.
+SIDED = re.compile(
+    r"((?:top|bottom|upper|lower|far|front|back|rear|center|mid)-?)?(left|right)"
+    r"(-?(?:most|hand|handed|hander|side|ward|wards|wing|foot|footed|facing))?"
+)
+
+
+def mirrored_words(word_map):
+    """The word that stands for each in the captions of a mirror image: int64 (V,), right for left
+    and left for right, and itself for all others; `<unk>` where the vocabulary has but one of a
+    pair."""
+    words = torch.arange(1 + max(word_map.values()))
+    for word, index in word_map.items():
+        if parts := SIDED.fullmatch(word):
+            before, side, after = parts.groups(default="")
+            other = before + {"left": "right", "right": "left"}[side] + after
+            words[index] = word_map.get(other, word_map["<unk>"])
+    return words
 
 
 def describe_data(data_folder, base):

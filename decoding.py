@@ -1,13 +1,13 @@
 """From features to captions: greedy decoding, sampling and beam search, batched over images.
 
-All three produce words only: `<pad>`, `<start>` and `<unk>` never, and `<end>` neither before the
+All produce words only: `<pad>`, `<start>` and `<unk>` never, and `<end>` neither before the
 first word nor later than after `max_length` words, so that a caption always comes out.
 Log-probabilities are the model's own, over its whole vocabulary; where `vocabulary.bar` has left a
 part of it no probability, over the rest.
 """
 
+import itertools
 import math
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def greedy(decoder, encoder_out, word_map, max_length=MAX_LENGTH):
     Returns:
         list of I `Caption`.
     """
-    return _roll_out(decoder, encoder_out, word_map, max_length, lambda p: p.argmax(dim=1))
+    return _search_one(decoder, encoder_out, word_map, max_length, lambda p: p.max(dim=1))
 
 
 def sample(decoder, encoder_out, word_map, max_length=MAX_LENGTH, temperature=1.0, generator=None):
@@ -54,34 +54,115 @@ def sample(decoder, encoder_out, word_map, max_length=MAX_LENGTH, temperature=1.
     """
 
     def choose(log_probs):
-        probabilities = (log_probs / temperature).softmax(dim=1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        words = drawn_from((log_probs / temperature).softmax(dim=1), generator)
+        return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
 
-    return _roll_out(decoder, encoder_out, word_map, max_length, choose)
+    return _search_one(decoder, encoder_out, word_map, max_length, choose)
 
 
 @torch.inference_mode()
-def _roll_out(decoder, encoder_out, word_map, max_length, choose):
-    memory = decoder.prepare(encoder_out)
-    state = decoder.init_state(memory)
+def _search_one(decoder, encoder_out, word_map, max_length, choose):
+    """A `Caption` for each image, of words chosen from log p (I, V): log p of them, and which."""
+    allow, end = _Allow(word_map, max_length, encoder_out.device), word_map["<end>"]
+    words, log_probs, alphas = _to_the_end(
+        decoder, encoder_out, word_map, 1, max_length,
+        lambda scores, step: choose(allow(scores, step)),
+    )  # fmt: skip
+    return _captions(words, alphas, log_probs.sum(dim=1), end)
+
+
+class Draws(NamedTuple):
+    """K captions of each of I images, drawn at random, with the graph of their gradients."""
+
+    words: Tensor  # (I·K, T) int64, image by image; `<end>` from the end on
+    log_probs: (
+        Tensor  # (I·K, T) float32 log p of each, of what it was drawn from; zero after `<end>`
+    )
+
+
+def draw(decoder, encoder_out, word_map, per_image, max_length=MAX_LENGTH):
+    """Captions drawn at random from the decoder as it is, in training mode with its dropout.
+
+    The words and their log p come of one pass, so of the same values dropped out: log p is that of
+    the distribution each word was drawn from, over the words that may come.
+
+    Args:
+        decoder, encoder_out, word_map, max_length: as in `greedy`.
+        per_image: K.
+    """
     allow = _Allow(word_map, max_length, encoder_out.device)
-    end = word_map["<end>"]
-    words = torch.full((len(encoder_out),), word_map["<start>"], device=encoder_out.device)
-    done = torch.zeros_like(words, dtype=torch.bool)
-    total = torch.zeros_like(words, dtype=torch.float32)
-    history, alphas = [], []
-    for step in range(max_length + 1):
-        scores, alpha, state = decoder.step(words, state, memory)
-        log_probs = allow(scores, step)
-        words = choose(log_probs).masked_fill(done, end)
-        total += log_probs.gather(1, words.unsqueeze(1)).squeeze(1).masked_fill(done, 0.0)
+
+    def choose(scores, step):
+        log_probs = allow.renormalised(scores, step)
+        words = drawn_from(log_probs.detach().exp())
+        return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
+
+    drawn = _to_the_end(decoder, encoder_out, word_map, per_image, max_length, choose)
+    return Draws(*drawn[:2])
+
+
+def roll_out(decoder, encoder_out, words, choose):
+    """Decodes for as long as it is asked to, each step with the words chosen at the one before.
+
+    Gradients pass through it where they are on, and in training mode there is dropout.
+
+    Args:
+        decoder, encoder_out: as in `greedy`.
+        words: (I·K,) int64, the first words of K captions of each image, image by image.
+        choose: called with the scores (I·K, V) of a step and its number, from 0; gives the words
+            (I·K,) int64 that come next.
+
+    Yields:
+        of each step the scores (I·K, V) before the softmax, the alphas (I·K, L) float32, or None,
+        and the words chosen.
+    """
+    memory = decoder.prepare(encoder_out)
+    images = torch.arange(len(encoder_out), device=words.device)
+    images = images.repeat_interleave(len(words) // len(encoder_out))
+    state = decoder.init_state(memory).select(images)
+    for step in itertools.count():
+        scores, alphas, state = decoder.step(words, state, memory)
+        words = choose(scores, step)
+        yield scores, alphas, words
+
+
+def _to_the_end(decoder, encoder_out, word_map, per_image, max_length, choose):
+    """Rolls out until all captions have ended, as those of numbers that are finite do after
+    `max_length` words.
+
+    Args:
+        choose: called with scores (n, V) and the step; gives log p (n,) and the words (n,) chosen.
+
+    Returns:
+        words (n, T), `<end>` from the end on; their log p (n, T), zero after the first `<end>`;
+        and alphas (n, T, L) or None.
+    """
+    rows, end = len(encoder_out) * per_image, word_map["<end>"]
+    start = torch.full((rows,), word_map["<start>"], device=encoder_out.device)
+    done = torch.zeros_like(start, dtype=torch.bool)
+    log_probs, history, alphas = [], [], []
+
+    def next_words(scores, step):
+        log_p, words = choose(scores, step)
+        log_probs.append(log_p.masked_fill(done, 0.0))
+        return words.masked_fill(done, end)
+
+    steps = roll_out(decoder, encoder_out, start, next_words)
+    for _, alpha, words in itertools.islice(steps, max_length + 1):
         history.append(words)
         alphas.append(alpha)
         done = done | (words == end)
         if done.all():
             break
-    alphas = None if alphas[0] is None else torch.stack(alphas, 1)
-    return _captions(torch.stack(history, 1), alphas, total, end)
+    alphas = None if alphas[0] is None else torch.stack(alphas, dim=1)
+    return torch.stack(history, dim=1), torch.stack(log_probs, dim=1), alphas
+
+
+def drawn_from(probabilities, generator=None):
+    """A word of each row (n, V), (n, 1) int64: what torch.multinomial draws, which raises an error
+    where training has made a probability nan."""
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(dim=1, keepdim=True)
 
 
 def beam_search(
@@ -170,7 +251,7 @@ def _search(decoder, encoder_out, word_map, k, max_length, length_penalty, keep)
     words, alphas = history.trace(best, end)
     captions = iter(_captions(words, alphas, best.log_prob.flatten(), end))
     return [
-        [caption for caption in islice(captions, keep) if caption.log_prob > -math.inf]
+        [caption for caption in itertools.islice(captions, keep) if caption.log_prob > -math.inf]
         for _ in range(count)
     ]
 
@@ -242,12 +323,20 @@ class _Allow:
         self.end, self.max_length = end, max_length
 
     def __call__(self, scores, step):
+        """The model's own, over its whole vocabulary."""
         log_probs = scores.log_softmax(dim=1, dtype=torch.float32)
+        return log_probs.index_fill_(1, self._excluded(scores, step), -torch.inf)
+
+    def renormalised(self, scores, step):
+        """Over the words that may come; gradients pass."""
+        scores = scores.float().index_fill(1, self._excluded(scores, step), -torch.inf)
+        return scores.log_softmax(dim=1)
+
+    def _excluded(self, scores, step):
         if step == self.max_length:
-            end = log_probs[:, self.end].clone()
-            log_probs.fill_(-torch.inf)[:, self.end] = end
-            return log_probs
-        return log_probs.index_fill_(1, self.never if step else self.never_first, -torch.inf)
+            words = torch.arange(scores.shape[1], device=scores.device)
+            return words[words != self.end]
+        return self.never if step else self.never_first
 
     def likeliest(self, k, scores, step):
         """The k greatest log p of each row and their words, (n, k) each."""

@@ -17,6 +17,7 @@ from stages import pack
 
 __all__ = ["OFFLINE_ENCODER", "Encoder", "EncoderError", "encoder_shapes"]
 
+TUNED_FROM = 8  # pixels a place, of the first stage that fine-tuning trains
 PROBE = 128  # pixels, the side of the image that tells a network's stages: small, to be quick
 
 
@@ -118,12 +119,32 @@ class Encoder(nn.Module):
         features = self.features(images).permute(0, 3, 1, 2)
         return self.adaptive_pool(features).permute(0, 2, 3, 1)
 
-    def fine_tune(self, fine_tune=True):
-        """Lets gradients reach the stages of stride 8 and more, ResNet's layer2 to layer4, or the
-        later half of a vision transformer's blocks, and what is used behind them."""
+    def fine_tune(self, fine_tune=True, stride=TUNED_FROM):
+        """Lets gradients reach the late layers: the stages of `stride` and more, of 8 ResNet's
+        layer2 to layer4, or the later half of a vision transformer's blocks, and what is used
+        behind them. BatchNorm's scales and shifts are trained, and its statistics stay.
+
+        Raises:
+            EncoderError: there is no such stage.
+        """
         self.requires_grad_(False)
-        for name in self.late_layers:
-            self.resnet.get_submodule(name).requires_grad_(fine_tune)
+        for name in self.late_layers(stride) if fine_tune else ():
+            self.resnet.get_submodule(name).requires_grad_(True)
+
+    def late_layers(self, stride=TUNED_FROM):
+        """Names of the layers that `fine_tune` is about, in their order. Raises EncoderError."""
+        late = [name for name, own in self._strides_used.items() if own >= stride]
+        if not late and stride != TUNED_FROM:
+            known = sorted({own for own in self._strides_used.values() if own > 1})
+            found = f"those of stride {', '.join(map(str, known))}" if known else "none"
+            raise EncoderError(
+                f"--tune_from {stride}: encoder {self.name!r} has no stage from that stride on: "
+                + (f"it has {found}" if known else "leave the option out, for its later half")
+            )
+        if self._is_vector:  # what follows the last map has no stride, and some have no maps at all
+            layers = self._layers_used
+            return layers[layers.index(late[0]) if late else len(layers) // 2 :]
+        return self._later_half or late
 
     @torch.no_grad()
     def fold_batch_norm(self):
@@ -171,10 +192,8 @@ class Encoder(nn.Module):
         self.stage_factors = tuple(coarsest // strides.get(tap, coarsest) for tap in self.taps)
         self.dim = pack(grids, self.stage_factors).shape[3]
         used = layers if "" in self.taps else layers[: 1 + max(map(layers.index, self.taps))]
-        late = [name for name in used if strides.get(name, 1) >= 8]
-        if self._is_vector:  # what follows the last map has no stride, and some have no maps at all
-            late = layers[layers.index(late[0]) if late else len(layers) // 2 :]
-        self.late_layers = tokens.late if tokens else late
+        self._strides_used = {name: strides.get(name, 1) for name in used}
+        self._later_half = tokens.late if tokens else None
 
     def _try_out(self, names, network):
         """What layers give for a small image, by name; for one of the network's own size, which

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import decoding
-import metrics
-from contract import Decoder
+from contract import Decoder, pack
 from encoders import Encoder
 from groundwork import distributed
 from groundwork.devices import autocast
@@ -48,20 +48,29 @@ class Network:
         captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
         return self.decoder(features, captions, lengths.flatten())
 
-    def trained(self, finetune):
+    def targets(self, captions, lengths):
+        """The words to predict of true captions, packed as in `contract.Forward`."""
+        captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
+        return pack(captions[:, 1:], lengths.flatten().cpu() - 1)
+
+    def trained(self, finetune, tune_from=8):
         """The parameters that training changes, as lists: the decoder's, and the encoder's, too,
-        where it is fine-tuned."""
+        from the stages of stride `tune_from` on, where it is fine-tuned."""
         self.tunes_encoder = finetune
-        self.encoder.fine_tune(finetune)
+        self.encoder.fine_tune(finetune, tune_from)
         parts = [self.decoder, *([self.encoder] if finetune else [])]
         return [[p for p in part.parameters() if p.requires_grad] for part in parts]
 
 
 class Means:
-    """Means of loss and top-5 accuracy over words."""
+    """Means of the loss and of what the objective measures beside it.
 
-    def __init__(self):
-        self.count, self.sums = 0, {"loss": 0.0, "top5": 0.0}
+    Args:
+        measure: of the objective, as `CrossEntropy.measure`.
+    """
+
+    def __init__(self, measure="top5"):
+        self.measure, self.count, self.sums = measure, 0, {"loss": 0.0, measure: 0.0}
 
     def add(self, count, **values):
         self.count += count
@@ -72,7 +81,7 @@ class Means:
         """The means over what all processes have found."""
         values = torch.tensor([self.count, *self.sums.values()], dtype=torch.float64)
         count, *sums = distributed.add_up(values.to(device)).tolist()
-        total = Means()
+        total = Means(self.measure)
         total.load({"count": count, "sums": dict(zip(self.sums, sums, strict=True))})
         return total
 
@@ -106,8 +115,10 @@ class Step(NamedTuple):
     flags: list[bool]  # whether any process raised them
 
 
-def train_epoch(network, batches, objective, optimizer, grad_clip, means, flags, after_step):
-    """Updates the weights once a batch.
+def train_epoch(
+    network, batches, objective, optimizer, grad_clip, means, flags, after_step, accumulate=1
+):
+    """Updates the weights once a batch, or once so many.
 
     Args:
         network: a `Network`.
@@ -115,41 +126,52 @@ def train_epoch(network, batches, objective, optimizer, grad_clip, means, flags,
         objective: see `objectives`.
         optimizer: of the parameters to train.
         grad_clip: largest size of a gradient's element.
-        means: `Means`, to which the steps' loss and accuracy are added.
+        means: `Means`, to which the steps' loss and what the objective measures are added.
         flags: called before each step; a list of bool to share among the processes.
         after_step: called with each `Step`.
+        accumulate: batches of a step; the last has those that remain.
 
     Raises:
         AnomalyError: anomaly detection is on and has found the operation.
     """
     network.decoder.train()
-    for batch in batches:
-        after_step(train_step(network, batch, objective, optimizer, grad_clip, means, flags()))
+    batches = iter(batches)
+    while group := list(islice(batches, accumulate)):
+        after_step(train_step(network, group, objective, optimizer, grad_clip, means, flags()))
 
 
-def train_step(network, batch, objective, optimizer, grad_clip, means, flags):
-    """One update, if loss and gradients are finite: a `Step`."""
-    source, captions, lengths = batch
-    with network.autocast():
-        read = network.read(network.encode(source), captions, lengths)
-        own = objective.sizes(read.targets)
-        loss = objective(*read, sizes=distributed.add_up(own.clone()))
-    right = metrics.top5_right(read.scores.data, read.targets.data, objective.barred)
+def train_step(network, batches, objective, optimizer, grad_clip, means, flags):
+    """One update, if loss and gradients are finite: a `Step`.
+
+    The gradients of several batches add up to that of one batch that holds them all, as each has
+    its part of the loss; an attention's moving baseline alone moves with each.
+    """
+    loss, measured, own, sizes = 0.0, 0.0, None, None
+    if len(batches) > 1:  # of all, before the first is read
+        own = sum(objective.sizes(network.targets(*truth)) for _, *truth in batches)
     optimizer.zero_grad(set_to_none=True)
-    _backward(loss)
+    for source, captions, lengths in batches:
+        with network.autocast():
+            read = objective.read(network, network.encode(source), captions, lengths)
+            own = objective.sizes(read.targets) if own is None else own
+            sizes = distributed.add_up(own.clone()) if sizes is None else sizes
+            part = objective(*read, sizes=sizes)
+        measured += objective.measured(read)
+        _backward(part)
+        loss += part.detach()
     trained = parameters(optimizer)
     distributed.add_up_gradients(trained)
     gradients = [p.grad for p in trained if p.grad is not None]
     largest = nn.utils.get_total_norm(gradients, math.inf)
-    news = distributed.add_up(torch.stack([loss.detach(), largest, *loss.new_tensor(flags)]))
+    news = distributed.add_up(torch.stack([loss, largest, *loss.new_tensor(flags)]))
     # in one message, as the host waits for the device here
-    mine = torch.stack([own[0], right])
-    value, largest, *flags, words, right = torch.cat([news, mine]).tolist()
+    mine = torch.stack([own[0], measured])
+    value, largest, *flags, count, measured = torch.cat([news, mine]).tolist()
     fault = None
     if math.isfinite(value) and math.isfinite(largest):
         nn.utils.clip_grad_value_(trained, grad_clip)
         optimizer.step()
-        means.add(int(words), loss=value, top5=right / words)
+        means.add(int(count), **{"loss": value, objective.measure: measured / count})
     else:
         fault = "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
     return Step(value, fault, [bool(flag) for flag in flags])
@@ -179,7 +201,8 @@ def validate(network, batches, objective, word_map, with_alphas=()):
     """Loss and accuracy with teacher forcing, and free captions, of all processes together.
 
     Args:
-        network, objective: as in `train_epoch`.
+        network: as in `train_epoch`.
+        objective: a `CrossEntropy`.
         batches: (source, captions, lengths) each, this process's share of them: see
             `distributed.share`.
         word_map: word -> index.
@@ -196,10 +219,10 @@ def validate(network, batches, objective, word_map, with_alphas=()):
         with network.autocast():
             features = network.encode(source)
             with network.decoder.prepared(features):
-                scores, targets, alphas, _ = network.read(features, *truth)
+                read = objective.read(network, features, *truth)
                 decoded = decoding.greedy(network.decoder, features, word_map)
-            sums += objective.sums(scores, targets, alphas)
-        right += metrics.top5_right(scores.data, targets.data, objective.barred).item()
+            sums += objective.sums(*read[:3])
+        right += objective.measured(read).item()
         for caption in decoded:
             # the number that `distributed.share` gives it
             image = distributed.rank + distributed.world_size * len(captions)

@@ -57,6 +57,15 @@ def parse_arguments():
         "its words depend on it",
     )
     add_region_options(parser)
+    add(
+        "--diversity",
+        type=number(int, least=2, below=101),
+        nargs="?",
+        const=5,
+        metavar="CAPTIONS",
+        help="draw so many captions of each image, too, 5 by default, and measure how varied they "
+        "are",
+    )
     add("--report", metavar="FOLDER", help="for a page with scores, curves and all captions")
     add(
         "--robustness",
@@ -87,6 +96,7 @@ def main():
             "model",
             "report",
             "robustness",
+            "diversity",
             "attention_report",
             "regions",
             "region_words",
@@ -152,8 +162,11 @@ def evaluate(options):
     attention = attention_report.measure(
         captions, data.references, regions, asked_for_attention, model.look
     )
+    tables = attention.tables + draw_captions(options, model, data, search)
     if distributed.is_main:
-        about, scores = print_scores(path, model, data, captions, attention, options)
+        about, scores = print_scores(
+            path, model, data, captions, attention._replace(tables=tables), options
+        )
 
     def write_page(**further):
         if distributed.is_main and whole:
@@ -174,12 +187,25 @@ def evaluate(options):
 
 def check_for_results_alone(data, options):
     """Raises UserError where more is asked for of images without captions than the results."""
-    for name in ("attention_report", "regions", "report", "robustness"):
+    for name in ("attention_report", "diversity", "regions", "report", "robustness"):
         if getattr(options, name) is not None:
             raise UserError(
                 f"--{name} compares with people's captions, of which {data.path.name} has none: "
                 "leave it out, for the results file alone"
             )
+
+
+def draw_captions(options, model, data, search):
+    """Tables on how varied captions drawn at random are, where they are asked for."""
+    import diversity
+    import evaluation
+    import metrics
+
+    if options.diversity is None:
+        return []
+    samples = evaluation.sample_split(model, data, options.diversity, search)
+    people = [reference["captions"] for reference in data.references]
+    return [diversity.table(samples, people, metrics.are_english(people))]
 
 
 def change_images(options, model, data, captions, with_attention, picture, search, write_page):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
+import diversity
 import metrics
 from groundwork import distributed
 from groundwork.devices import loader_options
@@ -44,6 +45,26 @@ def caption_split(model, data, beam_sizes, search, whole=False):
     return captions, distributed.collect(beams)
 
 
+@torch.inference_mode()
+def sample_split(model, data, count, search, seed=0):
+    """So many captions drawn at random of each image of a split, texts.
+
+    Args:
+        model, data, search: as in `caption_split`.
+        seed: of what is drawn; several processes draw otherwise than one.
+    """
+    share, drawn = distributed.share(len(data)), []
+    generator = torch.Generator(model.device).manual_seed(seed + distributed.rank)
+    loader = DataLoader(
+        data, search.batch_size, sampler=share, **loader_options(model.device, search.workers)
+    )
+    batches = progress(loader, desc="drawing", unit="batch")
+    for features in model.encode_ahead(images for images, *_ in batches):
+        found = model.sample(features, count, 1.0, search.max_length, generator)
+        drawn += [[caption.text for caption in captions] for captions in found]
+    return distributed.collect(drawn)
+
+
 def name_of(beam_size, look=None):
     """What tables call the captions of a beam; `look` is how hard attention was told to look."""
     return f"beam {beam_size}" + ("" if look is None else f", {look}")
@@ -65,7 +86,7 @@ def score(captions, references):
         captions: name -> a caption for each image, text.
         references: for each image the list of its human captions.
     """
-    count, rows = sum(map(len, references)), []
+    count, rows, english = sum(map(len, references)), [], metrics.are_english(references)
     for name, texts in captions.items():
         bleu, description = metrics.bleu(references, texts), metrics.describe(texts)
         row = {"": name}
@@ -73,6 +94,9 @@ def score(captions, references):
         row |= {f"B-{n} no BP": f"{100 * s:.1f}" for n, s in enumerate(bleu.unpenalised, start=1)}
         row["words each"] = f"{description['mean_length']:.1f}"
         row["distinct words"] = str(description["distinct_words"])
+        row["used twice"] = f"{metrics.repeated(texts)[0]:.1%}"  # or more often
+        if english:
+            row["dangling ends"] = f"{diversity.dangling(texts):.1%}"
         rows.append(row)
     tables = [
         (
@@ -89,7 +113,7 @@ def score(captions, references):
         ]
         tables.append(("COCO's caption evaluation, pycocoevalcap with its PTB tokenizer", rows))
     left_out = coco.left_out
-    if any(coco.corpus.values()) and not metrics.are_english(references):
+    if any(coco.corpus.values()) and not english:
         left_out = [*left_out, "COCO's tokenizer and METEOR are for English, these words are not"]
     images, texts = counted(len(references), "image"), counted(count, "human caption")
     against = f"{images}, {texts}, all of them references"

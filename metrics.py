@@ -26,6 +26,7 @@ from nltk.translate.bleu_score import (
 )
 
 from groundwork.errors import UserError
+from rewards import CiderD
 from utils import tokenize
 
 NGRAM_WEIGHTS = [(1.0,), (1 / 2,) * 2, (1 / 3,) * 3, (1 / 4,) * 4]
@@ -64,18 +65,11 @@ def cider(references, captions):
 
     Args:
         references, captions: as in `bleu`.
-
-    Raises:
-        UserError: there is no pycocoevalcap.
     """
-    cider = _of_coco("cider.cider")
-
-    def words(texts):
-        return [" ".join(tokenize(text)) for text in texts]
-
-    truth = {i: words(texts) for i, texts in enumerate(references)}
-    score, _ = cider.Cider().compute_score(truth, {i: words([t]) for i, t in enumerate(captions)})
-    return float(score)
+    references = [[tokenize(text) for text in texts] for texts in references]
+    score = CiderD(references)
+    pairs = zip(captions, references, strict=True)
+    return sum(score([tokenize(text)], own)[0] for text, own in pairs) / len(references)
 
 
 def are_english(references):
@@ -98,11 +92,6 @@ def smoothed_bleu(references, captions):
         )
         for texts, text in zip(references, captions, strict=True)
     ]
-
-
-def check_cider():
-    """Raises UserError unless CIDEr-D can be computed, for who would find out hours later."""
-    _of_coco("cider.cider")
 
 
 def _of_coco(module):
@@ -307,13 +296,3 @@ def novelty(captions, training):
     """The share of captions that are, word for word, none of the training captions."""
     known = {tuple(tokenize(text)) for text in training}
     return sum(tuple(tokenize(text)) not in known for text in captions) / max(len(captions), 1)
-
-
-def top5_right(scores, targets, barred=None):
-    """How many targets (n,) int64 are among the five largest scores of their row (n, V), and not
-    `barred`, int64: a scalar float32 on their device, so that the host need not wait for it."""
-    top = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    right = (top == targets.unsqueeze(1)).any(dim=1)
-    if barred is not None:
-        right &= (targets.unsqueeze(1) != barred).all(dim=1)
-    return right.float().sum()

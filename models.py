@@ -34,7 +34,7 @@ class State(NamedTuple):
 
     def select(self, rows: Tensor) -> "State":
         """Those of the given rows: indices or a mask."""
-        return State(self.h[rows], self.c[rows])
+        return State(of_rows(self.h, rows), of_rows(self.c, rows))
 
 
 class Memory(NamedTuple):
@@ -204,7 +204,7 @@ class DecoderWithAttention(Decoder):
         """One decoding step, as in `Decoder.step`."""
         slots = torch.arange(len(words), device=words.device)
         per_image = len(words) // memory.annotations.images
-        words = self.embedding(words)
+        words = self.embed_dropout(self.embedding(words))
         offsets = self._offsets(words, memory)
         weights = memory.recurrent_weight, memory.context_weight
         products = Products(*(partial(kernels.plain_product, weight=weight) for weight in weights))

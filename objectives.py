@@ -1,6 +1,7 @@
 """What training minimises: values that an epoch is given, called with what a decoder makes."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,21 @@ class CrossEntropy:
     alpha_c: float = 1.0
     label_smoothing: float = 0.0
     barred: Tensor | None = None  # from `vocabulary.barred`
+    measure: ClassVar[str] = "top5"  # what `measured` sums up
+
+    def read(self, network, features, captions, lengths):
+        """What the loss is of: the decoder's `contract.Forward` of people's captions.
+
+        Args:
+            network: an `engine.Network`.
+            features: (I, g, g, D).
+            captions, lengths: int64 (I, K, T) and (I, K), from `datasets.CaptionDataset`.
+        """
+        return network.read(features, captions, lengths)
+
+    def measured(self, read):
+        """How many words are among the five likeliest, a scalar float32 on their device."""
+        return top5_right(read.scores.data, read.targets.data, self.barred)
 
     def __call__(self, scores, targets, alphas, drawn=None, sizes=None):
         """A scalar float32.
@@ -28,7 +44,8 @@ class CrossEntropy:
         return caption_loss(scores, targets, alphas, drawn, *terms, sizes, self.barred)
 
     def sizes(self, targets):
-        """Words and captions that the loss is a mean over, float32 (2,) on their device."""
+        """Words and captions that the loss is a mean over, float32 (2,) on their device; over the
+        words are the means of an epoch, too."""
         return sizes_of(targets, self.barred)
 
     def sums(self, scores, targets, alphas):
@@ -95,6 +112,16 @@ def loss_terms(scores, targets, alphas, label_smoothing=0.0, barred=None):
     if alphas is None:
         return missed, missed.new_zeros(())
     return missed, ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1).sum()
+
+
+def top5_right(scores, targets, barred=None):
+    """How many targets (n,) int64 are among the five largest scores of their row (n, V), and not
+    `barred`, int64: a scalar float32 on their device, so that the host need not wait for it."""
+    top = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    right = (top == targets.unsqueeze(1)).any(dim=1)
+    if barred is not None:
+        right &= (targets.unsqueeze(1) != barred).all(dim=1)
+    return right.float().sum()
 
 
 # The authors' settings for stochastic attention.

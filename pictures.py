@@ -10,6 +10,9 @@ from groundwork import fonts
 from groundwork.files import atomic_write
 from groundwork.logs import read_log
 
+# Stages that follow others: how dark their epochs are, and what they are called
+LATER = {"finetune": ("0.92", "fine-tuning"), "scst": ("0.85", "self-critical")}
+
 
 def curves_path(log_path):
     """Path of a log's curves: `log_….jsonl` to `curves_….png`."""
@@ -29,24 +32,32 @@ def draw_curves(log_path):
 
 
 def curves(records):
-    """A matplotlib figure of losses, BLEU and learning rate over the epochs.
+    """A matplotlib figure of losses, BLEU, CIDEr-D and learning rate over the epochs.
 
     Args:
         records: dicts, one an epoch, with `stage`, `loss`, `val_loss`, `bleu1` to `bleu4` (0 to 1)
-            and `lr`, and where the encoder is trained, too, `encoder_lr`; epochs of stage
-            "finetune" that follow others are shaded.
+            and `lr`, where the encoder is trained, too, `encoder_lr`, and where they are known
+            `cider` and `reward`, of which the loss of an epoch with a reward is no likelihood;
+            epochs of stages that follow others are shaded.
     """
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    scored = any("cider" in record for record in records)
+    figure = Figure(figsize=(16 if scored else 12, 3.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
-    loss, bleu, rate = figure.subplots(1, 3)
-    _plot(loss, records, "loss", {"training": "loss", "validation": "val_loss"})
+    loss, bleu, *cider, rate = figure.subplots(1, 4 if scored else 3)
+    losses = [record | ({"loss": math.nan} if "reward" in record else {}) for record in records]
+    _plot(loss, losses, "loss", {"training": "loss", "validation": "val_loss"})
     scores = {f"BLEU-{n}": f"bleu{n}" for n in range(1, 5)}
     _plot(bleu, records, "validation BLEU (%)", scores, scale=100)
+    if scored:
+        ciders = {"validation": "cider"}
+        if any("reward" in record for record in records):
+            ciders["reward"] = "reward"
+        _plot(cider[0], records, "CIDEr-D (%)", ciders, scale=100)
     rates = {"decoder": "lr"}
     if any("encoder_lr" in record for record in records):
         rates["encoder"] = "encoder_lr"
     _plot(rate, records, "learning rate (10⁻⁴)", rates, scale=1e4)
-    for axes in (bleu, rate):
+    for axes in (bleu, *cider, rate):
         axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
     return figure
 
@@ -59,8 +70,12 @@ def _plot(axes, records, title, curves, scale=1):
         values = [scale * record.get(key, math.nan) for record in records]
         axes.plot(range(1, len(records) + 1), values, ".-", label=label)
     stages = [record["stage"] for record in records]
-    if len(set(stages)) > 1:
-        axes.axvspan(stages.index("finetune") + 0.5, end, color="0.92", label="fine-tuning")
+    for stage, (shade, name) in LATER.items():
+        if stage in stages[1:] and (begin := stages.index(stage)):
+            stop = begin + stages.count(stage) + 0.5
+            # told once, where there is room
+            label = name if axes is axes.figure.axes[0] else None
+            axes.axvspan(begin + 0.5, stop, color=shade, label=label)
     axes.set_title(title, loc="left", pad=24)
     axes.set_xlabel("epoch")
     axes.set_xlim(0.5, end)

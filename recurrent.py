@@ -32,7 +32,7 @@ class Hidden(NamedTuple):
 
     def select(self, rows: Tensor) -> "Hidden":
         """Those of the given rows: indices or a mask."""
-        return Hidden(tuple(layer[rows] for layer in self.layers))
+        return Hidden(tuple(of_rows(layer, rows) for layer in self.layers))
 
 
 class RecurrentDecoder(Decoder):
@@ -98,7 +98,8 @@ class RecurrentDecoder(Decoder):
         """One decoding step, as in `Decoder.step`."""
         slots = torch.arange(len(words), device=words.device)
         per_image = len(words) // memory.annotations.images
-        hidden, look, state = self.advance(self.embedding(words), state, memory, slots, per_image)
+        words = self.embed_dropout(self.embedding(words))
+        hidden, look, state = self.advance(words, state, memory, slots, per_image)
         return self.scores(hidden), look.alphas, state
 
     def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:

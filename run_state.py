@@ -14,10 +14,18 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 import checkpoints
 import pictures
 from config import TrainingConfig
-from engine import Means, Network, parameters
+from engine import Means, Network
 from groundwork import distributed, tensorboard_log
 from groundwork.errors import UserError
 from groundwork.files import atomic_write, write_json
+from optimization import Updates, same_form
+
+# Options with the learning rates of a stage: the decoder's, and the encoder's where it learns, too
+RATES = {
+    "decoder": ["decoder_lr"],
+    "finetune": ["decoder_lr", "encoder_lr"],
+    "scst": ["scst_lr"],
+}
 
 
 class RunFiles:
@@ -97,10 +105,13 @@ class RunState:
         network, config = self.network, self.config
         self.stage, self.epoch, self.waited = stage, 0, 0
         self.begin_epoch()
-        rates = config.decoder_lr, config.encoder_lr
-        trained = network.trained(stage == "finetune")
-        groups = [{"params": ps, "lr": lr} for ps, lr in zip(trained, rates, strict=False)]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        network.trained(stage == "finetune", config.tune_from)
+        parts = {"decoder": network.decoder}
+        if network.tunes_encoder:
+            parts["encoder"] = network.encoder
+        rates = {name: getattr(config, name) for name in RATES[stage]}
+        self.updates = Updates(parts, rates, config)
+        self.optimizer = self.updates.optimizer
         if config.schedule == "cosine":
             self.schedule = CosineAnnealingLR(self.optimizer, config.epochs)
         else:
@@ -108,9 +119,14 @@ class RunState:
                 self.optimizer, mode="max", factor=0.8, patience=config.patience - 1, threshold=0
             )
 
+    @property
+    def judged(self):
+        """The `Network` to validate and to caption with: of the averaged weights, if there are."""
+        return dataclasses.replace(self.network, **self.updates.averaged())
+
     def begin_epoch(self):
         """Nothing of the next epoch is done yet."""
-        self.step, self.means, self.seconds = 0, Means(), 0.0
+        self.step, self.means, self.seconds = 0, Means(checkpoints.measure_of(self.stage)), 0.0
 
     def end_epoch(self, record):
         """Counts an epoch, and logs its record; whether it is the best so far."""
@@ -142,12 +158,16 @@ class RunState:
     # -------------------------------------------------------------------------------- saving
 
     def checkpoint_size(self, stage):
-        """Bytes, about, of a checkpoint inside a stage: the weights, and of those that are trained
-        Adam's two means."""
-        network = self.network
-        weights = [*network.encoder.state_dict().values(), *network.decoder.state_dict().values()]
-        means = 2 * [p for group in network.trained(stage == "finetune") for p in group]
-        return sum(tensor.nbytes for tensor in [*weights, *means])
+        """Bytes, about, of a checkpoint inside a stage: the weights, of those that are trained
+        Adam's two means, and where weights are averaged those that are not, too."""
+        network, tunes = self.network, stage == "finetune"
+        encoder, decoder = (
+            list(part.state_dict().values()) for part in (network.encoder, network.decoder)
+        )
+        trained = network.trained(tunes, self.config.tune_from)
+        means = 2 * [p for group in trained for p in group]
+        raw = decoder + encoder * tunes if self.config.ema else []
+        return sum(tensor.nbytes for tensor in [*encoder, *decoder, *means, *raw])
 
     def save(self, files, order, seconds, improved=False):
         """A checkpoint of this moment; all processes take part, and the main one writes it.
@@ -171,8 +191,8 @@ class RunState:
 
     def contents(self, order, random, means):
         """What a checkpoint holds: see `checkpoints.RUN_KEYS`."""
-        encoder, decoder = self.network.encoder, self.network.decoder
-        return {
+        encoder, decoder = self.judged.encoder, self.judged.decoder
+        return self.updates.contents() | {
             "options": self.options,
             "base": self.base,
             "word_map": self.word_map,
@@ -223,13 +243,8 @@ class RunState:
         self.epoch, self.waited = checkpoint["epoch"], checkpoint["epochs_without_improvement"]
         if self.config.select_by != before.get("select_by", self.config.select_by):
             self.waited = 0  # by the other measure; the best so far stays the one to beat
-        load_optimizer(self.optimizer, checkpoint["optimizer"])
+        self.updates.restore(checkpoint)
         self._restore_schedule(checkpoint["schedule"], before)
-        for group, name in zip(
-            self.optimizer.param_groups, ("decoder_lr", "encoder_lr"), strict=False
-        ):
-            if getattr(self.config, name) != before.get(name):
-                group["lr"] = getattr(self.config, name)
         if checkpoint["step"]:
             if wanted := data.differences(checkpoint["order"], before):
                 raise UserError(
@@ -246,7 +261,7 @@ class RunState:
         shape = ["schedule", "patience" if self.config.schedule == "plateau" else "epochs"]
         if any(getattr(self.config, name) != before.get(name) for name in shape):
             return
-        if not _same_form(state, self.schedule.state_dict()):
+        if not same_form(state, self.schedule.state_dict()):
             raise UserError(
                 "the checkpoint's schedule is damaged, or of another version of PyTorch: "
                 "start anew with --overwrite"
@@ -304,69 +319,3 @@ def best_record(checkpoint):
     BLEU-4 alone."""
     known = [r for r in checkpoint["log"] if r["bleu4"] == checkpoint["best_bleu4"]]
     return checkpoint["best_record"] or (known[0] if known else None)
-
-
-@torch.no_grad()
-def load_optimizer(optimizer, state):
-    """Gives Adam the state of a checkpoint.
-
-    Raises:
-        UserError: the state is not that of these parameters: fused updates trust it.
-    """
-    groups = optimizer.state_dict()["param_groups"]
-    own = parameters(optimizer)
-    theirs, moments = state.get("param_groups"), state.get("state")
-    if (
-        not isinstance(theirs, list)
-        or not all(isinstance(group, dict) for group in theirs)
-        or [group.get("params") for group in theirs] != [group["params"] for group in groups]
-        or not all(_same_form(group.get("lr"), 0.0) for group in theirs)
-        or not isinstance(moments, dict)
-        or not moments.keys() <= set(range(len(own)))
-        or not all(_is_adams(moments[i], own[i]) for i in moments)
-    ):
-        raise UserError(
-            "the checkpoint's optimizer is of another model: start anew with --overwrite"
-        )
-    copies = {  # laid out like the parameters
-        i: {
-            name: value if name == "step" else torch.empty_like(own[i]).copy_(value)
-            for name, value in moments[i].items()
-        }
-        for i in moments
-    }
-    for group, their in zip(groups, theirs, strict=True):
-        group["lr"] = their["lr"]  # all else is as training sets it
-    optimizer.load_state_dict({"state": copies, "param_groups": groups})
-
-
-def _same_form(value, own):
-    """Whether a state read from a file has the form of our own: numbers where it has numbers, and
-    all else the same."""
-    if isinstance(own, dict):
-        return (
-            isinstance(value, dict)
-            and value.keys() == own.keys()
-            and all(_same_form(value[key], own[key]) for key in own)
-        )
-    if isinstance(own, list | tuple):
-        return (
-            isinstance(value, list | tuple)
-            and len(value) == len(own)
-            and all(map(_same_form, value, own))
-        )
-    if type(own) in (int, float):
-        return type(value) in (int, float) and not math.isnan(value)
-    return type(value) is type(own) and value == own
-
-
-def _is_adams(state, parameter):
-    """Whether a dict of tensors is Adam's state of a parameter."""
-    return (
-        isinstance(state, dict)
-        and state.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        and all(isinstance(tensor, torch.Tensor) for tensor in state.values())
-        and all(tensor.dtype is torch.float32 for tensor in state.values())
-        and state["step"].shape == ()
-        and state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
-    )

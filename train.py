@@ -1,4 +1,5 @@
-"""Trains the model in two stages: the decoder on a frozen encoder, then both together.
+"""Trains the model in two stages: the decoder on a frozen encoder, then both together. A third, for
+who asks for it, trains the decoder by the scores of captions that it draws.
 
 Without arguments it takes the one prepared data set in data/; where there is none it makes the
 demo data and trains on that.
@@ -13,7 +14,7 @@ from config import ModelConfig, TrainingConfig
 from groundwork.errors import UserError, run
 from groundwork.files import folder_for, make_folder, sole_writer
 from groundwork.options import as_arguments, as_flags
-from training_options import DEMO_DEFAULTS, make_parser, typed_options
+from training_options import DEMO_DEFAULTS, SCST_DEFAULTS, SCST_OPTIONS, make_parser, typed_options
 
 # What says which run it is, and where; all other options are the run's own, until others are typed
 APART = {
@@ -35,13 +36,14 @@ def main():
     import torch
 
     import continuation
-    import metrics
     import parts_of_speech
     from groundwork import distributed, tensorboard_log
     from groundwork.devices import choose_device
 
     request = make(continuation.Request, typed)
     start = continuation.find_start(request, parser.get_default("data_folder"))
+    if start is not None and start.begins == "scst":  # where its run's options were another stage's
+        typed = SCST_DEFAULTS | typed
     options = settle(parser, typed, start)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
@@ -49,8 +51,8 @@ def main():
     if options.tensorboard:
         tensorboard_log.check_installed()
         parts_of_speech.check_installed()
-    if options.select_by == "cider":
-        metrics.check_cider()
+    if options.stage != "scst" and (idle := {n: typed[n] for n in SCST_OPTIONS if n in typed}):
+        raise UserError(f"{as_flags(idle)}: leave it out, as it is for --stage scst")
     if options.regions is not None and not options.tensorboard:
         raise UserError("--regions are for --tensorboard, which shows how the attention fits")
     if options.region_words and options.regions is None:
@@ -77,6 +79,7 @@ def train(parser, options, typed, request, start, device):
             print(f"demo data, so the defaults are {as_flags(DEMO_DEFAULTS)}")
     if start is None:
         choices.check(vars(options), make_parser().typed())
+    choices.check_training(vars(options), typed)
     torch.manual_seed(options.seed)
 
     with folder_for(options.output_folder or options.data_folder) as options.output_folder:
@@ -132,8 +135,8 @@ def run_stages(options, typed, base, start, device):
 
     checkpoint = start and start.checkpoint
     state = make_state(options, typed, base, checkpoint, device)
-    reached = checkpoint["stage"] if checkpoint else "decoder"
-    stages = checkpoints.STAGES if options.stage == "both" else [options.stage]
+    reached = checkpoint["stage"] if checkpoint else checkpoints.STAGES[0]
+    stages = ["decoder", "finetune"] if options.stage == "both" else [options.stage]
     stages = stages[stages.index(reached) if reached in stages else 0 :]
     files = RunFiles(options.output_folder, base)
     with torch.autograd.set_detect_anomaly(options.detect_anomaly):
@@ -173,6 +176,8 @@ def make_state(options, typed, base, checkpoint, device):
     in_force = choices.in_force(encoder, decoder)
     if checkpoint:
         choices.check_unchanged(typed, make_parser().typed(), in_force, checkpoint["options"])
+    if options.scst_lr is None:
+        options.scst_lr = decoder.scst_lr
     encoder.to(device, memory_format=torch.channels_last)
     decoder.to(device)
     if not distributed.is_main:  # each process drops other values out

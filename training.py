@@ -7,9 +7,13 @@ import time
 import torch
 
 import checkpoints
+import diversity
 import engine
 import metrics
+import rewards
+import self_critical
 import vocabulary
+from config import SCHEDULES
 from datasets import CaptionDataset
 from groundwork import distributed
 from groundwork.errors import UserError
@@ -17,9 +21,11 @@ from groundwork.progress import progress
 from groundwork.signals import Stop
 from groundwork.wording import counted
 from objectives import CrossEntropy
+from optimization import rates_of
 from run_state import RunFiles, RunState
+from sampling import ScheduledSampling, own_share
 from training_data import TrainingData
-from training_report import MEASURES, Reports
+from training_report import MEASURES, Reports, describe_means
 
 SKIPS = 5  # steps without finite gradients, in a row, after which training stops
 
@@ -111,13 +117,14 @@ class Training:
             state.base,
             state.network,
             state.config,
-            stage == "finetune",
+            stage,
             self.cache,
             self.workers,
             self.karpathy_json,
             self.prune,
         )
         state.image_size = self.data.image_size
+        self.objective, self.grad_clip = _objective_of(state, self.data)
 
     def _go_on(self, checkpoint, source):
         """Takes over where an earlier run stood: in this stage, or in the one before."""
@@ -137,7 +144,7 @@ class Training:
         )
         while state.epoch < config.epochs and state.waited < config.stop_after:
             started = time.perf_counter() - state.seconds
-            rates = [group["lr"] for group in state.optimizer.param_groups]
+            rates = rates_of(state.optimizer).values()
             record = {"stage": state.stage, "epoch": state.epoch + 1}
             record |= zip(("lr", "encoder_lr"), rates, strict=False)  # the second in fine-tuning
             record |= self._train_epoch(started)
@@ -161,8 +168,8 @@ class Training:
 
     def _train_epoch(self, started):
         """The steps of an epoch that are still to do; its mean loss and accuracy, its speed."""
-        state, config = self.state, self.state.config
-        self.data.sampler.set_epoch(state.epoch + 1, state.step)
+        state = self.state
+        self.data.set_epoch(state.epoch + 1, state.step)
         saved = time.monotonic()
 
         def flags():
@@ -176,7 +183,7 @@ class Training:
             stopping, due = step.flags
             self._count(step)
             # first, as a narrow terminal cuts the end off
-            means = f"loss {state.means['loss']:.3f}, top-5 {state.means['top5']:.1%}"
+            means = describe_means(state.means, self.objective.measure)
             bar.set_description_str(f"epoch {state.epoch + 1}: {means}", refresh=False)
             bar.set_postfix_str(f"{self._rate(started):.0f} captions/s", refresh=False)
             bar.update()
@@ -194,18 +201,22 @@ class Training:
                 engine.train_epoch(
                     state.network,
                     self.data.train,
-                    _objective(state, config.label_smoothing),
+                    self.objective,
                     state.optimizer,
-                    config.grad_clip,
+                    self.grad_clip,
                     state.means,
                     flags,
                     after_step,
+                    state.config.accumulate,
                 )
             except engine.AnomalyError as error:
                 raise UserError(f"{state.place(state.step + 1)}: {error}") from error
         rate = self._rate(started)
         means = state.means.add_up(state.network.device)
-        return {"loss": means["loss"], "top5": means["top5"], "captions_per_second": round(rate, 1)}
+        found = {name: means[name] for name in means.sums}
+        if isinstance(self.objective, ScheduledSampling):
+            found["own_words"] = round(self.objective.share(), 4)  # of the words read, at its end
+        return found | {"captions_per_second": round(rate, 1)}
 
     def _count(self, step):
         """Counts a step; stops where many in a row were skipped."""
@@ -227,7 +238,7 @@ class Training:
 
     def _rate(self, started):
         """Captions per second in this epoch, by all processes."""
-        done = self.data.caption_count * self.state.step / self.data.steps
+        done = self.data.epoch_captions * self.state.step / self.data.steps
         return done / (time.perf_counter() - started)
 
     def _validate(self):
@@ -245,16 +256,10 @@ class Training:
                 yield batch
 
         loss, top5, captions = engine.validate(
-            state.network, batches(), _objective(state), state.word_map, self.reports.measured()
+            state.judged, batches(), _likelihood(state), state.word_map, self.reports.measured()
         )
-        references = [reference["captions"] for reference in self.data.references]
         texts = [" ".join(caption.words) for caption in captions]
-        scores = {"val_loss": loss, "val_top5": top5}
-        bleu = metrics.bleu(references, texts).scores
-        scores |= {f"bleu{n}": score for n, score in enumerate(bleu, start=1)}
-        if state.config.select_by == "cider":
-            scores["cider"] = metrics.cider(references, texts)
-        return scores, captions
+        return {"val_loss": loss, "val_top5": top5} | _scores(self.data.references, texts), captions
 
     def _save(self, improved=False):
         self.reports.flush()
@@ -275,8 +280,53 @@ class Training:
         sys.exit(128 + number)
 
 
-def _objective(state, label_smoothing=0.0):
-    """What a run minimises; the validation loss is without label smoothing."""
+def _likelihood(state, label_smoothing=0.0):
+    """What stages before the self-critical one minimise; the validation loss is without label
+    smoothing."""
     return CrossEntropy(
         state.config.alpha_c, label_smoothing, vocabulary.barred(state.network.decoder)
     )
+
+
+def _objective_of(state, data):
+    """What a stage minimises, of the `TrainingData` that it reads, and how its gradients are
+    clipped."""
+    config, truth = state.config, _likelihood(state, state.config.label_smoothing)
+    if state.stage != "scst":
+        return _with_own_words(state, truth), config.grad_clip
+    people = data.train.dataset
+    corpus = self_critical.references(people.captions, people.lengths)
+    objective = self_critical.SelfCritical(
+        rewards.make(rewards.parse(config.reward), corpus),
+        state.word_map,
+        int(people.lengths.max()) - 2,  # without <start> and <end>
+        config.samples,
+        config.cross_entropy_share,
+        truth,
+    )
+    return objective, config.scst_grad_clip
+
+
+def _with_own_words(state, truth):
+    """The same of a `CrossEntropy`, where words of the model's own are to be read."""
+    config = state.config
+    if not config.scheduled_sampling:
+        return truth
+    k = config.sampling_k or SCHEDULES[config.scheduled_sampling]
+
+    def share():
+        since = state.updates.count - config.sampling_start
+        return own_share(config.scheduled_sampling, since, k, config.sampling_max)
+
+    never = [state.word_map[word] for word in (*vocabulary.NEVER, "<end>")]
+    never = torch.tensor(never, device=state.network.device)
+    return ScheduledSampling(**vars(truth), share=share, never=never)
+
+
+def _scores(references, captions):
+    """What the log has of an epoch's greedy captions, texts, by name."""
+    references = [reference["captions"] for reference in references]
+    bleu = metrics.bleu(references, captions).scores
+    scores = {f"bleu{n}": score for n, score in enumerate(bleu, start=1)}
+    scores["cider"] = metrics.cider(references, captions)
+    return scores | diversity.of_greedy(captions, metrics.are_english(references))

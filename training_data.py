@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import CaptionDataset, LengthSampler
+from datasets import FRESH, VIEWS, CaptionDataset, LengthSampler
 from features import cache_features, other_features
 from groundwork import distributed
 from groundwork.devices import loader_options
@@ -23,7 +23,7 @@ class TrainingData:
         folder, base: which input files.
         network: `engine.Network`, whose encoder the features are of.
         config: `TrainingConfig`.
-        finetune: whether the encoder is trained, too.
+        stage: of `checkpoints.STAGES`; fine-tuning trains the encoder, too.
         cache: whether to cache features, if there is room.
         workers: processes that read batches ahead, None for the device's usual.
         karpathy_json: as `CaptionDataset` takes it.
@@ -36,20 +36,23 @@ class TrainingData:
         base,
         network,
         config,
-        finetune,
+        stage,
         cache=True,
         workers=None,
         karpathy_json=None,
         prune=False,
     ):
         network.encoder.to(network.device)
+        frozen = stage != "finetune"
+        fresh = None if frozen and cache else config.augment  # where images are read
+        changes = fresh.split() if fresh else VIEWS
         # both before either is encoded, which may take hours
         train, val = (
-            CaptionDataset(folder, base, split, seed=config.seed, karpathy_json=karpathy_json)
+            CaptionDataset(folder, base, split, None, config.seed, karpathy_json, changes)
             for split in ("TRAIN", "VAL")
         )
         for data, split, views in ((train, "TRAIN", config.views), (val, "VAL", 1)):
-            if cache and not finetune:
+            if cache and frozen:
                 with distributed.main_first():
                     features = cache_features(
                         network.encoder, folder, base, split, views, config.seed, network.amp
@@ -58,15 +61,16 @@ class TrainingData:
                     data.use_features(features)
         if train.from_features and val.from_features:
             network.encoder.cpu()
-        if distributed.is_main and cache and not finetune:
+        if distributed.is_main and cache and frozen:
             _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
-        captions = config.finetune_batch_size if finetune else config.batch_size
-        self.finetune, self.captions_per_image = finetune, train.captions.shape[1]
-        images = max(1, captions // self.captions_per_image)
+        self.sized_by, per_image = _sizes(stage, config, train.captions.shape[1])
+        self.captions_per_image = per_image
+        self.views, self.changes = config.views, " ".join(changes) if fresh else None
+        images = max(1, getattr(config, self.sized_by[0]) // per_image)
         self.sampler = LengthSampler(
             train.lengths,
             images,
-            config.views,
+            FRESH if fresh else config.views,
             config.seed,
             distributed.rank,
             distributed.world_size,
@@ -80,14 +84,22 @@ class TrainingData:
         self.val = DataLoader(val, batch_size=VAL_BATCH, sampler=share, **common)
         self.references = val.references
         self.image_count, self.caption_count = len(train), train.lengths.numel()
+        self.epoch_captions = len(train) * per_image  # that an epoch's steps are of
         self.image_size = val.image_size  # pixels
-        self.steps = self.sampler.total  # of an epoch
+        self.accumulate = config.accumulate  # batches of a step
+        self.steps = -(-self.sampler.total // self.accumulate)  # of an epoch
+
+    def set_epoch(self, epoch, step):
+        """The epoch whose order comes next, from a step on."""
+        self.sampler.set_epoch(epoch, step * self.accumulate)
 
     def order(self):
         """What the order of the batches follows from, beside the epoch."""
         return {
             "images": self.sampler.batch_size,
-            "views": self.sampler.views,
+            "views": self.views,
+            "augment": self.changes,
+            "accumulate": self.accumulate,
             "seed": self.sampler.seed,
             "processes": distributed.world_size,
         }
@@ -100,12 +112,14 @@ class TrainingData:
             options: name -> number or text, of the earlier run.
         """
         own, wanted = self.order(), {}
-        differ = {name for name in own if order.get(name) != own[name]}
+        older = {"accumulate": 1}  # what there was before it was told
+        differ = {name for name in own if order.get(name, older.get(name)) != own[name]}
         if "images" in differ:
-            name = "finetune_batch_size" if self.finetune else "batch_size"
-            images = order.get("images")
-            wanted[name] = options.get(name, images and images * self.captions_per_image)
-        wanted |= {name: order.get(name) for name in ("views", "seed") if name in differ}
+            size, images = self.sized_by[0], order.get("images")
+            wanted[size] = images and images * self.captions_per_image
+            wanted |= {name: options[name] for name in self.sized_by if name in options}
+        names = [name for name in ("views", "augment", "accumulate", "seed") if name in differ]
+        wanted |= {name: order.get(name, older.get(name)) for name in names}
         parts = [as_flags(wanted)]
         if (count := order.get("processes")) and "processes" in differ:
             parts.append(f"{counted(count, 'process')} (torchrun --nproc_per_node {count})")
@@ -114,6 +128,14 @@ class TrainingData:
     def captions_in(self, steps):
         """Captions of so many steps of an epoch."""
         return self.caption_count * steps // self.steps
+
+
+def _sizes(stage, config, per_image):
+    """Names of the options that a stage's batches have their size from, and how many captions of an
+    image count in them, of `per_image` that there are."""
+    if stage == "scst":  # captions drawn
+        return ("scst_batch_size", "samples"), config.samples
+    return ("finetune_batch_size" if stage == "finetune" else "batch_size",), per_image
 
 
 def _prune(files, folder, remove):

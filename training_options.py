@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from config import ModelConfig, TrainingConfig
+import rewards
+from config import CHANGES, SCHEDULES, ModelConfig, TrainingConfig
 from groundwork.options import (
     MAX_GRID,
     SUPPRESS,
@@ -14,6 +15,7 @@ from groundwork.options import (
     add_region_options,
     add_workers_option,
     as_flags,
+    checked,
     interval,
     number,
 )
@@ -30,6 +32,12 @@ ATTENDING = {
 }
 USUAL = dataclasses.asdict(ModelConfig()) | dataclasses.asdict(TrainingConfig())
 RECIPES = {"attending": ATTENDING, "paper": {name: USUAL[name] for name in ATTENDING}}
+
+# Of the self-critical stage, where it begins; all else that is not typed is as in its run before.
+SCST_DEFAULTS = {"epochs": 10, "select_by": "cider"}
+SCST_OPTIONS = (
+    "scst_batch_size", "scst_lr", "scst_grad_clip", "samples", "reward", "cross_entropy_share",
+)  # fmt: skip
 
 # Learnable in minutes on two cores.
 DEMO_DEFAULTS = {
@@ -88,8 +96,17 @@ def make_parser(description=None):
     add(
         "--views",
         type=positive,
-        help="views of an image to train on: itself, its mirror image, then random crops; "
-        "mirror images belie captions that speak of left and right",
+        help="views of an image to train on: itself, its mirror image, then random crops; of a "
+        "mirror image's captions left and right are exchanged",
+    )
+    add(
+        "--augment",
+        nargs="+",
+        action=Joined,
+        type=checked(_check_changes),
+        metavar="CHANGE",
+        help="in the place of --views, where images are read, as in fine-tuning: a fresh view of "
+        f"each image in every epoch, by any of {', '.join(CHANGES)}, or none",
     )
 
     parser.add_argument(
@@ -176,10 +193,11 @@ def make_parser(description=None):
     add = training.add_argument
     add(
         "--stage",
-        choices=["decoder", "finetune", "both"],
+        choices=["decoder", "finetune", "both", "scst"],
         default="both",
         help="the decoder alone, fine-tuning the encoder with it from the best checkpoint, or "
-        "one after the other",
+        "one after the other; scst: self-critical training of the decoder, from the best "
+        "checkpoint",
     )
     add_model_option(
         training, "to go on from, with its model, of which only dropout may be changed"
@@ -188,8 +206,8 @@ def make_parser(description=None):
         "--resume",
         action="store_true",
         help="go on where the run in the output folder was stopped, or start it: the result is "
-        "that of a run never stopped. As with --model and --stage finetune, the run's own "
-        "options hold, but for those typed",
+        "that of a run never stopped. As with --model, --stage finetune and --stage scst, the "
+        "run's own options hold, but for those typed",
     )
     add(
         "--save_every",
@@ -200,8 +218,39 @@ def make_parser(description=None):
     add("--epochs", type=positive, help="at most, in each stage")
     add("--batch_size", type=positive, help="captions, stage 1")
     add("--finetune_batch_size", type=positive, help="captions, stage 2")
-    add("--decoder_lr", type=number(float, above=0), help="Adam, decoder")
-    add("--encoder_lr", type=number(float, above=0), help="Adam, encoder")
+    add("--decoder_lr", type=number(float, above=0), help="AdamW, decoder")
+    add("--encoder_lr", type=number(float, above=0), help="AdamW, encoder")
+    add(
+        "--tune_from",
+        type=positive,
+        metavar="STRIDE",
+        help="the stages of the encoder that fine-tuning trains: those of this stride, pixels a "
+        "place, and more; the earlier stay as they are",
+    )
+    add(
+        "--warmup",
+        type=number(int, least=0),
+        metavar="UPDATES",
+        help="updates at a stage's begin over which the rates rise in proportion to their number",
+    )
+    add(
+        "--weight_decay",
+        type=number(float, least=0),
+        help="AdamW: in each update a weight loses its rate times this share of itself; biases, "
+        "norms and embeddings lose nothing",
+    )
+    add(
+        "--accumulate",
+        type=positive,
+        metavar="BATCHES",
+        help="whose gradients make an update together, as those of one batch of their size",
+    )
+    add(
+        "--ema",
+        type=share,
+        help="decay of a moving average of the weights, as 0.999, which is what is validated and "
+        "kept in the place of the weights themselves; 0: none",
+    )
     add(
         "--schedule",
         choices=["plateau", "cosine"],
@@ -219,6 +268,27 @@ def make_parser(description=None):
     add("--grad_clip", type=number(float, above=0), help="element-wise")
     add("--alpha_c", type=number(float, least=0), help="weight of doubly stochastic attention")
     add("--label_smoothing", type=share, help="share spread over the vocabulary")
+    add(
+        "--scheduled_sampling",
+        choices=SCHEDULES,
+        help="how the share of the words grows over a stage that training reads from the model "
+        "itself, in the place of the true words before",
+    )
+    add(
+        "--sampling_start",
+        type=number(int, least=0),
+        metavar="UPDATES",
+        help="before the first word of the model's own",
+    )
+    add(
+        "--sampling_k",
+        type=number(float, least=1),
+        metavar="UPDATES",
+        help="how slowly the share grows: linear i / k, exponential 1 - exp(-i / k), "
+        "inverse_sigmoid 1 - k / (k + exp(i / k)) after i updates; None: "
+        + ", ".join(f"{k} {name}" for name, k in SCHEDULES.items()),
+    )
+    add("--sampling_max", type=number(float, least=0, most=1), help="that share at most")
     add("--seed", type=number(int, least=0, below=2**63), help="of everything")
     add(
         "--deterministic",
@@ -230,11 +300,26 @@ def make_parser(description=None):
         action=SWITCH,
         help="find the operation whose gradient is not a number; slow",
     )
+
+    add = parser.add_argument_group("self-critical training, --stage scst").add_argument
+    add("--reward", type=checked(rewards.parse), help="cider and bleu4, each with its weight")
+    add("--samples", type=number(int, least=2), help="captions drawn of each image")
+    add("--scst_batch_size", type=positive, help="captions drawn, of all its images")
+    add("--scst_lr", type=number(float, above=0), help="Adam, decoder" + own)
+    add("--scst_grad_clip", type=number(float, above=0), help="element-wise")
+    add("--cross_entropy_share", type=share, help="of the loss; the rest is the reward's")
+
     add_workers_option(parser)
     add_device_options(parser)
     parser.set_defaults(**dict.fromkeys(("tensorboard", "deterministic", "detect_anomaly"), False))
     parser.set_defaults(**USUAL)
     return parser
+
+
+def _check_changes(text):
+    """Raises ValueError where words are none of `CHANGES`."""
+    if unknown := set(text.split()) - {*CHANGES, "none"}:
+        raise ValueError(f"{min(unknown)} is none of {', '.join(CHANGES)}, none")
 
 
 def typed_options(parser):

@@ -62,7 +62,7 @@ class Reports:
     def step(self, loss):
         """A step of training was done, and has been counted."""
         if self.events is not None:  # at the step's first caption, so before the epoch's end
-            rates = [group["lr"] for group in self.state.optimizer.param_groups]
+            rates = self.state.updates.rates()
             self.events.step(self._captions_seen(self.state.step - 1) + 1, loss, rates)
 
     def epoch_events(self, record, captions):
@@ -110,7 +110,8 @@ class Reports:
 
     def _captions_seen(self, steps):
         """Captions that the run has trained on, in the epochs of its log and in `steps` steps
-        more: a measure that holds over both stages and their batch sizes."""
+        more: a measure that holds over all stages and their batch sizes; those drawn in place of
+        them do not count."""
         return len(self.state.log) * self.data.caption_count + self.data.captions_in(steps)
 
     def _examples(self, captions):
@@ -140,15 +141,25 @@ def hyperparameters(state):
 MEASURES = {"bleu4": "BLEU-4", "cider": "CIDEr-D", "loss": "validation loss"}  # of the best epoch
 
 
+FORMS = {"top5": "top-5 {:.1%}", "reward": "reward {:.3f}"}  # of what objectives measure
+
+
+def describe_means(values, measure):
+    """The loss of training, and what the objective measures beside it, for people."""
+    return f"loss {values['loss']:.3f}, {FORMS[measure].format(values[measure])}"
+
+
 def describe_epoch(record, best, improved, measure):
     """An epoch's record, for people."""
     bleu = " / ".join(f"{100 * record[f'bleu{n}']:.1f}" for n in range(1, 5))
     cider = f", CIDEr-D {100 * record['cider']:.1f}" if "cider" in record else ""
+    means = describe_means(record, "reward" if "reward" in record else "top5")
+    ends = f", dangling ends {record['dangling']:.1%}" if "dangling" in record else ""
     value = f"{best['val_loss']:.3f}" if measure == "loss" else f"{100 * best[measure]:.1f}"
     return (
-        f"epoch {record['epoch']}: loss {record['loss']:.3f}, top-5 {record['top5']:.1%}; "
+        f"epoch {record['epoch']}: {means}; "
         f"validation loss {record['val_loss']:.3f}, top-5 {record['val_top5']:.1%}, "
-        f"BLEU-1 to BLEU-4: {bleu}{cider}, "
+        f"BLEU-1 to BLEU-4: {bleu}{cider}{ends}, "
         + ("the best so far" if improved else f"best {MEASURES[measure]} {value}")
         + f"; {record['captions_per_second']:.0f} captions/s, {record['seconds']:.0f} s"
     )

@@ -147,6 +147,7 @@ class TransformerDecoder(Decoder):
     """
 
     Config = TransformerConfig
+    scst_lr = 1e-5
 
     def __init__(self, config):
         super().__init__(config)

@@ -43,7 +43,7 @@ class Joined(argparse.Action):
         setattr(namespace, self.dest, " ".join(values))
 
 
-def number(kind, above=None, least=None, below=None):
+def number(kind, above=None, least=None, below=None, most=None):
     """An argparse type: an int or float within bounds."""
 
     def parse(text):
@@ -58,9 +58,25 @@ def number(kind, above=None, least=None, below=None):
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
         if below is not None and not value < below:
             raise argparse.ArgumentTypeError(f"{text} is not below {below}")
+        if most is not None and not value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
         return value
 
     parse.__name__ = kind.__name__
+    return parse
+
+
+def checked(check):
+    """An argparse type: the text itself, of which a function raises ValueError where it cannot
+    be."""
+
+    def parse(text):
+        try:
+            check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
     return parse
 
 

@@ -15,6 +15,8 @@ from groundwork.files import os_errors_as_user_errors
 TAGS = {"loss": "loss/train", "val_loss": "loss/validation"}
 TAGS |= {"top5": "top-5/train", "val_top5": "top-5/validation"}
 TAGS |= {f"bleu{n}": f"BLEU/BLEU-{n}" for n in range(1, 5)}  # one group of charts
+TAGS |= {"cider": "CIDEr-D/validation", "reward": "reward/train"}
+TAGS |= {"distinct_words": "diversity/distinct_words", "dangling": "diversity/dangling_ends"}
 TAGS |= {"captions_per_second": "speed/captions_per_second"}
 RATES = ["learning_rate/decoder", "learning_rate/encoder"]
 
@@ -60,7 +62,7 @@ class EventLog:
         except UserError:
             threading.excepthook = self.hook
             raise
-        metrics = dict.fromkeys([TAGS["bleu4"], TAGS["val_loss"]])
+        metrics = dict.fromkeys(TAGS[name] for name in ("bleu4", "cider", "val_loss"))
         shown = {
             name: str(value) if isinstance(value, bool) else value
             for name, value in hyperparameters.items()
@@ -86,7 +88,8 @@ class EventLog:
             examples: (file name, a human caption, the model's, RGB PIL.Image) each.
         """
         for key, tag in TAGS.items():
-            self._write(self.writer.add_scalar, tag, record[key], captions)
+            if key in record:
+                self._write(self.writer.add_scalar, tag, record[key], captions)
         for tag, value in scalars.items():
             self._write(self.writer.add_scalar, tag, value, captions)
         for number, (filename, human, caption, picture) in enumerate(examples, start=1):

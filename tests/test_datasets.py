@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
+import datasets
 import features
 import utils
 from config import TrainingConfig
@@ -147,7 +148,8 @@ def test_features_of_views_come_with_their_images_captions(tiny_data, workers, t
         for items, (source, words, lengths) in zip(sampler, loader, strict=True):
             assert source[:, 0, 0, 0].tolist() == [10 * i + view for i, view in items]
             images = [i for i, _ in items]
-            assert torch.equal(words, data.captions[images])
+            own = [data[item][1] for item in items]  # of mirror images, the other side's
+            assert torch.equal(words, torch.stack(own))
             assert torch.equal(lengths, data.lengths[images])
             seen += [view for _, view in items]
     assert set(seen) == {0, 1, 2}
@@ -344,7 +346,7 @@ def test_features_not_in_use_are_counted_or_removed(tiny_data, tmp_path, capsys)
         network = SimpleNamespace(
             encoder=TinyEncoder(weight), device=torch.device("cpu"), amp=False
         )
-        options = {"finetune": False} | options
+        options = {"stage": "decoder"} | options
         TrainingData(tmp_path, base, network, TrainingConfig(), **options)
         return sorted(tmp_path.glob("*FEATURES*"))
 
@@ -355,7 +357,7 @@ def test_features_not_in_use_are_counted_or_removed(tiny_data, tmp_path, capsys)
     assert "--prune_features removes them" in said
     assert kept(1.0, prune=True) == first
     assert "removed" in capsys.readouterr().out
-    assert kept(1.0, finetune=True, prune=True) == first  # stage 2 uses none, and leaves them
+    assert kept(1.0, stage="finetune", prune=True) == first  # stage 2 uses none, and leaves them
     assert kept(1.0, cache=False, prune=True) == first
     assert "features" not in capsys.readouterr().out
 
@@ -476,3 +478,96 @@ def test_an_hdf5_file_of_something_else_is_refused(tiny_data, tmp_path):
         file["weights"] = np.zeros(3)
     with pytest.raises(UserError, match=path.name):
         CaptionDataset(tmp_path, base, "VAL")
+
+
+# ---------------------------------------------------------------------------- mirrors and changes
+
+
+def test_left_and_right_change_places_and_nothing_else_does():
+    pairs = [("left", "right"), ("leftmost", "rightmost"), ("top-left", "top-right")]
+    pairs += [("left-handed", "right-handed"), ("bottomright", "bottomleft")]
+    same = ["bright", "upright", "leftover", "righteous", "cleft", "brightly", "a", "copyright"]
+    alone = ["lefthand"]  # whose other is not in the vocabulary
+    special = ["<unk>", "<start>", "<end>", "<pad>"]
+    words = [word for pair in pairs for word in pair] + same + alone + special
+    word_map = {word: i for i, word in enumerate(words[:-1], start=1)} | {"<pad>": 0}
+    mirrored = datasets.mirrored_words(word_map)
+    names = {index: word for word, index in word_map.items()}
+    found = {word: names[int(mirrored[index])] for word, index in word_map.items()}
+    expected = dict(pairs) | {right: left for left, right in pairs}
+    expected |= {word: word for word in [*same, *special]} | {"lefthand": "<unk>"}
+    assert found == expected
+
+
+@pytest.mark.parametrize("from_features", [False, True])
+def test_captions_of_mirror_images_say_the_other_side(tiny_data, tmp_path, from_features):
+    """Of images and of cached features, and of every other view, cropped or not."""
+    folder, base = tiny_data
+    path = None
+    if from_features:
+        path = tmp_path / "features.hdf5"
+        with h5py.File(path, "w") as file:
+            file["features"] = np.zeros((8, 4, 1, 1, 2), "float16")
+    data = CaptionDataset(folder, base, "TRAIN", path)
+    word_map = json.loads((folder / f"WORDMAP_{base}.json").read_text())
+    names = {index: word for word, index in word_map.items()}
+    other = {"left": "right", "right": "left"}
+    sided = 0
+    for i in range(8):
+        own = [[names[int(word)] for word in caption] for caption in data[i, 0][1]]
+        mirrored = [[other.get(word, word) for word in caption] for caption in own]
+        mirrored = [[w if w in word_map else "<unk>" for w in caption] for caption in mirrored]
+        for view in range(4):
+            found = [[names[int(word)] for word in caption] for caption in data[i, view][1]]
+            if view % 2:
+                assert found == mirrored
+                sided += found != own
+            else:
+                assert found == own
+            assert torch.equal(data[i, view][2], data[i, 0][2])
+    assert sided
+
+
+def test_changes_of_a_view_are_those_asked_for(images):
+    image = images[5]
+    crop, mirrored = (
+        make_view(image, 6, (0, 5), ("crop",)),
+        make_view(image, 7, (0, 5), ("mirror",)),
+    )
+    assert torch.equal(mirrored, image.flip(-1))
+    assert torch.equal(make_view(image, 7, (0, 5), ("none",)), image)
+    assert crop.shape == image.shape and not torch.equal(crop, image)
+    # crops alone are not mirrored: odd views are those of no mirror, too
+    both = make_view(image, 6, (0, 5), ("crop", "mirror"))
+    assert torch.equal(both, crop)
+    colour = make_view(image, 6, (0, 5), ("colour",))
+    assert not torch.equal(colour, image)
+    assert torch.equal(colour, make_view(image, 6, (0, 5), ("colour",)))
+    assert not torch.equal(colour, make_view(image, 8, (0, 5), ("colour",)))
+    # nothing moves: brightness goes with brightness, and grey stays grey
+    grey = image.float().mean(0).round().byte().expand(3, -1, -1)
+    changed = make_view(grey, 6, (0, 5), ("colour",)).float()
+    assert (changed.amax(0) - changed.amin(0)).max() <= 2
+    light = torch.stack([grey[0].float().flatten(), changed.mean(0).flatten()])
+    assert torch.corrcoef(light)[0, 1] > 0.95
+    assert (changed - grey).abs().mean() < 64
+
+
+def test_every_epoch_has_views_of_its_own(tiny_data):
+    folder, base = tiny_data
+    data = CaptionDataset(folder, base, "TRAIN", changes=("crop", "mirror", "colour"))
+    sampler = LengthSampler(data.lengths, 3, views=datasets.FRESH, seed=2)
+    seen = []
+    for epoch in (1, 2, 1):
+        sampler.set_epoch(epoch)
+        seen.append(dict(item for batch in sampler for item in batch))
+    assert seen[0] == seen[2] and all(seen[0][i] != seen[1][i] for i in range(8))
+    assert len(set(seen[0].values()) | set(seen[1].values())) == 16
+    shares = []
+    for rank in range(2):
+        share = LengthSampler(data.lengths, 3, datasets.FRESH, 2, rank, 2)
+        share.set_epoch(1)
+        shares += [item for batch in share for item in batch]
+    assert dict(shares) == seen[0]
+    first, second = (data[3, views[3]][0] for views in seen[:2])
+    assert not torch.equal(first, second) and torch.equal(first, data[3, seen[2][3]][0])

@@ -5,7 +5,7 @@ Beside that, `transformer` and `merge` are checked against PyTorch's own layers.
 
 import json
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from types import SimpleNamespace
 
 import pytest
@@ -295,6 +295,77 @@ def test_dropout_falls_in_training_alone(variant):
     whole, dropped = (build(variant, std=0.6, dropout=p) for p in (0.0, 0.5))
     close(dropped(*batch).scores.data, whole(*batch).scores.data)
     assert not torch.allclose(dropped.train()(*batch).scores.data, whole(*batch).scores.data)
+
+
+@every_variant
+def test_rolling_out_true_words_equals_the_forward_pass_and_its_gradients(variant):
+    decoder = build(variant, std=0.6)
+    encoder_out, captions, lengths = make_batch([6] * 6, 3, grid=2)
+    scores, _, alphas, _ = decoder(encoder_out, captions, lengths)
+    weights = torch.randn_like(scores.data)
+    (scores.data * weights).sum().backward()
+    expected = {name: p.grad for name, p in decoder.named_parameters()}
+    decoder.zero_grad()
+    rolled = decoding.roll_out(
+        decoder, encoder_out, captions[:, 0], lambda _, step: captions[:, step + 1]
+    )
+    steps = [(*step,) for step in islice(rolled, 5)]
+    found = torch.stack([own for own, *_ in steps], dim=1)
+    assert torch.equal(torch.stack([words for *_, words in steps], dim=1), captions[:, 1:])
+    close(found, unpacked(scores))
+    if alphas is not None:
+        close(torch.stack([own for _, own, _ in steps], dim=1), alphas)
+    (found * unpacked(scores._replace(data=weights))).sum().backward()
+    for name, parameter in decoder.named_parameters():
+        if expected[name] is None:
+            assert parameter.grad is None, name
+        else:
+            close(parameter.grad, expected[name], 1e-4)
+
+
+@every_variant
+def test_words_drawn_have_the_log_p_of_teacher_forcing(variant):
+    """Over the words that may come: what draws them gives the others no probability."""
+    decoder, per_image = build(variant, std=0.4, vocab_size=len(TINY)), 4
+    with torch.no_grad():
+        decoder.fc.bias.zero_()
+    encoder_out = make_batch([2] * 3, 1, grid=2)[0]
+    drawn = decoding.draw(decoder, encoder_out, TINY, per_image, max_length=5)
+    assert drawn.words.shape == drawn.log_probs.shape and len(drawn.words) == 12
+    ended = drawn.words == TINY["<end>"]
+    assert ended.any(dim=1).all()
+    lengths = ended.int().argmax(dim=1) + 2  # with <start> and <end>
+    assert len(set(lengths.tolist())) > 1
+    start = torch.full((12, 1), TINY["<start>"])
+    captions = torch.cat([start, drawn.words], dim=1)
+    scores = unpacked(decoder(encoder_out, captions, lengths).scores)
+    for own, words, log_probs, n in zip(scores, drawn.words, drawn.log_probs, lengths, strict=True):
+        for t, word in enumerate(words.tolist()):
+            allowed = [1, 2, 3] if t == 0 else [6] if t == 5 else [1, 2, 3, 6]
+            if t < n - 1:
+                close(log_probs[t], own[t, allowed].log_softmax(0)[allowed.index(word)])
+            else:
+                assert word == TINY["<end>"] and log_probs[t] == 0
+
+
+@pytest.mark.parametrize(
+    "variant", [(name, {}) for name in ("lstm", "gru", "topdown")], ids=name_of
+)
+def test_a_step_drops_words_out_in_training_as_the_forward_pass_does(variant):
+    decoder = build(variant, std=0.6, embed_dropout=0.5)
+    encoder_out, captions, _ = make_batch([2] * 200, 2)
+    embedded = []
+    decoder.embed_dropout.register_forward_hook(lambda *hooked: embedded.append(hooked[1:]))
+    for training in (False, True):
+        decoder.train(training)
+        memory = decoder.prepare(encoder_out)
+        state = decoder.init_state(memory).select(torch.arange(100).repeat_interleave(2))
+        decoder.step(captions[:, 0], state, memory)
+    ((words,), whole), (_, dropped) = embedded
+    assert torch.equal(whole, words)
+    kept = dropped != 0
+    close(dropped[kept], 2 * words[kept])
+    assert 0.4 < kept.float().mean() < 0.6
 
 
 @each_once

@@ -38,9 +38,12 @@ run_two = run_torchrun(2)
 
 STEPS = """
 import sys, torch
-import checkpoints, contract
+import checkpoints, contract, decoding, engine
+from config import TrainingConfig
 from groundwork import distributed
-from objectives import caption_loss
+from objectives import CrossEntropy, caption_loss
+from optimization import Updates
+from self_critical import SelfCritical
 sizes = {"vocab_size": 20, "encoder_dim": 6, "encoded_image_size": 3, "dropout": 0.0}
 found = {}
 
@@ -65,9 +68,59 @@ def train(name):
     found.update({"order": torch.tensor(order), f"{name} loss": loss})
     found.update({f"{name} {key}": value for key, value in decoder.state_dict().items()})
 
+def update():  # three times, the last of one batch, with all that goes with an update
+    torch.manual_seed(0)
+    decoder = checkpoints.new_decoder("lstm", sizes)
+    network = engine.Network(None, decoder, torch.device("cpu"), amp=False)
+    config = TrainingConfig(warmup=2, weight_decay=0.1, ema=0.8)
+    updates = Updates({"decoder": decoder}, {"decoder_lr": 1e-2}, config)
+    batches = []
+    for images in (5, 3, 4, 2, 4):
+        features, captions = torch.rand(images, 3, 3, 6), torch.randint(20, (images, 4, 12))
+        lengths = torch.randint(2, 13, (images, 4))
+        mine = distributed.share(images)
+        batches.append([part[mine] for part in (features, captions, lengths)])
+    losses, means = [], engine.Means()
+    engine.train_epoch(
+        network, batches, CrossEntropy(label_smoothing=0.1), updates.optimizer, 5.0, means,
+        lambda: [False], lambda step: losses.append(step.loss), 2,
+    )
+    found["update losses"] = torch.tensor(losses)
+    averaged = updates.averaged()["decoder"].state_dict()
+    found.update({f"update {key}": value for key, value in averaged.items()})
+    assert updates.count == 3
+
+def worth(captions, people):
+    return [(sum(words) % 7 + len(people)) / 20 for words in captions]
+
+def draw_and_train(name):
+    # self-critical steps whose words are drawn by numbers that are each image's own
+    torch.manual_seed(0)
+    words = {"<pad>": 0, "<unk>": 1, "<start>": 2, "<end>": 3} | {str(i): i for i in range(4, 20)}
+    decoder = checkpoints.new_decoder(name, sizes).train()
+    network = engine.Network(None, decoder, torch.device("cpu"), False)
+    optimizer, means = torch.optim.SGD(decoder.parameters(), lr=0.1), engine.Means("reward")
+    for step in range(3):
+        features, captions = torch.rand(5, 3, 3, 6), torch.randint(20, (5, 4, 12))
+        lengths, numbers = torch.randint(2, 13, (5, 4)), torch.rand(7, 5, 3)
+        mine, draws = distributed.share(5), iter(numbers)
+        own = SelfCritical(worth, words, 6, samples=3, share=0.3)
+        def drawn(p, generator=None):
+            at = next(draws)[mine].flatten().unsqueeze(1)
+            return (p.cumsum(1) < at * p.sum(1, keepdim=True)).sum(1, keepdim=True)
+        decoding.drawn_from = drawn
+        batch = features[mine], captions[mine], lengths[mine]
+        done = engine.train_step(network, [batch], own, optimizer, 0.1, means, [])
+        assert done.fault is None
+    total = means.add_up(network.device)
+    found.update({f"{name} drawn {key}": torch.tensor(total[key]) for key in total.sums})
+    found.update({f"{name} drawn {key}": value for key, value in decoder.state_dict().items()})
+
 with distributed.group(torch.device("cpu")):
+    update()
     for name in contract.DECODERS:
         train(name)
+        draw_and_train(name)
 if distributed.is_main:
     torch.save(found, sys.argv[1])
 """
@@ -83,7 +136,7 @@ def test_steps_shared_out_equal_steps_of_one_process(tmp_path, monkeypatch):
         process = run(tmp_path / "steps.py", result)
         assert process.returncode == 0, process.stderr
         runs.append(torch.load(result, weights_only=True))
-    assert len({name.split()[0] for name in runs[0]}) == 1 + len(DECODERS)
+    assert len({name.split()[0] for name in runs[0]}) == 2 + len(DECODERS)
     for name, expected in runs[0].items():
         torch.testing.assert_close(runs[1][name], expected, rtol=1e-5, atol=1e-6)
     assert runs[0]["order"].tolist() == [0, 10, 20, 30, 40]

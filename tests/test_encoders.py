@@ -475,3 +475,39 @@ def test_only_layers_that_are_used_are_fine_tuned():
         assert parameter.requires_grad == (parameter.grad is not None), name
     tuned = {name.split(".")[1:3][-1] for name, p in encoder.named_parameters() if p.requires_grad}
     assert tuned == set("23456"), "blocks of stride 8 and more, without the head"
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "stride", "tuned"),
+    [
+        ("resnet18", ["last"], 8, {"5", "6", "7"}),
+        ("resnet18", ["last"], 16, {"6", "7"}),
+        ("resnet18", ["last"], 32, {"7"}),
+        ("resnet18", ["16"], 16, {"6"}),
+        (OFFLINE, ["16", "32"], 16, set("3456")),
+        (OFFLINE, ["16", "32"], 32, set("56")),
+    ],
+)
+def test_what_is_fine_tuned_begins_with_a_stage(name, stages, stride, tuned):
+    encoder = Encoder(name, weights=None, stages=stages)
+    encoder.fine_tune(True, stride)
+    encoder.features(synthetic_images(1, 64)).square().mean().backward()
+    found = set()
+    for key, parameter in encoder.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), key
+        if parameter.requires_grad:
+            found.add(key.split(".")[2 if name == OFFLINE else 1])
+    assert found == tuned
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "said"),
+    [
+        ("resnet18", ["last"], "no stage from that stride on: .* stride 2, 4, 8, 16, 32$"),
+        ("resnet18", ["16"], "it has those of stride 2, 4, 8, 16$"),
+        ("timm:test_vit", ["last"], "leave the option out, for its later half"),
+    ],
+)
+def test_a_stage_to_tune_from_that_is_not_there(name, stages, said):
+    with pytest.raises(EncoderError, match=f"--tune_from 64: encoder '{name}' has .*{said}"):
+        Encoder(name, weights=None, stages=stages).fine_tune(True, 64)

@@ -13,7 +13,7 @@ import pycocoevalcap.eval
 import pytest
 import sacrebleu
 import torch
-from conftest import ROOT, failure, needs_java, run_here
+from conftest import ROOT, needs_java
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.eval import COCOEvalCap
@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 
 import evaluation
 import metrics
-from groundwork.errors import UserError
+from objectives import top5_right
 
 WORDS = st.sampled_from(["a", "dog", "runs", "on", "the", "red", "grass"])
 # four words or more: of a shorter caption nltk counts one 4-gram, the definition none
@@ -98,7 +98,7 @@ def test_top5_right_equals_a_loop(vocabulary, barred):
         and (barred is None or t not in barred)
         for row, t in zip(scores.tolist(), targets.tolist(), strict=True)
     ]
-    assert metrics.top5_right(scores, targets, barred) == sum(right)
+    assert top5_right(scores, targets, barred) == sum(right)
 
 
 # -------------------------------------------------------------------------- the official scores
@@ -178,10 +178,7 @@ def test_without_pycocoevalcap_a_line_says_what_is_left_out_and_how_to_have_it(m
     [line] = scores.left_out
     for part in ("METEOR", "CIDEr-D", "pip install pycocoevalcap"):
         assert part in line
-    with pytest.raises(UserError, match="pip install pycocoevalcap"):
-        metrics.cider(REFERENCES, CAPTIONS)
-    process = run_here("train.py", "--data_folder", "nowhere", "--select_by", "cider")
-    assert "pip install pycocoevalcap" in failure(process), "before all else"
+    assert metrics.cider(REFERENCES, CAPTIONS) > 0  # its own
 
 
 JAVAS = {  # what `java` on the path does: the words of the reason, and the scores that are left

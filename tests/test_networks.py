@@ -98,7 +98,7 @@ def test_torchvisions_vision_transformer_gives_its_patches_and_its_class_token()
     preset = models.ViT_B_32_Weights.DEFAULT.transforms()
     vector = network(normalize(images.float() / 255, preset.mean, preset.std))
     near(encoder.features(images), tokens[0][:, 1:].reshape(1, 7, 7, 768))
-    assert encoder.late_layers[0] == "encoder.layers.encoder_layer_6"
+    assert encoder.late_layers()[0] == "encoder.layers.encoder_layer_6"
     shapes = {k: v.shape for k, v in encoder.state_dict().items()}
     assert encoder_shapes("vit_b_32") == encoder_shapes("vit_b_32", ("fc",)) == shapes
     encoder = Encoder("vit_b_32", weights=None, stages=["fc"])

@@ -103,14 +103,14 @@ except SystemExit as exit:
 
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
-    "models annotations attentions recurrent transformer merge kernels objectives stages encoders "
-    "networks efficientnet_lite contract decoding vocabulary",
+    "models annotations attentions recurrent transformer merge kernels objectives sampling stages "
+    "encoders networks efficientnet_lite contract decoding vocabulary rewards self_critical",
     "utils datasets embeddings features demo "
     "captioned formats formats_archives formats_json formats_parquet formats_tables downloads",
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
-    "parts_of_speech regions coco_results evaluation evaluation_data robustness report textbook "
-    "benchmark_data",
-    "config training_options engine checkpoints run_state training_data "
+    "diversity parts_of_speech regions coco_results evaluation evaluation_data robustness report "
+    "textbook benchmark_data",
+    "config training_options engine checkpoints run_state optimization training_data "
     "training_report training continuation choices listing",
     "captioner hubconf benchmark_parts benchmark_report benchmark_variants",
 ]

@@ -22,7 +22,7 @@ import training
 import utils
 from groundwork import files
 from groundwork.errors import UserError
-from run_state import load_optimizer
+from optimization import load_optimizer
 
 SMALL = ["--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 8, "--encoded_image_size", 3]
 

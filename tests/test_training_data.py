@@ -20,7 +20,7 @@ def network():
 def open_data(tiny_data, network, workers):
     """Images, not features, in batches of two, of five views."""
     config = TrainingConfig(finetune_batch_size=20, views=5, seed=4)
-    return TrainingData(*tiny_data, network, config, finetune=True, workers=workers)
+    return TrainingData(*tiny_data, network, config, "finetune", workers=workers)
 
 
 def epochs(data, start=0):
