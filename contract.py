@@ -68,6 +68,7 @@ class Decoder(nn.Module):
 
     Config: ClassVar[type]
     attends: ClassVar[bool] = True  # whether it has alphas; else its attention tells, if it has one
+    blind: ClassVar[str] = "this decoder has no attention"  # why, where it gives no alphas
     name: ClassVar[str]  # by which it is registered
 
     def __init__(self, config):

@@ -90,12 +90,16 @@ def as_flags(options):
     )
 
 
+SEVERAL = {"nargs": "+", "action": "extend"}  # of `--model A B` and `--model A --model B` alike
+
+
 def add_model_option(add_to, otherwise, **options):
     """Which trained model, for every script: `--checkpoint` is its older name.
 
     Args:
         add_to: a parser, or a group of one.
         otherwise: what is done without it, for --help.
+        options: further ones of the argument: `SEVERAL`, where it may name several.
     """
     add_to.add_argument(
         "--model",
