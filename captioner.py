@@ -308,8 +308,8 @@ def _check_same(paths, words):
     for path, own in zip(paths, words, strict=True):
         if own != words[0]:
             raise UserError(
-                f"{path} is of another vocabulary ({counted(len(own), 'word')}) than {paths[0]} "
-                f"({len(words[0])}): models that caption together have the same word map"
+                f"{path} is of another vocabulary than {paths[0]}: models that caption together "
+                "have the same word map"
             )
 
 
