@@ -24,7 +24,7 @@ def parse_arguments():
     parser = Parser(description=__doc__)
     positive = number(int, above=0)
     add = parser.add_argument
-    add("--img", required=True, nargs="+", help="image files, folders of them; -: a list on stdin")
+    add("--img", required=True, help="image files, folders of them; -: a list on stdin", **SEVERAL)
     add("--recursive", action="store_true", help="take the folders in the folders, too")
     otherwise = "or several, which caption together; None: the newest under data/"
     add_model_option(parser, otherwise, **SEVERAL)
