@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 from groundwork.errors import UserError, run
+from groundwork.files import names
 from groundwork.options import (
+    SEVERAL,
     Parser,
     add_decoding_options,
     add_device_options,
@@ -23,7 +25,8 @@ PHOTOGRAPH = 640  # pixels along the longer side, as shown
 def parse_arguments():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add_model_option(parser, "or several; None: the newest under data/", nargs="+")
+    otherwise = "or several, which caption side by side; None: the newest under data/"
+    add_model_option(parser, otherwise, **SEVERAL)
     add("--word_map", help="WORDMAP file, for checkpoints that hold no word map")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     port = number(int, above=0, below=2**16)
@@ -102,20 +105,6 @@ def distinct(paths):
         else:
             found[file] = path
     return list(found.values())
-
-
-def names(paths):
-    """A short name for each checkpoint: the shortest end of its path that no other path has."""
-    ending = ".pth.tar"
-    whole = [os.path.abspath(path) for path in paths]
-    without = [path.removesuffix(ending) for path in whole]
-    parts = [Path(path).parts for path in (without if len(set(without)) == len(paths) else whole)]
-
-    def ends(path, count):
-        return [other[-count:] for other in parts].count(path[-count:])
-
-    counts = [next(n for n in range(1, len(own) + 1) if ends(own, n) == 1) for own in parts]
-    return [str(Path(*own[-n:])) for own, n in zip(parts, counts, strict=True)]
 
 
 def build_page(models, max_length, length_penalty):

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 import attention_metrics
 import parts_of_speech
 from attention_probes import ORDERS, SHARES, probe
+from contract import Decoder
 from evaluation import name_of
 from groundwork.wording import counted, figure
 from metrics import are_english
@@ -24,7 +25,7 @@ class Findings(NamedTuple):
     curves: Figure | None = None  # of deletion
 
 
-def measure(captions, references, regions=None, whole=False, look=None):
+def measure(captions, references, regions=None, whole=False, look=None, blind=Decoder.blind):
     """`Findings` from the attention alone.
 
     Args:
@@ -33,10 +34,11 @@ def measure(captions, references, regions=None, whole=False, look=None):
         regions: `regions.Regions` of the images, or None.
         whole: whether more is asked for than the pointing game.
         look: as `evaluation.name_of` takes it.
+        blind: why captions have no alphas where they have none, `contract.Decoder.blind`.
     """
     if not _has_attention(captions):
         asked = whole or (regions is not None and regions.names is None)
-        return Findings([], ["no attention report: this decoder has no attention"] * asked)
+        return Findings([], [f"no attention report: {blind}"] * asked)
     tables, notes = [], []
     if regions is not None:
         tables.append(pointing_table(captions, regions, look))

@@ -10,6 +10,7 @@ from pathlib import Path
 from groundwork.errors import UserError, printable, run
 from groundwork.files import check_writable, make_folder, write_json, write_new
 from groundwork.options import (
+    SEVERAL,
     Parser,
     add_decoding_options,
     add_device_options,
@@ -23,9 +24,10 @@ def parse_arguments():
     parser = Parser(description=__doc__)
     positive = number(int, above=0)
     add = parser.add_argument
-    add("--img", required=True, nargs="+", help="image files, folders of them; -: a list on stdin")
+    add("--img", required=True, help="image files, folders of them; -: a list on stdin", **SEVERAL)
     add("--recursive", action="store_true", help="take the folders in the folders, too")
-    add_model_option(parser, "None: the newest under data/")
+    otherwise = "or several, which caption together; None: the newest under data/"
+    add_model_option(parser, otherwise, **SEVERAL)
     add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
     add("--beam_size", type=positive, default=5, help="partial captions kept at each step")
     add("--n", type=positive, default=1, help="captions of an image, the likeliest of the beam")
@@ -73,8 +75,8 @@ def main():
     for file in (options.json, options.results):
         if file not in (None, "-"):
             check_writable(file)
-    path = options.model or checkpoints.newest_best_checkpoint("data")
-    model = Captioner.load(path, options.device, options.amp, options.word_map, options.look)
+    named = options.model or [checkpoints.newest_best_checkpoint("data")]
+    model = Captioner.load(named, options.device, options.amp, options.word_map, options.look)
     model.check_beam_size(options.beam_size)
     if not options.no_pictures:
         make_folder(options.output_folder)

@@ -7,7 +7,7 @@ for caption in model.caption(["x.jpg", image, array], beam_size=5):
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +27,7 @@ with own_modules():  # a user's process may have other modules of these names
     from attention_pictures import draw_attention
     from contract import Decoder
     from encoders import Encoder
+    from ensemble import Encoders, Ensemble
     from groundwork import images as image_files
     from groundwork.devices import autocast, choose_device, has_fast_bfloat16
     from groundwork.errors import UserError
@@ -63,52 +64,75 @@ class Caption:
 
 @dataclass
 class Captioner:
-    """A trained model, ready to caption."""
+    """A trained model, or several that caption together, ready to caption."""
 
-    encoder: Encoder
+    encoder: Encoder | Encoders
     decoder: Decoder
     word_map: dict[str, int]  # in the order of the indices
-    image_size: int  # side of the squares that the encoder is given, pixels
+    image_size: int  # side of the squares that the encoder is given, the largest of several, pixels
     device: torch.device
     amp: bool  # compute in bfloat16
     about: dict  # the checkpoint without its weights: options, stage, epoch, scores, log, …
     look: str | None = None  # of `decoder.looks`; None: as it usually looks
+    others: Sequence[dict] = ()  # what the further checkpoints of an ensemble are `about`
 
     @classmethod
     def load(cls, path, device=None, amp="auto", word_map=None, look=None):
-        """The model of a checkpoint file.
+        """The model of a checkpoint file, or the ensemble of several.
+
+        An ensemble says each word by the mean of its models' probabilities; what concerns the data
+        that it was trained on is told by the first.
 
         Args:
             path: written by train.py, or of the older published form; of a folder, for the BEST
-                checkpoint in it.
+                checkpoint in it; or a list of them, for an ensemble.
             device: "cuda", "cuda:1", "cpu"; None: CUDA when present, else the CPU.
             amp: "auto" computes in bfloat16 where the device is faster in it, "off" in float32.
             word_map: path of a WORDMAP file, for a checkpoint that holds no word map; of one that
                 does it must be the same.
             look: how a model of hard attention looks: "soft", at the expected context, as it does
-                without; "argmax", at the likeliest place; "sample", at one drawn at random.
+                without; "argmax", at the likeliest place; "sample", at one drawn at random. Of an
+                ensemble those of hard attention look so.
 
         Raises:
-            UserError: a file is missing or damaged, the word map is of another vocabulary, or the
-                model cannot look so.
+            UserError: a file is missing or damaged, the word map is of another vocabulary, as are
+                models of one ensemble, or none can look so.
         """
-        if not isinstance(path, str | PathLike):
-            raise UserError(f"a checkpoint is named by its path, not by {path!r}")
+        paths = path if isinstance(path, list | tuple) else [path]
+        if not paths:
+            raise UserError("no checkpoint is named: give one path or several")
+        for named in paths:
+            if not isinstance(named, str | PathLike):
+                raise UserError(f"a checkpoint is named by its path, not by {named!r}")
         if amp not in ("auto", "off"):
             raise UserError(f"amp {amp!r} is not auto or off")
         device = choose_device(device)
-        checkpoint = checkpoints.load_checkpoint(path)
-        encoder, decoder = checkpoints.build_models(checkpoint)
-        words = _words(path, checkpoint.get("word_map"), word_map, decoder.config.vocab_size)
+        encoders, decoders, words, sizes, abouts = zip(
+            *(_read(named, word_map) for named in paths), strict=True
+        )
+        _check_same(paths, words)
+        encoder, decoder = encoders[0], decoders[0]
+        if len(paths) > 1:
+            encoder, decoder = Encoders(encoders, sizes), Ensemble(decoders)
         if look is not None:
-            _check_look(path, look, decoder.looks)
+            _check_look(" + ".join(map(str, paths)), look, decoder.looks)
             decoder.set_look(look)
         encoder.to(device, memory_format=torch.channels_last).fold_batch_norm()
         amp = amp == "auto" and has_fast_bfloat16(device)
-        weights = ("encoder", "decoder", "optimizer")
-        about = {key: value for key, value in checkpoint.items() if key not in weights}
-        size = checkpoint["image_size"]
-        return cls(encoder, decoder.to(device), words, size, device, amp, about, look)
+        about, *others = abouts
+        decoder = decoder.to(device).eval()
+        return cls(encoder, decoder, words[0], max(sizes), device, amp, about, look, others)
+
+    @property
+    def abouts(self):
+        """What the checkpoint, or each of several, is `about`."""
+        return [self.about, *self.others]
+
+    def side_for(self, side):
+        """The side at which to give the encoder images that are kept as squares of `side`: its own,
+        but as they are where it is several, which bring them to different sizes themselves."""
+        several = isinstance(self.encoder, Encoders) and len(set(self.encoder.sizes)) > 1
+        return side if several else self.image_size
 
     def caption(
         self,
@@ -208,7 +232,8 @@ class Captioner:
             batches: uint8 (n, 3, S, S) each.
 
         Yields:
-            (n, g, g, D) in the compute precision, on the model's device.
+            (n, g, g, D) in the compute precision, on the model's device; of an ensemble
+            `ensemble.Features`.
         """
 
         @torch.inference_mode()
@@ -266,6 +291,26 @@ class Captioner:
             sorted(islice(captions, n), key=lambda caption: -caption.log_prob)
             for _ in range(len(features))
         ]
+
+
+def _read(path, word_map):
+    """Encoder, decoder, words, image size, and what it says of itself, of a checkpoint."""
+    checkpoint = checkpoints.load_checkpoint(path)
+    encoder, decoder = checkpoints.build_models(checkpoint)
+    words = _words(path, checkpoint.get("word_map"), word_map, decoder.config.vocab_size)
+    weights = ("encoder", "decoder", "optimizer")
+    about = {key: value for key, value in checkpoint.items() if key not in weights}
+    return encoder, decoder, words, checkpoint["image_size"], about
+
+
+def _check_same(paths, words):
+    """Raises UserError unless the checkpoints at `paths` have one word map."""
+    for path, own in zip(paths, words, strict=True):
+        if own != words[0]:
+            raise UserError(
+                f"{path} is of another vocabulary than {paths[0]}: models that caption together "
+                "have the same word map"
+            )
 
 
 def _words(path, own, named, count):

@@ -69,6 +69,7 @@ class Decoder(nn.Module):
     Config: ClassVar[type]
     attends: ClassVar[bool] = True  # whether it has alphas; else its attention tells, if it has one
     scst_lr: ClassVar[float] = 5e-5  # learning rate of self-critical training
+    blind: ClassVar[str] = "this decoder has no attention"  # why, where it gives no alphas
     name: ClassVar[str]  # by which it is registered
 
     def __init__(self, config):

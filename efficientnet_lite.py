@@ -1,10 +1,12 @@
-"""EfficientNet-Lite2 without its classifier, tensor for tensor as timm has it.
+"""EfficientNet-Lite0 to Lite2 without their classifiers, tensor for tensor as timm has them.
 
-It is the network whose weights come as a Python package. timm's own brings torchvision and torch's
-compiler along, for which a first caption would wait longer than for all else.
+They are the networks whose weights come as Python packages. timm's own bring torchvision and
+torch's compiler along, for which a first caption would wait longer than for all else.
 """
 
+import math
 from collections import OrderedDict
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn import functional as F
@@ -12,18 +14,35 @@ from torch.nn import functional as F
 MEAN = STD = (0.5, 0.5, 0.5)  # that images are normalised with
 
 # Of each stage: blocks, side of the kernel, stride of the first block, channels that come out
-STAGES = [(1, 3, 1, 16), (3, 3, 2, 24), (3, 5, 2, 48), (4, 3, 2, 88), (4, 5, 1, 120)]
-STAGES += [(5, 5, 2, 208), (1, 3, 1, 352)]
+STAGES = [(1, 3, 1, 16), (2, 3, 2, 24), (2, 5, 2, 40), (3, 3, 2, 80), (3, 5, 1, 112)]
+STAGES += [(4, 5, 2, 192), (1, 3, 1, 320)]
 STEM, HEAD, EXPANSION = 32, 1280, 6
 
 
-def efficientnet_lite2():
-    """The network with random weights: (N, 3, S, S) to (N, 1280, S/32, S/32), rounded up."""
+class Variant(NamedTuple):
+    """A network of the family: how `STAGES` are scaled (Tan & Le, 2019, §3.3), and its images."""
+
+    width: float  # times as many channels, in steps of eight
+    depth: float  # times as many blocks, rounded up; the first stage and the last have one
+    size: int  # side of the images that it is published for, pixels
+
+
+VARIANTS = {
+    "tf_efficientnet_lite0": Variant(1.0, 1.0, 224),
+    "tf_efficientnet_lite1": Variant(1.0, 1.1, 240),
+    "tf_efficientnet_lite2": Variant(1.1, 1.2, 260),
+}
+
+
+def efficientnet_lite(name):
+    """The network of that name in `VARIANTS`, with random weights: (N, 3, S, S) to
+    (N, 1280, S/32, S/32), rounded up."""
+    width, depth, _ = VARIANTS[name]
     layers = _layers("conv_stem", "bn1", _SameConv2d(3, STEM, 3, stride=2, bias=False))
     stages, channels = [], STEM
     for i, (blocks, kernel, stride, out) in enumerate(STAGES):
-        stage = []
-        for j in range(blocks):
+        out, stage = 8 * math.floor(width * out / 8 + 0.5), []
+        for j in range(blocks if blocks == 1 else math.ceil(depth * blocks)):
             stage.append(_block(channels, out, kernel, 1 if j else stride, EXPANSION if i else 1))
             channels = out
         stages.append(nn.Sequential(*stage))

@@ -3,14 +3,17 @@
 With --results and --references it scores captions that any other system made.
 """
 
+import hashlib
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 from config import SearchConfig
 from groundwork.errors import UserError, run
-from groundwork.files import check_writable
+from groundwork.files import check_writable, names
 from groundwork.options import (
+    SEVERAL,
     Parser,
     add_decoding_options,
     add_device_options,
@@ -28,7 +31,10 @@ def parse_arguments():
     positive = number(int, above=0)
     add = parser.add_argument
     add_model_option(
-        parser, "None: the one in --output_folder, or the newest under --data_folder or data/"
+        parser,
+        "or several, which caption together; None: the one in --output_folder, or the newest under "
+        "--data_folder or data/",
+        **SEVERAL,
     )
     add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
     add("--data_folder", help="with the input files; None: the one that the model was trained on")
@@ -130,19 +136,19 @@ def evaluate(options):
     from groundwork import distributed
     from regions import find
 
-    path = find_model(options)
-    model = Captioner.load(path, options.device, options.amp, options.word_map, options.look)
+    paths = find_models(options)
+    model = Captioner.load(paths, options.device, options.amp, options.word_map, options.look)
     model.check_beam_size(max(options.beam_size))
-    data = open_split(path, model, options)
+    data = open_split(paths[0], model, options)
     if not data.has_captions:
         check_for_results_alone(data, options)
     regions = find(data.references, options.regions, options.region_words.split())
-    log = training_log(path, model.about) if options.report is not None else []
+    logs = training_logs(paths, model) if options.report is not None else {}
     asked = options.output_folder is not None
-    folder = Path(options.output_folder if asked else path.parent)
-    part, source = file_name_parts(path, model, data, options)
-    paths = {k: folder / f"results_{part}_beam{k}_{source}.json" for k in options.beam_size}
-    first = next(iter(paths.values()))
+    folder = Path(options.output_folder if asked else paths[0].parent)
+    part, source = file_name_parts(paths, model, data, options)
+    written = {k: folder / f"results_{part}_beam{k}_{source}.json" for k in options.beam_size}
+    first = next(iter(written.values()))
     results = Place(first, CAPTION * len(data), asked, needed=not data.has_captions)
     page = options.report and Place(report.page_path(options.report), PICTURE * len(data))
     picture = options.robustness and Place(
@@ -156,23 +162,23 @@ def evaluate(options):
     captions, beams = evaluation.caption_split(model, data, options.beam_size, search, whole)
     if distributed.is_main and results.is_open:
         with results.writing():
-            write_captions(paths, data, captions)
+            write_captions(written, data, captions)
     if not data.has_captions:
         return
     attention = attention_report.measure(
-        captions, data.references, regions, asked_for_attention, model.look
+        captions, data.references, regions, asked_for_attention, model.look, model.decoder.blind
     )
     tables = attention.tables + draw_captions(options, model, data, search)
     if distributed.is_main:
         about, scores = print_scores(
-            path, model, data, captions, attention._replace(tables=tables), options
+            paths, model, data, captions, attention._replace(tables=tables), options
         )
 
     def write_page(**further):
         if distributed.is_main and whole:
             with page.writing():
                 report.write(
-                    page.path, model.word_map, data, captions, beams, about, scores, log,
+                    page.path, model.word_map, data, captions, beams, about, scores, logs,
                     data.is_of_training, **further,
                 )  # fmt: skip
                 print(f"report{', with these' if further else ''}: {page.path}")
@@ -230,15 +236,15 @@ def change_images(options, model, data, captions, with_attention, picture, searc
             write_page(changed=changed, **further)
 
 
-def find_model(options):
-    """Path of the checkpoint asked for, or of the one that there is."""
+def find_models(options):
+    """Paths of the checkpoints asked for, or of the one that there is."""
     import checkpoints
 
     if options.model is not None:
-        return checkpoints.find_checkpoint(options.model)
+        return list(map(checkpoints.find_checkpoint, options.model))
     if options.output_folder is not None and checkpoints.best_checkpoints(options.output_folder):
-        return checkpoints.find_checkpoint(options.output_folder)
-    return checkpoints.newest_best_checkpoint(options.data_folder or "data")
+        return [checkpoints.find_checkpoint(options.output_folder)]
+    return [checkpoints.newest_best_checkpoint(options.data_folder or "data")]
 
 
 # Bytes on the disk, at most as a rule: a caption of an image, and an image in the report
@@ -281,9 +287,9 @@ class Place:
             print(f"{kind}: {error}; the scores are printed all the same", file=sys.stderr)
 
 
-def file_name_parts(path, model, data, options):
+def file_name_parts(paths, model, data, options):
     """What tells the files of one evaluation from another's: which part of the data it is of, how
-    the model looked where that is not as usual, and the checkpoint, with the data set where it is
+    the model looked where that is not as usual, and the checkpoints, with the data set where it is
     another than the model's."""
     from datasets import describe_data
 
@@ -298,7 +304,23 @@ def file_name_parts(path, model, data, options):
     if not other and folder != trained and "data" in record:  # moved data are the same
         elsewhere = record["data"] != describe_data(folder, data.base)
         other = f"_on_{folder.name}" * elsewhere
-    return options.split + subset + look, path.name.removesuffix(".pth.tar") + other
+    return options.split + subset + look, name_together(paths) + other
+
+
+def name_together(paths):
+    """What the names of files call the checkpoints: one by its file's name; several by the parts of
+    their paths in which they differ, and by a hash where that makes too long a name."""
+    if len(paths) == 1:
+        return paths[0].name.removesuffix(".pth.tar")
+    found = [Path(name.strip("/")) for name in names(paths)]
+    own = ["_".join(path.parts) for path in found]
+    folders = ["_".join(path.parts[:-1]) for path in found]
+    if all(folders) and len({path.name for path in found}) == 1:
+        own = [*folders[:-1], own[-1]]  # the name that all files have but once
+    name = "+".join(own)
+    if len(os.fsencode(name)) <= 150:  # systems allow 255 bytes, of which more is to come
+        return name
+    return f"{len(paths)}_models_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def write_captions(paths, data, captions):
@@ -312,7 +334,7 @@ def write_captions(paths, data, captions):
         print(f"no scores: {data.path.name} comes without people's captions to compare with")
 
 
-def print_scores(path, model, data, captions, attention, options):
+def print_scores(paths, model, data, captions, attention, options):
     """Prints where the captions come from and their scores, and returns both."""
     import evaluation
     from groundwork import provenance
@@ -322,12 +344,20 @@ def print_scores(path, model, data, captions, attention, options):
         for k, found in captions.items()
     }
     about = [
-        f"{path}, stage {model.about['stage']}, epoch {model.about['epoch']}",
-        *provenance.lines(model.about.get("records", [])),
+        line
+        for path, own in zip(paths, model.abouts, strict=True)
+        for line in (
+            f"{path}, stage {own['stage']}, epoch {own['epoch']}",
+            *provenance.lines(own.get("records", [])),
+        )
+    ]
+    if len(paths) > 1:
+        about.append(f"{len(paths)} models together: the mean of their probabilities of a word")
+    about.append(
         f"{data.description}; length penalty {options.length_penalty:g}, "
         f"{counted(options.max_len, 'word')} at most"
-        + ("" if model.look is None else f"; hard attention, look: {model.look}"),
-    ]
+        + ("" if model.look is None else f"; hard attention, look: {model.look}")
+    )
     scores = evaluation.score(texts, [reference["captions"] for reference in data.references])
     scores = scores._replace(
         tables=scores.tables + attention.tables, left_out=scores.left_out + attention.notes
@@ -335,6 +365,12 @@ def print_scores(path, model, data, captions, attention, options):
     print("\n".join(about))
     print_tables(scores.references, scores.tables, scores.left_out)
     return about, scores
+
+
+def training_logs(paths, model):
+    """The `training_log` of each checkpoint, by a short name of it."""
+    pairs = zip(paths, model.abouts, strict=True)
+    return dict(zip(names(paths), (training_log(*pair) for pair in pairs), strict=True))
 
 
 def training_log(path, about):

@@ -40,10 +40,11 @@ class EvaluationData(Dataset):
     """
 
     def __init__(self, folder, base, split, model, karpathy_json=None):
-        self.base, self.word_map, self.image_size = base, model.word_map, model.image_size
+        self.base, self.word_map = base, model.word_map
         self.split, self.about = split.lower(), model.about
         self.path = input_path(folder, base, "IMAGES", split)
-        count = len(open_images(self.path))
+        count, _, side, _ = open_images(self.path).shape
+        self.image_size = model.side_for(side)
         path = input_path(folder, base, "REFERENCES", split)
         if path.exists():
             self.references = read_references(path, may_lack_captions=True)

@@ -11,7 +11,7 @@ dependencies += ["timm", "tqdm"]
 
 def captioner(checkpoint, device=None, amp="auto", word_map=None, look=None):
     """A trained model that captions images: see `Captioner.load` and `Captioner.caption`. The
-    checkpoint is a file, or the folder of its run.
+    checkpoint is a file, or the folder of its run, or a list of them, which caption together.
 
     model = torch.hub.load("path/to/the/clone", "captioner", "BEST_….pth.tar", source="local")
     for caption in model.caption(["x.jpg"]):

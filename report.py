@@ -29,7 +29,7 @@ def page_path(folder):
     return Path(folder) / "index.html"
 
 
-def write(path, word_map, data, captions, beams, about, scores, log, trained=True,
+def write(path, word_map, data, captions, beams, about, scores, logs, trained=True,
     probed=None, changed=None,
 ):  # fmt: skip
     """Writes the page, which holds all that it shows, pictures too.
@@ -43,7 +43,7 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
         beams: for each image all captions of the widest beam, the best first.
         about: lines on where the captions come from.
         scores: `evaluation.Scores` of these captions, with all tables that the page is to have.
-        log: records of the training, one an epoch; may be empty.
+        logs: model's name -> records of its training, one an epoch; may be empty.
         trained: whether the data set is the model's, whose training captions tell what is new.
         probed: `attention_report.Findings` on whether words depend on where the model looked.
         changed: `robustness.Findings`, what the model makes of changed images, if it is known.
@@ -70,7 +70,7 @@ def write(path, word_map, data, captions, beams, about, scores, log, trained=Tru
         about=about,
         scores=scores,
         totals=totals(columns),
-        curves=pictures.curves(log) if log else None,
+        curves={name: pictures.curves(log) for name, log in logs.items() if log},
         probed=probed,
         language=language(
             texts, references, training_captions(data) if trained else None, word_map

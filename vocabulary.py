@@ -4,6 +4,8 @@ which of them never come.
 It is for decoders that have the two layers of `contract.Decoder`'s docstring, `embedding` and `fc`.
 """
 
+from functools import reduce
+
 import torch
 from torch import nn
 
@@ -66,11 +68,19 @@ def bar(decoder, word_map):
 
 
 def barred(decoder):
-    """Indices, int64 on its device, of the words that `bar` has taken all probability from, None
-    where there are none."""
+    """Indices, int64 on its device, of the words that `bar` has taken all probability from, of an
+    ensemble those of which all its members give none; None where there are none."""
+    found = [_barred(own) for own in getattr(decoder, "members", [decoder])]
+    if any(words is None for words in found):
+        return None
+    words = reduce(lambda some, more: some[torch.isin(some, more)], found)
+    return words if len(words) else None
+
+
+def _barred(decoder):
+    """The same of one decoder; empty or None where there are none."""
     bias = getattr(getattr(decoder, "fc", None), "bias", None)
-    words = None if bias is None else (bias == BARRED).nonzero().squeeze(1)
-    return None if words is None or not len(words) else words
+    return None if bias is None else (bias == BARRED).nonzero().squeeze(1)
 
 
 def check_layers(decoder, options):

@@ -241,3 +241,17 @@ def write_json(path, contents, **options):
     """Writes a JSON file, whole or not at all; the options are those of json.dumps."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(contents, **options) + "\n", encoding="utf-8")
+
+
+def names(paths):
+    """A short name for each checkpoint: the shortest end of its path that no other path has."""
+    ending = ".pth.tar"
+    whole = [os.path.abspath(path) for path in paths]
+    without = [path.removesuffix(ending) for path in whole]
+    parts = [Path(path).parts for path in (without if len({*without}) == len({*whole}) else whole)]
+
+    def ends(path, count):
+        return [other[-count:] for other in {*parts}].count(path[-count:])
+
+    counts = [next(n for n in range(1, len(own) + 1) if ends(own, n) == 1) for own in parts]
+    return [str(Path(*own[-n:])) for own, n in zip(parts, counts, strict=True)]

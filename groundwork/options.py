@@ -43,6 +43,17 @@ class Joined(argparse.Action):
         setattr(namespace, self.dest, " ".join(values))
 
 
+class Gathered(argparse.Action):
+    """Of an option with several values, which may be typed several times: keeps all as one list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)  # no list where none has been typed yet
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
+
+
+SEVERAL = {"nargs": "+", "action": Gathered}  # of `--model A B` and `--model A --model B` alike
+
+
 def number(kind, above=None, least=None, below=None, most=None):
     """An argparse type: an int or float within bounds."""
 
@@ -112,6 +123,7 @@ def add_model_option(add_to, otherwise, **options):
     Args:
         add_to: a parser, or a group of one.
         otherwise: what is done without it, for --help.
+        options: further ones of the argument: `SEVERAL`, where it may name several.
     """
     add_to.add_argument(
         "--model",

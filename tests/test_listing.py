@@ -10,7 +10,7 @@ from test_structure import MODULES, imports
 import listing
 from attentions import ATTENTIONS, Attention
 from contract import DECODERS, Decoder
-from encoders import OFFLINE_ENCODER
+from networks import OFFLINE_ENCODERS
 
 
 @dataclass
@@ -51,7 +51,7 @@ def test_what_is_registered_is_listed(monkeypatch):
     assert "  glance\n    Looks away (Nobody, 2000)." in attentions
     for text, registry in ((decoders, DECODERS), (attentions, ATTENTIONS)):
         assert re.findall(r"^  (\S+)$", text, re.MULTILINE) == list(registry)
-    for name in (OFFLINE_ENCODER, "timm:NAME", "resnet101", "vgg19"):
+    for name in (*OFFLINE_ENCODERS, "timm:NAME", "resnet101", "vgg19"):
         assert name in encoders
     assert "--attention_dim 512" in decoders  # the decoder's own
     assert decoders.count("--heads") == 1  # the transformer's: of the others' attentions one has it

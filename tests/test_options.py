@@ -7,7 +7,7 @@ import torch
 
 from groundwork import devices
 from groundwork.errors import UserError
-from groundwork.options import Parser, as_arguments, as_flags, number
+from groundwork.options import SEVERAL, Parser, as_arguments, as_flags, number
 from groundwork.wording import counted
 
 
@@ -51,6 +51,17 @@ def test_what_is_typed_is_told_from_the_defaults():
     assert parser.typed(as_arguments(options)) == {"n": 4, "name": "-a b", "flag": True}
     assert as_flags(options) == "--n 4 --name '-a b' --flag"
     assert as_flags({"flag": False}) == "--no-flag"
+
+
+def test_several_values_are_gathered_from_all_places_where_they_are_typed():
+    parser = Parser()
+    parser.add_argument("--model", "--checkpoint", **SEVERAL)
+    parser.add_argument("--n", type=int, default=3)
+    assert parser.parse_args([]).model is None and parser.typed(["--n=4"]) == {"n": 4}
+    for arguments in (["--model", "a", "b", "c"], ["--model", "a", "--checkpoint", "b", "c"]):
+        assert parser.parse_args(arguments).model == ["a", "b", "c"]
+        assert parser.typed(arguments) == {"model": ["a", "b", "c"]}
+    assert parser.parse_args(["--model", "d"]).model == ["d"]  # nothing stays from before
 
 
 def test_counts_have_their_plurals():

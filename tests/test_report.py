@@ -440,7 +440,7 @@ def test_panels_say_how_much_a_word_does_not_look(page, tmp_path, width):
     assert "Does not look" not in page.locator(".legend").inner_text()
 
 
-def write_by_hand(tiny_data, folder, texts, references=None, log=()):
+def write_by_hand(tiny_data, folder, texts, references=None):
     """A report of given captions on the tiny data, without a model."""
     data = CaptionDataset(*tiny_data, "TEST")
     for reference, captions in zip(data.references, references or [], strict=False):
@@ -453,7 +453,7 @@ def write_by_hand(tiny_data, folder, texts, references=None, log=()):
 
     word_map = json.loads(utils.input_path(*tiny_data, "WORDMAP").read_text())
     beams, path = [[caption] for caption in captions], report.page_path(folder)
-    report.write(path, word_map, data, {1: captions}, beams, ["by hand"], scores, log)
+    report.write(path, word_map, data, {1: captions}, beams, ["by hand"], scores, {})
     return path
 
 
@@ -471,7 +471,7 @@ def test_text_in_the_data_is_shown_and_not_run(tiny_data, tmp_path, page, monkey
     assert page.locator("#captions td.text").inner_text() == "a <b>dog</b> 'barks' &lt;"
     note = page.locator(".note", has_text="Java")
     assert note.count() == 1 and page.locator("#captions th", has_text="CIDEr").count() == 0
-    assert page.locator("#curves").count() == 0  # there is no log to draw
+    assert page.locator("[id^=curves]").count() == 0  # there is no log to draw
     said = page.locator("#captions tr.open .caption .p").inner_text()
     assert said == "log p −1.00"  # of a beam of 1, too
 
