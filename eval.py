@@ -12,15 +12,16 @@ from groundwork.errors import UserError, run
 from groundwork.files import check_writable
 from groundwork.options import (
     Parser,
+    add_choosing_options,
     add_decoding_options,
     add_device_options,
     add_model_option,
     add_region_options,
     add_workers_option,
+    check_seed,
     number,
 )
 from groundwork.tables import print_tables
-from groundwork.wording import counted
 
 
 def parse_arguments():
@@ -70,26 +71,23 @@ def parse_arguments():
     add("--references", help="for --results: Karpathy's JSON, of which --split, or COCO's captions")
     add_workers_option(parser)
     add_decoding_options(parser)
+    choosing = add_choosing_options(parser)
     add_device_options(parser)
-    return parser.parse_args()
+    options, typed = parser.parse_args(), parser.typed()
+    check_seed(parser, options)
+    if (options.results is None) != (options.references is None):
+        raise UserError("--results and --references go together")
+    if options.results is not None:
+        of_model = ["model", "report", "robustness", "attention_report", "regions", "region_words"]
+        for name in [*of_model, "look", *choosing]:
+            if name in typed:
+                raise UserError(f"--{name} is about a model: it goes without --results")
+    return options
 
 
 def main():
     options = parse_arguments()
-    if (options.results is None) != (options.references is None):
-        raise UserError("--results and --references go together")
     if options.results is not None:
-        for name in (
-            "model",
-            "report",
-            "robustness",
-            "attention_report",
-            "regions",
-            "region_words",
-            "look",
-        ):
-            if getattr(options, name) not in (None, ""):
-                raise UserError(f"--{name} is about a model: it goes without --results")
         score_results(options)
         return
     if options.region_words and options.regions is None:
@@ -116,27 +114,26 @@ def evaluate(options):
     from groundwork import distributed
     from regions import find
 
+    search, widths = choose_search(options)
     path = find_model(options)
     model = Captioner.load(path, options.device, options.amp, options.word_map, options.look)
-    model.check_beam_size(max(options.beam_size))
+    for beam_size in widths:
+        search.of(beam_size).check_words(model.word_map)
     data = open_split(path, model, options)
     regions = find(data.references, options.regions, options.region_words.split())
     log = training_log(path, model.about) if options.report is not None else []
     asked = options.output_folder is not None
     folder = Path(options.output_folder if asked else path.parent)
     part, source = file_name_parts(path, model, data, options)
-    paths = {k: folder / f"results_{part}_beam{k}_{source}.json" for k in options.beam_size}
+    paths = {k: folder / f"results_{part}_{search.of(k).file_part}_{source}.json" for k in widths}
     results = Place(next(iter(paths.values())), CAPTION * len(data), asked)
     page = options.report and Place(report.page_path(options.report), PICTURE * len(data))
     picture = options.robustness and Place(
         folder / f"robustness_{part}_{source}.png", PICTURE, asked
     )
 
-    search = SearchConfig(
-        options.max_len, options.length_penalty, options.batch_size, options.workers
-    )
     whole, asked_for_attention = bool(page) and page.is_open, options.attention_report is not None
-    captions, beams = evaluation.caption_split(model, data, options.beam_size, search, whole)
+    captions, beams = evaluation.caption_split(model, data, widths, search, whole)
     if distributed.is_main and results.is_open:
         with results.writing():
             write_captions(paths, data, captions)
@@ -144,7 +141,7 @@ def evaluate(options):
         captions, data.references, regions, asked_for_attention, model.look
     )
     if distributed.is_main:
-        about, scores = print_scores(path, model, data, captions, attention, options)
+        about, scores = print_scores(path, model, data, captions, attention, search)
 
     def write_page(**further):
         if distributed.is_main and whole:
@@ -177,12 +174,27 @@ def change_images(options, model, data, captions, with_attention, picture, searc
         print_tables("", further["probed"].tables, further["probed"].notes)
         write_page(**further)
     if options.robustness:
-        count, width = options.robustness, options.beam_size[0]
+        count, width = options.robustness, next(iter(captions))
         shown = picture.path if picture.is_open else None
         with picture.writing():
             changed = robustness.report(model, data, count, options.split, width, search, shown)
         if distributed.is_main and picture.is_open:
             write_page(changed=changed, **further)
+
+
+def choose_search(options):
+    """The `SearchConfig` asked for, and the widths of the beam; of captions that are drawn None."""
+    from choosing import Search
+
+    first, *others = options.beam_size
+    search = Search.of(vars(options) | {"beam_size": first})
+    config = SearchConfig(search, options.batch_size, options.workers, options.seed)
+    if search.draws and others:
+        raise UserError("several --beam_size are for beam search, and these captions are drawn")
+    widths = [None] if search.draws else options.beam_size
+    for beam_size in others:
+        config.of(beam_size)  # refuses what does not go with it
+    return config, widths
 
 
 def find_model(options):
@@ -262,7 +274,7 @@ def write_captions(paths, data, captions):
         print(f"captions: {paths[beam_size]}")
 
 
-def print_scores(path, model, data, captions, attention, options):
+def print_scores(path, model, data, captions, attention, search):
     """Prints where the captions come from and their scores, and returns both."""
     import evaluation
     from groundwork import provenance
@@ -274,8 +286,7 @@ def print_scores(path, model, data, captions, attention, options):
     about = [
         f"{path}, stage {model.about['stage']}, epoch {model.about['epoch']}",
         *provenance.lines(model.about.get("records", [])),
-        f"{data.description}; length penalty {options.length_penalty:g}, "
-        f"{counted(options.max_len, 'word')} at most"
+        f"{data.description}; {search.search.description}"
         + ("" if model.look is None else f"; hard attention, look: {model.look}"),
     ]
     scores = evaluation.score(texts, [reference["captions"] for reference in data.references])

@@ -104,7 +104,7 @@ except SystemExit as exit:
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
     "models annotations attentions recurrent transformer merge kernels objectives stages encoders "
-    "networks efficientnet_lite contract decoding vocabulary rewards",
+    "networks efficientnet_lite contract decoding beams constraints choosing vocabulary rewards",
     "utils datasets embeddings features demo",
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
     "parts_of_speech regions coco_results evaluation evaluation_data robustness report textbook "
