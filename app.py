@@ -55,7 +55,7 @@ def main():
         name: Captioner.load(path, options.device, options.amp, options.word_map, options.look)
         for name, path in zip(names(paths), paths, strict=True)
     }
-    page = build_page(models, options.max_len, options.length_penalty)
+    page = build_page(models, options.max_words, options.length_penalty)
     try:
         _, address, _ = page.launch(
             server_name=options.host,
@@ -107,12 +107,12 @@ def distinct(paths):
     return list(found.values())
 
 
-def build_page(models, max_length, length_penalty):
+def build_page(models, max_words, length_penalty):
     """The page, as gr.Blocks.
 
     Args:
         models: name -> `Captioner`.
-        max_length, length_penalty: as in `Captioner.caption`.
+        max_words, length_penalty: as in `Captioner.caption`.
     """
     import gradio as gr
 
@@ -151,7 +151,7 @@ def build_page(models, max_length, length_penalty):
                     {name: models[name] for name in chosen},
                     round(beam_size),  # the field takes fractions, too
                     temperature,
-                    max_length,
+                    max_words,
                     length_penalty,
                 )
             except UserError as error:
@@ -195,7 +195,7 @@ STYLE = """
 PROMPT = "<p>Drop a photograph into the field: its captions come here.</p>"
 
 
-def render(path, models, beam_size, temperature, max_length, length_penalty):
+def render(path, models, beam_size, temperature, max_words, length_penalty):
     """HTML: an <attention-view> for each model, side by side under the models' names where there
     are several; in it the captions of a beam, or, at a temperature above 0, as many drawn."""
     import report
@@ -204,7 +204,7 @@ def render(path, models, beam_size, temperature, max_length, length_penalty):
     image, parts = to_picture(path), []
     for name, model in models.items():
         [captions] = model.caption(
-            image, beam_size, beam_size, temperature, max_length, length_penalty
+            image, beam_size, beam_size, temperature, max_words, length_penalty
         )
         view = json.dumps(report.attention_view(image, captions, PHOTOGRAPH))
         heading = f"<h3>{html.escape(name)}</h3>" if len(models) > 1 else ""

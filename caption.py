@@ -12,9 +12,11 @@ from groundwork.files import check_writable, make_folder, write_json, write_new
 from groundwork.options import (
     SEVERAL,
     Parser,
+    add_choosing_options,
     add_decoding_options,
     add_device_options,
     add_model_option,
+    check_seed,
     number,
 )
 from groundwork.wording import Complaints, counted
@@ -30,14 +32,7 @@ def parse_arguments():
     add_model_option(parser, otherwise, **SEVERAL)
     add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
     add("--beam_size", type=positive, default=5, help="partial captions kept at each step")
-    add("--n", type=positive, default=1, help="captions of an image, the likeliest of the beam")
-    add(
-        "--temperature",
-        type=number(float, least=0, below=1e6),
-        default=0.0,
-        help="above 0: the captions are drawn at random by p^(1 / temperature), not searched for",
-    )
-    add("--seed", type=number(int, least=0, below=2**63), help="of what is drawn")
+    add("--n", type=positive, default=1, help="captions of an image, the best of the beam")
     add("--batch_size", type=positive, default=32, help="images captioned together")
     add("--output_folder", default="captions", help="for the pictures, one a caption")
     add("--no_pictures", action="store_true", help="draw none, which is faster")
@@ -47,6 +42,7 @@ def parse_arguments():
     add("--ids", metavar="JSON", help="--results: COCO's or Karpathy's images, or name -> id")
     add("--show", action="store_true", help="open the pictures")
     add_decoding_options(parser)
+    add_choosing_options(parser)
     add_device_options(parser)
     options = parser.parse_args()
     if options.show and options.no_pictures:
@@ -57,8 +53,7 @@ def parse_arguments():
         parser.error("--ids are for --results")
     if options.results == "-":
         parser.error("--results takes a file")
-    if options.seed is not None and not options.temperature:
-        parser.error("--seed is for what is drawn: give a --temperature")
+    check_seed(parser, options)
     return options
 
 
@@ -68,8 +63,11 @@ def main():
     # what follows takes seconds to import
     import checkpoints
     from captioner import Captioner
+    from choosing import Search
     from coco_results import image_ids, write_results
 
+    search = Search.of(vars(options))
+    search.check_count(options.n)
     paths = find_images(options.img, options.recursive)
     ids = image_ids(paths, options.ids) if options.results else {}
     for file in (options.json, options.results):
@@ -77,11 +75,11 @@ def main():
             check_writable(file)
     named = options.model or [checkpoints.newest_best_checkpoint("data")]
     model = Captioner.load(named, options.device, options.amp, options.word_map, options.look)
-    model.check_beam_size(options.beam_size)
+    search.check_words(model.word_map)
     if not options.no_pictures:
         make_folder(options.output_folder)
 
-    records, unreadable = caption_all(model, paths, options)
+    records, unreadable = caption_all(model, paths, search, options)
     if options.json == "-":
         print(json.dumps(records, indent=2))
     elif options.json:
@@ -158,7 +156,7 @@ def images_in(folder, recursive):
 # ----------------------------------------------------------------------------- captions
 
 
-def caption_all(model, paths, options):
+def caption_all(model, paths, search, options):
     """Captions, draws and prints: the records for --json, and how many images cannot be read."""
     from groundwork.images import in_threads
     from groundwork.progress import progress
@@ -170,7 +168,7 @@ def caption_all(model, paths, options):
 
     records, unreadable = [], []
     with progress(total=len(paths), desc="captions", unit="image") as bar:
-        captioned = caption_images(model, paths, unreadable, options)
+        captioned = caption_images(model, paths, unreadable, search, options)
         if options.no_pictures:
             drawn = ((path, captions, [None] * len(captions)) for path, _, captions in captioned)
         else:
@@ -183,7 +181,7 @@ def caption_all(model, paths, options):
     return records, len(unreadable)
 
 
-def caption_images(model, paths, unreadable, options):
+def caption_images(model, paths, unreadable, search, options):
     """Yields each image's path, itself in a size to draw, and its captions. What cannot be read is
     named on stderr and added to the list, and the others get their captions."""
     from groundwork.images import in_threads, open_image, squeeze
@@ -211,16 +209,8 @@ def caption_images(model, paths, unreadable, options):
                     waiting.append((path, image))
                     yield square
 
-    for captions in model.caption(
-        squares(),
-        options.beam_size,
-        options.n,
-        options.temperature,
-        options.max_len,
-        options.length_penalty,
-        options.batch_size,
-        options.seed,
-    ):
+    asked = {"n": options.n, "batch_size": options.batch_size, "seed": options.seed}
+    for captions in model.caption(squares(), **asked, **vars(search)):
         yield *waiting.popleft(), captions
 
 
@@ -235,7 +225,10 @@ def keep(path, caption, png, options):
     """Writes a caption's picture and prints its line; returns what --json has of it."""
     from groundwork.progress import say
 
-    about, picture = f"log p {caption.log_prob:.2f}", None
+    about, picture, more = f"log p {caption.log_prob:.2f}", None, {}
+    if caption.consensus is not None:
+        about += f", consensus {caption.consensus:.2f}"
+        more["consensus"] = round(caption.consensus, 4)
     if png is not None:
         name = os.fsdecode(os.fsencode(Path(path).name)[:180])  # systems allow 255 bytes
         picture = str(write_new(Path(options.output_folder, f"{name}_attention.png"), png))
@@ -250,6 +243,7 @@ def keep(path, caption, png, options):
         "caption": caption.text,
         "words": caption.words,
         "log_prob": round(caption.log_prob, 4),
+        **more,
         "picture": picture,
     }
 

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from operator import itemgetter
 from os import PathLike
 
@@ -23,7 +22,7 @@ from groundwork.isolation import own_modules
 
 with own_modules():  # a user's process may have other modules of these names
     import checkpoints
-    import decoding
+    import choosing
     from attention_pictures import draw_attention
     from contract import Decoder
     from encoders import Encoder
@@ -33,7 +32,9 @@ with own_modules():  # a user's process may have other modules of these names
     from groundwork.errors import UserError
     from groundwork.files import read_json
     from groundwork.wording import counted
-    from utils import SPECIAL_WORDS, check_word_map
+    from utils import check_word_map
+
+BEAM = choosing.Search()  # as everyone searches who says nothing else
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Caption:
     words: list[str]
     log_prob: float  # Σ log p of the words and of <end>, natural logarithm
     alphas: Tensor | None  # (len(words), L) float32 on the CPU; None of a decoder without attention
+    consensus: float | None = None  # mean CIDEr-D, 0 to 10, to the others of `rerank`
 
     @property
     def text(self):
@@ -139,11 +141,12 @@ class Captioner:
         images,
         beam_size=5,
         n=None,
-        temperature=0.0,
-        max_length=decoding.MAX_LENGTH,
+        temperature=None,
+        max_words=choosing.MAX_LENGTH,
         length_penalty=0.0,
         batch_size=32,
         seed=None,
+        **further,
     ):
         """Captions images, a batch at a time as they are asked for.
 
@@ -151,45 +154,44 @@ class Captioner:
             images: one or an iterable of paths, PIL.Images, uint8 arrays (H, W, 3) or uint8 tensors
                 (3, H, W), RGB, of any size.
             beam_size: partial captions kept at each step.
-            n: how many captions of an image, the likeliest first: of the beam, so `beam_size` at
-                most, or as many drawn.
+            n: how many captions of an image, or fewer: of the beam, so `beam_size` at most, the
+                best first; or as many drawn, the likeliest first.
             temperature: above 0, words are drawn at random with p^(1 / temperature) instead of
                 searched for.
-            max_length: words, at most.
+            max_words: of a caption, at most.
             length_penalty: α: captions are compared by log p / length^α.
             batch_size: images captioned together.
             seed: of what is drawn; None: of words another draw each time, of the places of
                 `look` the same.
+            further: `choosing.Search` has them: `top_k`, `top_p`, `beam_groups`,
+                `diversity_penalty`, `min_words`, `no_repeat_ngram`, `must_include`, `rerank`,
+                `candidates`.
 
         Yields:
             a `Caption` for each image, or where `n` is given, a list of them.
 
         Raises:
-            UserError: an image cannot be read, or a number cannot be.
+            UserError: an image cannot be read, a number cannot be, options do not go together, or
+                the model has not the words.
         """
-        self.check_beam_size(beam_size)
-        _check("batch_size", batch_size, int, 1, 2**31)
-        _check("max_length", max_length, int, 1, 1000)
-        _check("length_penalty", length_penalty, float, 0, 10)
-        _check("temperature", temperature, float, 0, 1e6)
+        search = choosing.Search(
+            beam_size=beam_size,
+            temperature=temperature,
+            max_words=max_words,
+            length_penalty=length_penalty,
+            **further,
+        )
+        choosing.check_number("batch_size", batch_size, int, 1, choosing.MANY)
         if n is not None:
-            _check("n", n, int, 1, 2**31)
-        if seed is not None:
-            _check("seed", seed, int, 0, 2**63 - 1)
-        if n is not None and not 1 <= n <= (beam_size if temperature == 0 else n):
-            raise UserError(
-                f"a beam of {beam_size} has no {counted(n, 'caption')}: widen it, or ask for fewer"
-            )
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+            search.check_count(n)
+        search.check_words(self.word_map)
+        generator = self.generator(seed)
 
         def found():
             for features in self.encode_ahead(self._batches(images, batch_size)):
                 if self.look is not None:
                     self.decoder.set_look(self.look, seed or 0)
-                if temperature == 0:
-                    captions = self.search(features, beam_size, n or 1, max_length, length_penalty)
-                else:
-                    captions = self.sample(features, n or 1, temperature, max_length, generator)
+                captions = self.search(features, search, n or 1, generator)
                 yield from captions if n is not None else (one for [one] in captions)
 
         return found()
@@ -211,14 +213,12 @@ class Captioner:
         if squares:
             yield torch.from_numpy(np.stack(squares))
 
-    def check_beam_size(self, beam_size):
-        """Raises UserError for a beam wider than there are words to say."""
-        _check("beam_size", beam_size, int, 1, 2**31)
-        words = len(self.word_map) - len(SPECIAL_WORDS)
-        if beam_size > words:
-            raise UserError(
-                f"beam_size {beam_size} is larger than the vocabulary of {counted(words, 'word')}"
-            )
+    def generator(self, seed):
+        """A torch.Generator for what is drawn; None without a seed. Raises UserError."""
+        if seed is None:
+            return None
+        choosing.check_number("seed", seed, int, 0, 2**63 - 1)
+        return torch.Generator(self.device).manual_seed(seed)
 
     def autocast(self):
         """The context in which the model computes."""
@@ -260,37 +260,17 @@ class Captioner:
                     yield ahead.popleft().result()
             yield from (future.result() for future in ahead)
 
-    def search(
-        self, features, beam_size=5, n=1, max_length=decoding.MAX_LENGTH, length_penalty=0.0
-    ):
-        """What beam search finds for features from `encode_ahead`: for each image `n` captions or
-        fewer, the best first; the other arguments as in `caption`."""
-        with self.autocast():
-            arguments = (self.decoder, features, self.word_map, beam_size, max_length)
-            if n == 1:
-                found = [[caption] for caption in decoding.beam_search(*arguments, length_penalty)]
-            else:
-                found = decoding.finished_beams(*arguments, length_penalty)
-        words = list(self.word_map)
-        return [[_in_words(caption, words) for caption in captions[:n]] for captions in found]
+    def search(self, features, search=BEAM, n=1, generator=None):
+        """Captions of features from `encode_ahead`: for each image a list of `n` or fewer.
 
-    def sample(self, features, n, temperature=1.0, max_length=decoding.MAX_LENGTH, generator=None):
-        """`n` captions drawn for each image's features, the likeliest first."""
+        Args:
+            search: a `choosing.Search` whose `check_words` knows the model's.
+            generator: from `generator`.
+        """
         with self.autocast():
-            drawn = decoding.sample(
-                self.decoder,
-                features.repeat_interleave(n, dim=0),
-                self.word_map,
-                max_length,
-                temperature,
-                generator,
-            )
+            found = choosing.find(self.decoder, features, self.word_map, search, n, generator)
         words = list(self.word_map)
-        captions = (_in_words(caption, words) for caption in drawn)
-        return [
-            sorted(islice(captions, n), key=lambda caption: -caption.log_prob)
-            for _ in range(len(features))
-        ]
+        return [[_in_words(caption, words) for caption in captions] for captions in found]
 
 
 def _read(path, word_map):
@@ -351,17 +331,8 @@ def _check_look(path, look, looks):
 
 
 def _in_words(caption, words):
-    """A `Caption` of a `decoding.Caption`, words being those of the vocabulary in its order."""
-    return Caption([words[i] for i in caption.words], caption.log_prob, caption.alphas)
-
-
-def _check(name, value, kind, least, most):
-    """Raises UserError unless the value is a number of that kind within the bounds."""
-    kinds = (int,) if kind is int else (int, float)
-    if type(value) not in kinds or not least <= value <= most:
-        bounds = f"of {least} or more" if most >= 2**31 else f"from {least} to {most:g}"
-        number = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name} {value!r} is not {number} {bounds}")
+    """A `Caption` of a `choosing.Caption`, words being those of the vocabulary in its order."""
+    return Caption([words[i] for i in caption.words], *caption[1:])
 
 
 def _is_one(images):

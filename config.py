@@ -1,6 +1,7 @@
 """What a run is made with. The command line takes its defaults from here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 CHANGES = ("crop", "mirror", "colour")  # what the fresh views of an image differ by
 # How the share of words of the model's own grows, by its name: the default of k, updates
@@ -73,9 +74,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How a split is captioned, beside the width of the beam."""
+    """How a split is captioned."""
 
-    max_length: int = 50  # words of a caption, at most
-    length_penalty: float = 0.0  # α: captions are compared by log p / length^α
+    search: Any  # a `choosing.Search` with any width of the beam
     batch_size: int = 50  # images
     workers: int | None = None  # processes that read ahead; None: the device's usual
+    seed: int | None = None  # of what is drawn
+
+    def of(self, beam_size):
+        """The `Search` with another width of the beam; None: with its own."""
+        return replace(self.search, beam_size=beam_size or self.search.beam_size)

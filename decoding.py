@@ -8,18 +8,18 @@ part of it no probability, over the rest.
 
 import itertools
 import math
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vocabulary import NEVER
+from beams import Beams, Best, History
+from constraints import FREE, MAX_LENGTH, Rules
 
 # Finished images leave the batch once it is no fuller than this: leaving copies the others, and on
 # a CPU every new batch size has its kernels compiled.
 LEAVE = 0.75
-
-MAX_LENGTH = 50  # words
 
 
 class Caption(NamedTuple):
@@ -30,7 +30,7 @@ class Caption(NamedTuple):
     alphas: Tensor | None  # (len(words), L) float32; None of a decoder without attention
 
 
-def greedy(decoder, encoder_out, word_map, max_length=MAX_LENGTH):
+def greedy(decoder, encoder_out, word_map, max_length=MAX_LENGTH, constraints=FREE):
     """The likeliest word at every step.
 
     Args:
@@ -38,37 +38,73 @@ def greedy(decoder, encoder_out, word_map, max_length=MAX_LENGTH):
         encoder_out: (I, g, g, D) from `Encoder` or `Encoder.features`.
         word_map: word -> index.
         max_length: words, at most.
+        constraints: `constraints.Constraints`, which `check` has found possible; words that must
+            come are for `beam_search`.
 
     Returns:
         list of I `Caption`.
     """
-    return _search_one(decoder, encoder_out, word_map, max_length, lambda p: p.max(dim=1))
+
+    def choose(log_probs):
+        return log_probs.argmax(dim=1, keepdim=True)
+
+    return _search_one(decoder, encoder_out, word_map, 1, max_length, constraints, choose)
 
 
-def sample(decoder, encoder_out, word_map, max_length=MAX_LENGTH, temperature=1.0, generator=None):
+def sample(
+    decoder,
+    encoder_out,
+    word_map,
+    max_length=MAX_LENGTH,
+    temperature=1.0,
+    generator=None,
+    constraints=FREE,
+    top_k=None,
+    top_p=None,
+    per_image=1,
+):
     """Words drawn at random, p^(1 / temperature) renormalised; the rest as in `greedy`.
 
     Args:
         temperature: above 0; small values come near to `greedy`.
         generator: torch.Generator on the decoder's device.
+        top_k: draws from so many likeliest words.
+        top_p: draws from the nucleus (Holtzman et al., 2020, *The Curious Case of Neural Text
+            Degeneration*): the fewest likeliest words, of `top_k` where it is given, that have this
+            share of the probability or more.
+        per_image: K, captions of each image.
+
+    Returns:
+        list of I·K `Caption`, image by image. Their log p is the model's own.
     """
 
     def choose(log_probs):
-        words = drawn_from((log_probs / temperature).softmax(dim=1), generator)
-        return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
+        return drawn_from((log_probs / temperature).softmax(dim=1), generator, top_k, top_p)
 
-    return _search_one(decoder, encoder_out, word_map, max_length, choose)
+    return _search_one(decoder, encoder_out, word_map, per_image, max_length, constraints, choose)
 
 
 @torch.inference_mode()
-def _search_one(decoder, encoder_out, word_map, max_length, choose):
-    """A `Caption` for each image, of words chosen from log p (I, V): log p of them, and which."""
-    allow, end = _Allow(word_map, max_length, encoder_out.device), word_map["<end>"]
+def _search_one(decoder, encoder_out, word_map, per_image, max_length, constraints, choose):
+    """`per_image` `Caption`s of each image, of words (n, 1) chosen from log p (n, V)."""
+    if constraints.must_include:
+        raise ValueError("words that must come are for beam search")
+    rules = Rules(constraints, word_map, max_length, encoder_out.device)
+    said = rules.begin(len(encoder_out) * per_image)
+
+    def next_words(scores, step):
+        nonlocal said
+        log_probs = rules(scores, step, said)
+        words = choose(log_probs)
+        if said is not None:
+            ended = (said == rules.end).any(dim=1)
+            said = rules.remember(said, words.squeeze(1).masked_fill(ended, rules.end))
+        return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
+
     words, log_probs, alphas = _to_the_end(
-        decoder, encoder_out, word_map, 1, max_length,
-        lambda scores, step: choose(allow(scores, step)),
-    )  # fmt: skip
-    return _captions(words, alphas, log_probs.sum(dim=1), end)
+        decoder, encoder_out, word_map, per_image, max_length, next_words
+    )
+    return _captions(words, alphas, log_probs.sum(dim=1), rules.end)
 
 
 class Draws(NamedTuple):
@@ -90,10 +126,10 @@ def draw(decoder, encoder_out, word_map, per_image, max_length=MAX_LENGTH):
         decoder, encoder_out, word_map, max_length: as in `greedy`.
         per_image: K.
     """
-    allow = _Allow(word_map, max_length, encoder_out.device)
+    rules = Rules(FREE, word_map, max_length, encoder_out.device)
 
     def choose(scores, step):
-        log_probs = allow.renormalised(scores, step)
+        log_probs = rules.renormalised(scores, step)
         words = drawn_from(log_probs.detach().exp())
         return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
 
@@ -158,36 +194,68 @@ def _to_the_end(decoder, encoder_out, word_map, per_image, max_length, choose):
     return torch.stack(history, dim=1), torch.stack(log_probs, dim=1), alphas
 
 
-def drawn_from(probabilities, generator=None):
-    """A word of each row (n, V), (n, 1) int64: what torch.multinomial draws, which raises an error
-    where training has made a probability nan."""
+def drawn_from(probabilities, generator=None, top_k=None, top_p=None):
+    """A word of each row (n, V), (n, 1) int64; `top_k` and `top_p` as in `sample`. What
+    torch.multinomial draws, which raises an error where training has made a probability nan."""
+    words = None
+    if top_k is not None or top_p is not None:
+        count = min(top_k or probabilities.shape[1], probabilities.shape[1])
+        probabilities, words = probabilities.topk(count)
+    if top_p is not None:
+        before = probabilities.cumsum(dim=1) - probabilities
+        probabilities = probabilities * (before < top_p * probabilities.sum(dim=1, keepdim=True))
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / noise).argmax(dim=1, keepdim=True)
+    drawn = (probabilities / noise).argmax(dim=1, keepdim=True)
+    return drawn if words is None else words.gather(1, drawn)
 
 
 def beam_search(
-    decoder, encoder_out, word_map, beam_size=5, max_length=MAX_LENGTH, length_penalty=0.0
+    decoder,
+    encoder_out,
+    word_map,
+    beam_size=5,
+    max_length=MAX_LENGTH,
+    length_penalty=0.0,
+    constraints=FREE,
+    groups=1,
+    diversity_penalty=0.5,
 ):
     """The best caption among those that keeping the `beam_size` best partial ones finds.
 
     As in the paper's own search, a finished caption takes one place off its image's beam. An
     image is done when its beam is empty or no caption still open can overtake the best finished.
 
+    With words that must come there is such a beam for each set of those that have. With several
+    groups (Vijayakumar et al., 2016, *Diverse Beam Search*) each has a beam of `beam_size / groups`
+    of its own, in which words count for less that the groups before have just chosen.
+
     Args:
         decoder, encoder_out, word_map, max_length: as in `greedy`.
         beam_size: k, partial captions kept for each image.
         length_penalty: α of the score log p / (words + 1)^α; 0 compares log p itself and favours
             short captions, 1 compares the mean over the words and `<end>`.
+        constraints: `constraints.Constraints`, which `check` has found possible.
+        groups: that share the beam out, a divisor of `beam_size`.
+        diversity_penalty: λ, what a word costs for each beam of the groups before that has it at
+            this step.
 
     Returns:
         list of I `Caption`.
     """
-    found = _search(decoder, encoder_out, word_map, beam_size, max_length, length_penalty, 1)
-    return [caption for [caption] in found]
+    options = max_length, length_penalty, constraints, groups, diversity_penalty
+    return [best for best, *_ in _search(decoder, encoder_out, word_map, beam_size, 1, *options)]
 
 
 def finished_beams(
-    decoder, encoder_out, word_map, beam_size=5, max_length=MAX_LENGTH, length_penalty=0.0
+    decoder,
+    encoder_out,
+    word_map,
+    beam_size=5,
+    max_length=MAX_LENGTH,
+    length_penalty=0.0,
+    constraints=FREE,
+    groups=1,
+    diversity_penalty=0.5,
 ):
     """All captions that `beam_search` would find, were it to go on until its beams are empty.
 
@@ -196,153 +264,77 @@ def finished_beams(
 
     Returns:
         list of I lists of `Caption`, the best first: `beam_size` of them, or fewer where the
-        vocabulary has not that many.
+        vocabulary has not that many. Of several groups the best of each come first, then the second
+        best, and so on; what several have found is there once.
     """
-    return _search(decoder, encoder_out, word_map, beam_size, max_length, length_penalty, beam_size)
+    options = max_length, length_penalty, constraints, groups, diversity_penalty
+    return _search(decoder, encoder_out, word_map, beam_size, beam_size // groups, *options)
 
 
 @torch.inference_mode()
-def _search(decoder, encoder_out, word_map, k, max_length, length_penalty, keep):
-    """The `keep` best captions of each image, among the k at most that finish; ended early where
+def _search(
+    decoder,
+    encoder_out,
+    word_map,
+    beam_size,
+    keep,
+    max_length,
+    length_penalty,
+    constraints,
+    groups,
+    diversity_penalty,
+):
+    """The `keep` best captions of each image and group, among those that finish; ended early where
     no other can come among them."""
-    device, count = encoder_out.device, len(encoder_out)
+    device, count, end = encoder_out.device, len(encoder_out), word_map["<end>"]
+    rules = Rules(constraints, word_map, max_length, device)
+    beams = Beams((count, groups, rules.states, beam_size // groups), diversity_penalty, device)
+    k = beams.log_probs[0].numel()  # rows of an image
     memory = decoder.prepare(encoder_out)
     state = decoder.init_state(memory)
     state = state.select(torch.arange(count, device=device).repeat_interleave(k))
-    allow = _Allow(word_map, max_length, device)
-    end = word_map["<end>"]
 
-    active = torch.arange(count, device=device)  # the images still searched, in rows of k beams
+    active = torch.arange(count, device=device)  # the images still searched
     words = torch.full((count, k), word_map["<start>"], device=device)
-    log_probs = torch.full((count, k), -torch.inf, device=device)
-    log_probs[:, 0] = 0.0  # the beams of an image start alike: one of them counts
-    places = torch.full((count, 1), k, device=device)
-    best = _Best(count, keep, device)
-    history = _History(count, k)
+    said = rules.begin(count * k)
+    best, history = Best((count, groups, keep), device), History((count, k))
+    width = min(beams.candidates, len(word_map))
     for step in range(max_length + 1):
         scores, alphas, state = decoder.step(words.flatten(), state, memory)
-        # a beam's own k likeliest words hold all that its image may keep
-        width = min(k, scores.shape[1])
-        likeliest, likely_words = allow.likeliest(width, scores, step)
-        candidates = log_probs.unsqueeze(2) + likeliest.view(len(active), k, width)
-        log_probs, chosen = candidates.flatten(1).topk(k)
-        parents, words = chosen // width, likely_words.view(len(active), -1).gather(1, chosen)
+        likeliest = rules.likeliest(width, scores, step, said)
+        parents, words, finished = beams.extend(*likeliest, rules.arriving(width), end)
         history.append(active, words, parents, alphas)
-
-        kept = (torch.arange(k, device=device) < places) & log_probs.isfinite()
-        ended = kept & (words == end)
-        best.update(active, log_probs.where(ended, -torch.inf), step, length_penalty)
-        places = places - ended.sum(1, keepdim=True)
-        log_probs = log_probs.where(kept & ~ended, -torch.inf)
+        best.update(active, finished, step, length_penalty)
 
         # log p only falls, and dividing by the greatest length lifts it most
-        bound = log_probs.amax(1) / (max_length + 1) ** length_penalty
-        going = bound > best.score[active, -1]
+        bound = beams.likeliest / (max_length + 1) ** length_penalty
+        going = (bound > best.score[active, :, -1]).any(dim=1)
         still = int(going.sum())  # the only time in a step that the host waits for the device
         if still == 0:
             break
         rows = torch.arange(len(active), device=device)[:, None] * k + parents
         if still < LEAVE * len(active):
             memory = memory.select(going)
-            rows, active, words, log_probs, places = (
-                tensor[going] for tensor in (rows, active, words, log_probs, places)
-            )
+            beams.select(going)
+            rows, active, words = (tensor[going] for tensor in (rows, active, words))
         state = state.select(rows.flatten())
+        said = rules.remember(said, words.flatten(), rows.flatten())
     words, alphas = history.trace(best, end)
     captions = iter(_captions(words, alphas, best.log_prob.flatten(), end))
-    return [
-        [caption for caption in itertools.islice(captions, keep) if caption.log_prob > -math.inf]
-        for _ in range(count)
-    ]
+    found = [[list(itertools.islice(captions, keep)) for _ in range(groups)] for _ in range(count)]
+    return [_in_turn(of_groups, length_penalty) for of_groups in found]
 
 
-class _Best:
-    """The best finished captions of each image, (I, keep): their scores, the best first, and where
-    their `<end>` stands."""
-
-    def __init__(self, count, keep, device):
-        self.score = torch.full((count, keep), -torch.inf, device=device)
-        self.log_prob = torch.full((count, keep), -torch.inf, device=device)
-        self.step = torch.zeros(count, keep, dtype=torch.int64, device=device)
-        self.beam = torch.zeros(count, keep, dtype=torch.int64, device=device)
-
-    def update(self, images, log_probs, step, length_penalty):
-        """Takes in the captions finished at a step: log_probs (n, k), -inf for the others."""
-        beams = torch.arange(log_probs.shape[1], device=log_probs.device).expand_as(log_probs)
-        found = (log_probs, torch.full_like(beams, step), beams)
-        score = torch.cat([self.score[images], log_probs / (step + 1) ** length_penalty], dim=1)
-        self.score[images], order = score.topk(self.score.shape[1])
-        for own, new in zip((self.log_prob, self.step, self.beam), found, strict=True):
-            own[images] = torch.cat([own[images], new], dim=1).gather(1, order)
-
-
-class _History:
-    """What every beam chose at each step, and which beam of the step before it continued."""
-
-    def __init__(self, count, beam_size):
-        self.shape = (count, beam_size)
-        self.words, self.parents, self.alphas = [], [], []
-
-    def append(self, images, words, parents, alphas):
-        """words and parents (n, k) of n images; alphas (n·k, L) that led to the parents' words, or
-        None."""
-        new = [(self.words, words), (self.parents, parents)]
-        if alphas is not None:
-            new.append((self.alphas, alphas.view(*words.shape, -1)))
-        for steps, values in new:
-            steps.append(
-                values.new_zeros(*self.shape, *values.shape[2:]).index_copy(0, images, values)
-            )
-
-    def trace(self, best, end):
-        """Words (I·keep, T) and alphas (I·keep, T, L) or None of the best captions, `end` from
-        their end on."""
-        beam, last = best.beam.flatten(), best.step.flatten()
-        images = torch.arange(self.shape[0], device=beam.device)
-        images = images.repeat_interleave(best.beam.shape[1])
-        words, alphas = [], []
-        for step in reversed(range(len(self.words))):
-            parent = self.parents[step][images, beam]
-            words.append(self.words[step][images, beam].where(step < last, end))
-            if self.alphas:
-                alphas.append(self.alphas[step][images, parent])
-            beam = parent.where(step <= last, beam)
-        words = torch.stack(words[::-1], dim=1)
-        return words, torch.stack(alphas[::-1], dim=1) if alphas else None
-
-
-class _Allow:
-    """log p (n, V) float32 of scores, -inf for the words that may not come at a step."""
-
-    ROWS = 32  # whose scores a CPU's cache holds
-
-    def __init__(self, word_map, max_length, device):
-        never, end = [word_map[word] for word in NEVER], word_map["<end>"]
-        self.never = torch.tensor(never, device=device)
-        self.never_first = torch.tensor([*never, end], device=device)
-        self.end, self.max_length = end, max_length
-
-    def __call__(self, scores, step):
-        """The model's own, over its whole vocabulary."""
-        log_probs = scores.log_softmax(dim=1, dtype=torch.float32)
-        return log_probs.index_fill_(1, self._excluded(scores, step), -torch.inf)
-
-    def renormalised(self, scores, step):
-        """Over the words that may come; gradients pass."""
-        scores = scores.float().index_fill(1, self._excluded(scores, step), -torch.inf)
-        return scores.log_softmax(dim=1)
-
-    def _excluded(self, scores, step):
-        if step == self.max_length:
-            words = torch.arange(scores.shape[1], device=scores.device)
-            return words[words != self.end]
-        return self.never if step else self.never_first
-
-    def likeliest(self, k, scores, step):
-        """The k greatest log p of each row and their words, (n, k) each."""
-        rows = self.ROWS if scores.device.type == "cpu" else len(scores)
-        parts = [self(part, step).topk(k) for part in scores.split(rows)]
-        return (torch.cat(values) for values in zip(*parts, strict=True))
+def _in_turn(of_groups, length_penalty):
+    """The finished captions of an image's groups: the best of each, then the second best, and so
+    on, those of a turn in the order of their scores; none twice."""
+    found = {}
+    for turn in zip(*of_groups, strict=True):
+        scores = [-c.log_prob / (len(c.words) + 1) ** length_penalty for c in turn]
+        for _, caption in sorted(zip(scores, turn, strict=True), key=itemgetter(0)):
+            if caption.log_prob > -math.inf:
+                found.setdefault(tuple(caption.words), caption)
+    return list(found.values())
 
 
 def _captions(words, alphas, log_probs, end):

@@ -15,15 +15,16 @@ from groundwork.files import check_writable, names
 from groundwork.options import (
     SEVERAL,
     Parser,
+    add_choosing_options,
     add_decoding_options,
     add_device_options,
     add_model_option,
     add_region_options,
     add_workers_option,
+    check_seed,
     number,
 )
 from groundwork.tables import print_tables
-from groundwork.wording import counted
 
 
 def parse_arguments():
@@ -89,27 +90,26 @@ def parse_arguments():
     )
     add_workers_option(parser)
     add_decoding_options(parser)
+    choosing = add_choosing_options(parser)
     add_device_options(parser)
-    return parser.parse_args()
+    options, typed = parser.parse_args(), parser.typed()
+    check_seed(parser, options)
+    if (options.results is None) != (options.references is None):
+        raise UserError("--results and --references go together")
+    if options.results is not None:
+        of_model = [
+"model", "report", "robustness", "diversity", "attention_report", "regions",
+"region_words",
+]  # fmt: skip
+        for name in [*of_model, "look", *choosing]:
+            if name in typed:
+                raise UserError(f"--{name} is about a model: it goes without --results")
+    return options
 
 
 def main():
     options = parse_arguments()
-    if (options.results is None) != (options.references is None):
-        raise UserError("--results and --references go together")
     if options.results is not None:
-        for name in (
-            "model",
-            "report",
-            "robustness",
-            "diversity",
-            "attention_report",
-            "regions",
-            "region_words",
-            "look",
-        ):
-            if getattr(options, name) not in (None, ""):
-                raise UserError(f"--{name} is about a model: it goes without --results")
         score_results(options)
         return
     if options.region_words and options.regions is None:
@@ -136,9 +136,11 @@ def evaluate(options):
     from groundwork import distributed
     from regions import find
 
+    search, widths = choose_search(options)
     paths = find_models(options)
     model = Captioner.load(paths, options.device, options.amp, options.word_map, options.look)
-    model.check_beam_size(max(options.beam_size))
+    for beam_size in widths:
+        search.of(beam_size).check_words(model.word_map)
     data = open_split(paths[0], model, options)
     if not data.has_captions:
         check_for_results_alone(data, options)
@@ -147,7 +149,7 @@ def evaluate(options):
     asked = options.output_folder is not None
     folder = Path(options.output_folder if asked else paths[0].parent)
     part, source = file_name_parts(paths, model, data, options)
-    written = {k: folder / f"results_{part}_beam{k}_{source}.json" for k in options.beam_size}
+    written = {k: folder / f"results_{part}_{search.of(k).file_part}_{source}.json" for k in widths}
     first = next(iter(written.values()))
     results = Place(first, CAPTION * len(data), asked, needed=not data.has_captions)
     page = options.report and Place(report.page_path(options.report), PICTURE * len(data))
@@ -155,11 +157,8 @@ def evaluate(options):
         folder / f"robustness_{part}_{source}.png", PICTURE, asked
     )
 
-    search = SearchConfig(
-        options.max_len, options.length_penalty, options.batch_size, options.workers
-    )
     whole, asked_for_attention = bool(page) and page.is_open, options.attention_report is not None
-    captions, beams = evaluation.caption_split(model, data, options.beam_size, search, whole)
+    captions, beams = evaluation.caption_split(model, data, widths, search, whole)
     if distributed.is_main and results.is_open:
         with results.writing():
             write_captions(written, data, captions)
@@ -171,7 +170,7 @@ def evaluate(options):
     tables = attention.tables + draw_captions(options, model, data, search)
     if distributed.is_main:
         about, scores = print_scores(
-            paths, model, data, captions, attention._replace(tables=tables), options
+            paths, model, data, captions, attention._replace(tables=tables), search
         )
 
     def write_page(**further):
@@ -228,12 +227,27 @@ def change_images(options, model, data, captions, with_attention, picture, searc
         print_tables("", further["probed"].tables, further["probed"].notes)
         write_page(**further)
     if options.robustness:
-        count, width = options.robustness, options.beam_size[0]
+        count, width = options.robustness, next(iter(captions))
         shown = picture.path if picture.is_open else None
         with picture.writing():
             changed = robustness.report(model, data, count, options.split, width, search, shown)
         if distributed.is_main and picture.is_open:
             write_page(changed=changed, **further)
+
+
+def choose_search(options):
+    """The `SearchConfig` asked for, and the widths of the beam; of captions that are drawn None."""
+    from choosing import Search
+
+    first, *others = options.beam_size
+    search = Search.of(vars(options) | {"beam_size": first})
+    config = SearchConfig(search, options.batch_size, options.workers, options.seed)
+    if search.draws and others:
+        raise UserError("several --beam_size are for beam search, and these captions are drawn")
+    widths = [None] if search.draws else options.beam_size
+    for beam_size in others:
+        config.of(beam_size)  # refuses what does not go with it
+    return config, widths
 
 
 def find_models(options):
@@ -334,7 +348,7 @@ def write_captions(paths, data, captions):
         print(f"no scores: {data.path.name} comes without people's captions to compare with")
 
 
-def print_scores(paths, model, data, captions, attention, options):
+def print_scores(paths, model, data, captions, attention, search):
     """Prints where the captions come from and their scores, and returns both."""
     import evaluation
     from groundwork import provenance
@@ -354,8 +368,7 @@ def print_scores(paths, model, data, captions, attention, options):
     if len(paths) > 1:
         about.append(f"{len(paths)} models together: the mean of their probabilities of a word")
     about.append(
-        f"{data.description}; length penalty {options.length_penalty:g}, "
-        f"{counted(options.max_len, 'word')} at most"
+        f"{data.description}; {search.search.description}"
         + ("" if model.look is None else f"; hard attention, look: {model.look}")
     )
     scores = evaluation.score(texts, [reference["captions"] for reference in data.references])

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 import diversity
 import metrics
+from choosing import Search
 from groundwork import distributed
 from groundwork.devices import loader_options
 from groundwork.progress import progress
@@ -20,26 +21,26 @@ def caption_split(model, data, beam_sizes, search, whole=False):
     Args:
         model: a `captioner.Captioner`.
         data: an `evaluation_data.EvaluationData`, or a `datasets.CaptionDataset` from images.
-        beam_sizes: widths of the beam.
-        search: a `SearchConfig`.
+        beam_sizes: widths of the beam; None among them: the search's own.
+        search: a `config.SearchConfig`.
         whole: whether to keep all captions of the widest beam.
 
     Returns:
         beam_size -> for each image its best `captioner.Caption`; and for each image all captions of
         the widest beam, the best first, where they are kept, else an empty list.
     """
-    captions, beams = {beam_size: [] for beam_size in beam_sizes}, []
+    captions, beams, widest = {beam_size: [] for beam_size in beam_sizes}, [], max(beam_sizes)
     share = distributed.share(len(data))
     reading = loader_options(model.device, search.workers)
     loader = DataLoader(data, search.batch_size, sampler=share, **reading)
-    bounds = search.max_length, search.length_penalty
+    generator = model.generator(search.seed)
     batches = progress(loader, desc="captioning", unit="batch")
     for features in model.encode_ahead(images for images, *_ in batches):
         for beam_size, best in captions.items():
-            kept = beam_size if whole and beam_size == max(captions) else 1
-            found = model.search(features, beam_size, kept, *bounds)
+            kept = search.of(beam_size).kept if whole and beam_size == widest else 1
+            found = model.search(features, search.of(beam_size), kept, generator)
             best += [beam[0] for beam in found]
-            if whole and beam_size == max(captions):
+            if whole and beam_size == widest:
                 beams += found
     captions = {beam_size: distributed.collect(found) for beam_size, found in captions.items()}
     return captions, distributed.collect(beams)
@@ -54,20 +55,24 @@ def sample_split(model, data, count, search, seed=0):
         seed: of what is drawn; several processes draw otherwise than one.
     """
     share, drawn = distributed.share(len(data)), []
-    generator = torch.Generator(model.device).manual_seed(seed + distributed.rank)
+    generator = model.generator(seed + distributed.rank)
+    freely = Search(temperature=1.0, max_words=search.search.max_words)
     loader = DataLoader(
         data, search.batch_size, sampler=share, **loader_options(model.device, search.workers)
     )
     batches = progress(loader, desc="drawing", unit="batch")
     for features in model.encode_ahead(images for images, *_ in batches):
-        found = model.sample(features, count, 1.0, search.max_length, generator)
+        found = model.search(features, freely, count, generator)
         drawn += [[caption.text for caption in captions] for captions in found]
     return distributed.collect(drawn)
 
 
 def name_of(beam_size, look=None):
-    """What tables call the captions of a beam; `look` is how hard attention was told to look."""
-    return f"beam {beam_size}" + ("" if look is None else f", {look}")
+    """What tables call the captions of a beam, or, where it is None, those drawn; `look` is how
+    hard attention was told to look."""
+    return ("drawn" if beam_size is None else f"beam {beam_size}") + (
+        "" if look is None else f", {look}"
+    )
 
 
 class Scores(NamedTuple):

@@ -170,8 +170,8 @@ def report(model, data, count, split, beam_size, search, path):
         data: the split, a `datasets.CaptionDataset`.
         count: of its images, from the first.
         split: its name, for people.
-        beam_size: width of the beam.
-        search: a `SearchConfig`.
+        beam_size: width of the beam; None: the search's own.
+        search: a `config.SearchConfig`.
         path: of the picture, a PNG, or None for none.
 
     Returns:
@@ -202,7 +202,7 @@ def caption(model, data, count, beam_size, search):
     share = distributed.share(count)
     reading = loader_options(model.device, search.workers)
     loader = DataLoader(data, search.batch_size, sampler=share, **reading)
-    bounds = search.max_length, search.length_penalty
+    how, generator = search.of(beam_size), model.generator(search.seed)
     captions = {name: [] for name in PERTURBATIONS}
     words, missed = 0, dict.fromkeys(PERTURBATIONS, 0.0)
     bar = progress(total=len(share) * len(PERTURBATIONS), desc="perturbed", unit="image")
@@ -215,9 +215,8 @@ def caption(model, data, count, beam_size, search):
         for name, features in zip(PERTURBATIONS, model.encode_ahead(perturbed), strict=True):
             with torch.inference_mode(), model.autocast():
                 missed[name] += batch_words * _loss(model, features, texts, lengths).item()
-                captions[name] += [
-                    best.text for [best] in model.search(features, beam_size, 1, *bounds)
-                ]
+                found = model.search(features, how, generator=generator)
+                captions[name] += [best.text for [best] in found]
             bar.update(len(images))
     bar.close()
     totals = torch.tensor([words, *missed.values()], dtype=torch.float64, device=model.device)

@@ -172,13 +172,14 @@ def add_region_options(add_to):
 
 
 def add_decoding_options(parser):
-    """How captions are searched for, beside --beam_size."""
+    """How captions are searched for, beside --beam_size: `--max_len` is --max_words' older name."""
     add = parser.add_argument
     add(
+        "--max_words",
         "--max_len",
         type=number(int, above=0, below=1001),
         default=50,
-        help="words of a caption, at most",
+        help="of a caption, at most",
     )
     add(
         "--length_penalty",
@@ -192,3 +193,66 @@ def add_decoding_options(parser):
         help="of hard attention: at the expected context, as it does without, at the likeliest "
         "place, or at one drawn at random",
     )
+
+
+def add_choosing_options(parser):
+    """How captions are chosen among those that there are: fields of `choosing.Search`, and the
+    seed. Returns their names."""
+    names, positive = [], number(int, above=0)
+
+    def add(flag, **options):
+        names.append(parser.add_argument(flag, **options).dest)
+
+    add(
+        "--temperature",
+        type=number(float, least=0, below=1e6),
+        help="above 0: captions are drawn at random by p^(1 / temperature), not searched for; "
+        "None: 0, and 1 with --top_k or --top_p",
+    )
+    add("--top_k", type=positive, help="draw from so many likeliest words")
+    add(
+        "--top_p",
+        type=number(float, above=0, most=1),
+        help="draw from the nucleus, the fewest words that have this share of the probability",
+    )
+    add("--seed", type=number(int, least=0, below=2**63), help="of what is drawn")
+    add(
+        "--beam_groups",
+        type=positive,
+        default=1,
+        help="share the beam out among so many, which keep away from each other's words",
+    )
+    add(
+        "--diversity_penalty",
+        type=number(float, least=0, below=1e6),
+        help="λ of --beam_groups: what a word costs for each beam of the groups before that has it "
+        "at the same step; None: 0.5",
+    )
+    few = number(int, above=0, below=1001)
+    add("--min_words", type=few, default=1, help="of a caption, at least")
+    add("--no_repeat_ngram", type=few, metavar="N", help="no N words in a row come twice")
+    add(
+        "--must_include",
+        nargs="+",
+        default=(),
+        metavar="WORD",
+        help="words that captions must have, four at most; of 'dog|dogs' one",
+    )
+    add(
+        "--rerank",
+        choices=["consensus"],
+        help="of several candidates take the one that is most like the others, by CIDEr-D",
+    )
+    add(
+        "--candidates",
+        type=number(int, least=2),
+        help="of --rerank, of the beam or drawn; None: as many as --beam_size",
+    )
+    return names
+
+
+def check_seed(parser, options):
+    """Refuses a --seed where nothing is drawn."""
+    drawn = options.temperature, options.top_k, options.top_p, options.look == "sample"
+    if options.seed is not None and not any(drawn):
+        parser.error("--seed is for what is drawn: give a --temperature, --top_k or --top_p")

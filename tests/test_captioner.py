@@ -133,7 +133,7 @@ def test_drawn_captions_follow_from_the_seed(model, paths):
 
 
 def test_bounds_of_the_search_are_kept(model, paths):
-    [short] = model.caption(paths[0], max_length=2)
+    [short] = model.caption(paths[0], max_words=2)
     assert len(short.words) <= 2
 
 
@@ -151,11 +151,11 @@ def test_bounds_of_the_search_are_kept(model, paths):
         ({"beam_size": True}, "beam_size True"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"batch_size": 1.5}, "batch_size 1.5"),
-        ({"max_length": 0}, "max_length 0 is not a whole number from 1 to 1000"),
+        ({"max_words": 0}, "max_words 0 is not a whole number from 1 to 1000"),
         ({"length_penalty": float("nan")}, "length_penalty nan is not a number from 0 to 10"),
         ({"length_penalty": 1e9}, "length_penalty"),
         ({"temperature": float("inf")}, "temperature inf"),
-        ({"temperature": None}, "temperature None"),
+        ({"temperature": "1"}, "temperature '1'"),
         ({"seed": 2**70}, "seed"),
         ({"n": "3"}, "n '3'"),
         ({"images": 5}, "not <class 'int'>"),

@@ -19,6 +19,7 @@ import contract
 import decoding
 from attentions import ATTENTIONS, Attention
 from captioner import Captioner
+from choosing import Search
 from contract import DECODERS, Decoder, Forward, build_decoder, make_config
 from encoders import Encoder
 from groundwork.errors import UserError
@@ -205,7 +206,7 @@ def test_it_captions_and_draws(trained, scenes, tmp_path):
 def test_searches_agree_with_its_forward_pass(trained):
     model = Captioner.load(trained[0], "cpu", amp="off")
     features = torch.zeros(2, 3, 3, model.decoder.config.encoder_dim)
-    for [caption] in model.search(features, 3):
+    for [caption] in model.search(features, Search(beam_size=3)):
         words = [model.word_map[word] for word in caption.words]
         captions = torch.tensor([[model.word_map["<start>"], *words, model.word_map["<end>"]]])
         lengths = torch.tensor([captions.shape[1]])

@@ -20,6 +20,7 @@ import checkpoints
 import robustness
 import utils
 from captioner import Captioner
+from choosing import Search
 from config import SearchConfig
 from datasets import CaptionDataset, read_word_map
 from encoders import Encoder
@@ -263,7 +264,7 @@ def evaluated(tiny_data, checkpoint, tmp_path_factory):
 def arguments(tiny_data, checkpoint, output):
     return (
         *("--data_folder", tiny_data[0], "--checkpoint", checkpoint, "--results_folder", output),
-        *("--beam_size", 2, 1, "--max_len", 12, "--batch_size", 3, "--robustness", 5),
+        *("--beam_size", 2, 1, "--max_words", 12, "--batch_size", 3, "--robustness", 5),
         *("--report", output / "page"),
         *("--device", "cpu", "--amp", "off"),
     )
@@ -333,7 +334,7 @@ def test_batches_of_another_size_give_the_same_captions(model, tiny_data, monkey
     monkeypatch.setattr(robustness, "PERTURBATIONS", few)
     found = []
     for batch_size in (2, 8):
-        search = SearchConfig(max_length=12, batch_size=batch_size, workers=0)
+        search = SearchConfig(Search(max_words=12), batch_size, workers=0)
         found.append(robustness.caption(model, CaptionDataset(*tiny_data, "TEST"), 5, 2, search))
     one, two = found
     assert one.captions == two.captions

@@ -153,7 +153,7 @@ def test_where_it_looked_is_measured_in_every_epoch(run, tiny_data):
     model = Captioner.load(checkpoints.checkpoint_path(output, base))
     images = datasets.open_images(utils.input_path(folder, base, "IMAGES", "VAL"))
     squares = [torch.from_numpy(image) for image in images]
-    captions = list(model.caption(squares, beam_size=1, max_length=6))
+    captions = list(model.caption(squares, beam_size=1, max_words=6))
     entropies = [scipy.stats.entropy(caption.alphas, axis=1) for caption in captions]
     kinds = [kind for caption in captions for kind in parts_of_speech.kinds(caption.words)]
     evenness = np.concatenate(entropies) / math.log(9)

@@ -1,0 +1,193 @@
+"""What captions keep to: which words may come at a step, and which must have come at the end.
+
+A word that must come is found by constrained beam search (Anderson et al., 2017, *Guided Open
+Vocabulary Image Captioning with Constrained Beam Search*): a state machine, whose states are the
+sets of words that have come of those that must, with a beam for each of the 2^C; captions end in
+the last of them alone, where all have. Anderson et al.'s alternatives are there, as "dog|dogs"; of
+several words in a row, which they have, too, there is no such machine here.
+"""
+
+import itertools
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+
+from groundwork.errors import UserError
+from groundwork.wording import counted
+from vocabulary import NEVER
+
+MAX_LENGTH = 50  # of a caption
+MUST = 4  # words that must come, at most: their sets double with each
+EITHER = "|"  # between the alternatives of one
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What captions keep to, beside their greatest length.
+
+    Args:
+        min_words: words of a caption, at least.
+        no_repeat_ngram: n: no n words in a row come twice in a caption. None: they may.
+        must_include: words that must come, `MUST` at most: each a word, or words with | between of
+            which one must.
+    """
+
+    min_words: int = 1
+    no_repeat_ngram: int | None = None
+    must_include: tuple[str, ...] = ()
+
+    def needed(self, word_map):
+        """Index -> bits, of the words of `must_include`: bit i is set where the word is the i-th
+        or one of its alternatives."""
+        bits = {}
+        for i, words in enumerate(dict.fromkeys(self.must_include)):
+            for word in words.split(EITHER):
+                bits[word_map[word]] = bits.get(word_map[word], 0) | 1 << i
+        return bits
+
+    def check(self, word_map, max_words):
+        """Raises UserError where no caption of `max_words` words of the vocabulary keeps to it."""
+        vocabulary = sayable(word_map)
+        if self.min_words > max_words:
+            raise UserError(f"min_words {self.min_words} is more than max_words {max_words}")
+        # with more words there is always one left that does not repeat an n-gram
+        if self.no_repeat_ngram is not None and self.min_words > len(vocabulary):
+            raise UserError(
+                f"min_words {self.min_words} cannot be kept to without repeating n-grams, as the "
+                f"vocabulary has {counted(len(vocabulary), 'word')}"
+            )
+        must = list(dict.fromkeys(self.must_include))
+        if len(must) > MUST:
+            raise UserError(f"must_include takes {MUST} words at most, not {len(must)}")
+        for words in must:
+            for word in words.split(EITHER):
+                _check_known(word, words, vocabulary)
+        fewest = _fewest(self.needed(word_map).values(), len(must))
+        if fewest > max_words:
+            raise UserError(
+                f"must_include needs {counted(fewest, 'word')}: max_words {max_words} is too few"
+            )
+
+
+FREE = Constraints()
+
+
+def sayable(word_map):
+    """The words that captions are made of, a set."""
+    return word_map.keys() - {*NEVER, "<end>"}
+
+
+def _check_known(word, words, vocabulary):
+    """Raises UserError unless the word, one of the alternatives `words`, can be said."""
+    if not word or len(word.split()) > 1:
+        raise UserError(
+            f"must_include {words!r} is not a word, nor words with {EITHER} between of which one "
+            "must come"
+        )
+    if word not in vocabulary:
+        near = get_close_matches(word.lower(), sorted(vocabulary), n=3)
+        raise UserError(
+            f"must_include {words!r}: the model has no word {word!r}"
+            + (f"; near are {', '.join(near)}" if near else "")
+        )
+
+
+def _fewest(bits, count):
+    """Of how many words, each of which sets some bits, it takes to have all `count` bits set."""
+    reached, words, all_set = {0}, 0, (1 << count) - 1
+    while all_set not in reached:
+        reached, words = {state | own for state in reached for own in bits}, words + 1
+    return words
+
+
+class Rules:
+    """Which words may come at a step, of captions that keep to `Constraints`.
+
+    In a search a caption is in one of `states`, by which of the words have come that must: bit i of
+    the state's number is set where the i-th has. In the last of them alone it may end.
+    """
+
+    ROWS = 32  # whose scores a CPU's cache holds
+
+    def __init__(self, constraints, word_map, max_length, device):
+        never, self.end = [word_map[word] for word in NEVER], word_map["<end>"]
+        self.never = torch.tensor(never, device=device)
+        self.not_yet = torch.tensor([*never, self.end], device=device)
+        self.max_length, self.min_words = max_length, constraints.min_words
+        self.ngram = constraints.no_repeat_ngram
+        needed = constraints.needed(word_map)
+        self.states = 1 << len(dict.fromkeys(constraints.must_include))
+        self.needed = torch.tensor([*needed], dtype=torch.int64, device=device)
+        self.bits = torch.tensor([*needed.values()], dtype=torch.int64, device=device)
+
+    def begin(self, rows):
+        """What is remembered of the words of so many captions: (rows, 0) int64, or None where it
+        is nothing."""
+        return None if self.ngram is None else self.never.new_empty(rows, 0)
+
+    def remember(self, said, words, rows=slice(None)):
+        """`said`, or some rows of it, with the next word (n,) of each."""
+        return None if said is None else torch.cat([said[rows], words.unsqueeze(1)], dim=1)
+
+    def __call__(self, scores, step, said=None):
+        """log p (n, V) float32 of scores, the model's own, -inf for the words that may not come.
+
+        Args:
+            step: how many words there are.
+            said: which, (n, step), from `begin` and `remember`.
+        """
+        log_probs = scores.log_softmax(dim=1, dtype=torch.float32)
+        log_probs.index_fill_(1, self._excluded(scores, step), -torch.inf)
+        if said is not None and step >= self.ngram:
+            followed, same = _following(said, self.ngram)
+            repeats = same & (followed != self.end)  # which captions that have ended go on saying
+            log_probs.scatter_add_(1, followed, torch.where(repeats, -torch.inf, 0.0))
+        return log_probs
+
+    def renormalised(self, scores, step):
+        """Over the words that may come, as long as repetitions may; gradients pass."""
+        scores = scores.float().index_fill(1, self._excluded(scores, step), -torch.inf)
+        return scores.log_softmax(dim=1)
+
+    def _excluded(self, scores, step):
+        if step == self.max_length:
+            words = torch.arange(scores.shape[1], device=scores.device)
+            return words[words != self.end]
+        return self.not_yet if step < self.min_words else self.never
+
+    def likeliest(self, k, scores, step, said=None):
+        """The k greatest log p of each row and their words, (n, k) each; where words must come, the
+        k greatest of the others and, behind them, those that must, however likely they are."""
+        rows = self.ROWS if scores.device.type == "cpu" else len(scores)
+        said = itertools.repeat(None) if said is None else said.split(rows)
+        parts = [
+            self._likeliest(k, self(part, step, own))
+            for part, own in zip(scores.split(rows), said, strict=False)
+        ]
+        return (torch.cat(values) for values in zip(*parts, strict=True))
+
+    def _likeliest(self, k, log_probs):
+        if self.states == 1:
+            return log_probs.topk(k)
+        must = log_probs.index_select(1, self.needed)
+        others, words = log_probs.index_fill_(1, self.needed, -torch.inf).topk(k)
+        words = torch.cat([words, self.needed.expand_as(must)], dim=1)
+        return torch.cat([others, must], dim=1), words
+
+    def arriving(self, k):
+        """From which state to which the words of `likeliest` lead, bool (to, from, 1, words); None
+        where there is one state."""
+        if self.states == 1:
+            return None
+        state = torch.arange(self.states, device=self.bits.device)
+        after = torch.cat([state[:, None].expand(-1, k), state[:, None] | self.bits], dim=1)
+        return (after == state[:, None, None]).unsqueeze(2)
+
+
+def _following(said, n):
+    """The words of each row (r, t) before which there are n - 1, and which of them follow the same
+    n - 1 words as the next one will."""
+    last = said[:, said.shape[1] - n + 1 :]
+    same = (said.unfold(1, n - 1, 1)[:, :-1] == last.unsqueeze(1)).all(dim=2)
+    return said[:, n - 1 :], same
