@@ -142,8 +142,6 @@ def evaluate(options):
     for beam_size in widths:
         search.of(beam_size).check_words(model.word_map)
     data = open_split(paths[0], model, options)
-    if not data.has_captions:
-        check_for_results_alone(data, options)
     regions = find(data.references, options.regions, options.region_words.split())
     logs = training_logs(paths, model) if options.report is not None else {}
     asked = options.output_folder is not None
@@ -406,6 +404,8 @@ def open_split(path, model, options):
     split = options.split.upper()
     folder, base = find_data_set(path, model.about, options.data_folder, options.data_name, split)
     data = EvaluationData(folder, base, split, model, options.karpathy_json)
+    if not data.has_captions:
+        check_for_results_alone(data, options)
     if options.subset is not None:
         data.keep(read_subset(options.subset), options.subset)
     return data

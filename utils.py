@@ -152,8 +152,7 @@ def create_input_files(
     summary["by_tokens"] = sum(bool(c.raw) and not is_split_by_rule(c) for c in captions)
     _check_folder(samples, data.source)
     with _all_or_nothing(output_folder, base, samples) as temporary:
-        count = sum(map(len, samples.values()))
-        size = count * 3 * image_size**2
+        size = sum(map(len, samples.values())) * 3 * image_size**2
         check_space(output_folder, size, "the images", "another --output_folder")
         readable = _write_splits(temporary, samples, image_size, captions_per_image, workers)
         summary["left_out"]["unreadable images"] = _unreadable(samples, readable, skip_bad_images)
