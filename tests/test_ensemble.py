@@ -334,6 +334,11 @@ def no_java(monkeypatch):
     monkeypatch.setenv("PATH", "")  # whose scores take seconds
 
 
+def captions_of(model, images, beam_size=3, n=None, temperature=0, **options):
+    """Captions of eight words at most: models that have learned nothing find no end."""
+    return list(model.caption(images, beam_size, n, temperature, 8, **options))
+
+
 @torch.no_grad()
 def test_models_of_several_encoders_and_image_sizes_caption_together(paths, pictures):
     models = [Captioner.load(path, "cpu", amp="off") for path in paths]
@@ -341,25 +346,25 @@ def test_models_of_several_encoders_and_image_sizes_caption_together(paths, pict
     assert [model.image_size for model in models] == [96, 96, 64] and together.image_size == 96
     assert len(together.encoder.encoders) == 2
     assert [about["image_size"] for about in together.abouts] == [96, 96, 64]
-    captions = list(together.caption(pictures, 3, max_length=6))
-    for picture, caption in zip(pictures, captions, strict=True):
+    captions = captions_of(together, pictures)
+    for picture, found in zip(pictures, captions, strict=True):
         square = squeeze(Image.open(picture), 96)
         small = squeeze(Image.fromarray(square.transpose(1, 2, 0)), 64)
         squares = [torch.from_numpy(own)[None] for own in (square, square, small)]
         features = [
             next(model.encode_ahead([own])) for model, own in zip(models, squares, strict=True)
         ]
-        words = [together.word_map[word] for word in caption.words]
+        words = [together.word_map[word] for word in found.words]
         decoders = [model.decoder for model in models]
         log_p = log_p_by_hand(decoders, features, words, together.word_map)
-        assert caption.log_prob == pytest.approx(log_p, abs=2e-2)
+        assert found.log_prob == pytest.approx(log_p, abs=2e-2)
         alone = [
             log_p_by_hand([own], [part], words, together.word_map)
             for own, part in zip(decoders, features, strict=True)
         ]
         assert max(alone) - min(alone) > 0.2
-        assert caption.alphas.shape == (len(words), 9) and (caption.alphas.sum(1) < 1).all()
-        assert caption.draw(picture).width > 0
+        assert found.alphas.shape == (len(words), 9) and (found.alphas.sum(1) < 1).all()
+        assert found.draw(picture).width > 0
 
 
 def test_the_gradients_sign_is_that_of_the_mean(paths, tiny_data):
@@ -386,11 +391,7 @@ def test_a_list_of_one_is_the_model_and_the_same_twice_is_allowed(paths, picture
         again = Captioner.load(named, "cpu", amp="off")
         for options in ({"n": 3}, {"n": 2, "temperature": 1.0, "seed": 3}):
             found = [
-                [
-                    caption
-                    for own in model.caption(pictures, 3, max_length=8, **options)
-                    for caption in own
-                ]
+                itertools.chain(*captions_of(model, pictures, **options))
                 for model in (alone, again)
             ]
             for one, other in zip(*found, strict=True):
@@ -447,9 +448,8 @@ def test_eval_tells_the_ensemble_in_what_it_prints_and_writes(
     folders = "+".join(path.parent.name for path in paths)
     name = f"{folders}_BEST_checkpoint_{tiny_data[1]}"
     results = json.loads((tmp_path / f"results_test_beam2_{name}.json").read_text())
-    images = torch.stack([data[i][0] for i in range(len(data))])
-    [features] = together.encode_ahead([images])
-    expected = [best.text for [best] in together.search(features, 2, 1, 8)]
+    images = [data[i][0] for i in range(len(data))]
+    expected = [found.text for found in captions_of(together, images, 2)]
     assert [result["caption"] for result in results] == expected and len({*expected}) > 1
 
     page.goto((tmp_path / "page" / "index.html").as_uri())
@@ -488,12 +488,12 @@ def test_caption_takes_several_models(paths, pictures, tmp_path):
         "--output_folder", tmp_path, "--beam_size", 3, "--max_len", 8,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    captions = Captioner.load(paths, "cpu", amp="off").caption(pictures, 3, max_length=8)
-    for record, caption in zip(json.loads(process.stdout), captions, strict=True):
-        assert record["caption"] == caption.text
-        assert record["log_prob"] == pytest.approx(caption.log_prob, abs=1e-3)
+    captions = captions_of(Captioner.load(paths, "cpu", amp="off"), pictures)
+    for record, found in zip(json.loads(process.stdout), captions, strict=True):
+        assert record["caption"] == found.text
+        assert record["log_prob"] == pytest.approx(found.log_prob, abs=1e-3)
         drawn = np.asarray(Image.open(record["picture"]))
-        assert np.array_equal(drawn, np.asarray(caption.draw(record["image"])))
+        assert np.array_equal(drawn, np.asarray(found.draw(record["image"])))
 
 
 def test_the_web_demo_compares_the_models_of_either_form(monkeypatch):
@@ -507,7 +507,7 @@ def test_hard_attention_among_others_looks_as_it_is_told(save, lite2, paths, pic
 
     def log_probs(look, *named):
         model = Captioner.load([hard, *named], "cpu", amp="off", look=look)
-        return [caption.log_prob for caption in model.caption(pictures, 2, max_length=8)]
+        return [found.log_prob for found in captions_of(model, pictures, 2)]
 
     assert log_probs("soft", paths[0]) == log_probs(None, paths[0]) != log_probs("argmax", paths[0])
     assert log_probs("sample", hard) == pytest.approx(log_probs("sample"), rel=1e-5)
