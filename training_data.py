@@ -120,7 +120,8 @@ class TrainingData:
             wanted |= {name: options[name] for name in self.sized_by if name in options}
         names = [name for name in ("views", "augment", "accumulate", "seed") if name in differ]
         wanted |= {name: order.get(name, older.get(name)) for name in names}
-        parts = [as_flags(wanted)]
+        without = "augment" in differ and not order.get("augment")
+        parts = [as_flags(wanted), "no --augment" if without else ""]
         if (count := order.get("processes")) and "processes" in differ:
             parts.append(f"{counted(count, 'process')} (torchrun --nproc_per_node {count})")
         return " and ".join(filter(None, parts)) or ("the options of its run" if differ else "")

@@ -55,3 +55,28 @@ def test_workers_go_on_inside_an_epoch(tiny_data, network):
     expected, _ = epochs(open_data(tiny_data, network, 0))
     resumed, _ = epochs(open_data(tiny_data, network, 1), start=3)
     assert_equal(resumed, expected[3:])
+
+
+def test_a_step_has_so_many_batches_and_an_epoch_views_of_its_own(tiny_data, network):
+    def opened(**options):
+        config = TrainingConfig(finetune_batch_size=20, **options)
+        return TrainingData(*tiny_data, network, config, "finetune", workers=0)
+
+    data, plain = opened(augment="crop mirror", accumulate=3), opened(views=2)
+    assert (data.steps, plain.steps) == (2, 4)  # of four batches, three and one
+    views = []
+    for epoch in (1, 2):
+        data.set_epoch(epoch, 0)
+        whole = list(data.sampler)
+        data.set_epoch(epoch, 1)
+        assert list(data.sampler) == whole[3:]
+        views.append(dict(item for batch in whole for item in batch))
+    assert not set(views[0].values()) & set(views[1].values())
+    for own, other, said in (
+        (plain, data, "--views 1 --augment 'crop mirror' --accumulate 3"),
+        (data, plain, "--views 2 --accumulate 1 and no --augment"),
+        (data, data, ""),
+    ):
+        assert own.differences(other.order(), {}) == said
+    older = {name: value for name, value in plain.order().items() if name != "accumulate"}
+    assert plain.differences(older, {}) == ""
