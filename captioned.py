@@ -99,7 +99,7 @@ def written(value):
     if not isinstance(value, str):
         raise Fault(f"a caption that is no text, {value!r:.40}")
     check_length(value.split(), value)
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if re.search("[\ud800-\udfff]", value):
         raise Fault("a caption with half a character")
     return value
 
