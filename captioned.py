@@ -170,7 +170,7 @@ class Rows:
     def add(self, where, name, captions, split):
         """Adds what a row tells. Raises Fault where it does not go with the rows before."""
         path = place_in(self.folder, name)
-        image = self.images.setdefault(path, CaptionedImage(name, path, [], split, where))
+        image = self.images.setdefault(str(path), CaptionedImage(name, path, [], split, where))
         if image.split != split:
             raise Fault(
                 f"the image {name} in the split {said(split)}, which {image.where} has in "
