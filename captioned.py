@@ -99,7 +99,7 @@ def written(value):
     if not isinstance(value, str):
         raise Fault(f"a caption that is no text, {value!r:.40}")
     check_length(value.split(), value)
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if re.search("[\ud800-\udfff]", value):
         raise Fault("a caption with half a character")
     return value
 
@@ -170,7 +170,7 @@ class Rows:
     def add(self, where, name, captions, split):
         """Adds what a row tells. Raises Fault where it does not go with the rows before."""
         path = place_in(self.folder, name)
-        image = self.images.setdefault(path, CaptionedImage(name, path, [], split, where))
+        image = self.images.setdefault(str(path), CaptionedImage(name, path, [], split, where))
         if image.split != split:
             raise Fault(
                 f"the image {name} in the split {said(split)}, which {image.where} has in "

@@ -9,7 +9,6 @@ import re
 import zlib
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 from captioned import (
     Caption,
@@ -66,7 +65,7 @@ def lines_of(path):
 
 def _name(path):
     """A file's name in lower case, without the ending of gzip."""
-    return Path(path).name.lower().removesuffix(".gz")
+    return path.name.lower().removesuffix(".gz")
 
 
 def _first(head):
@@ -186,7 +185,7 @@ def _read_rows(files, reading, rows_of):
         with Faults(path) as faults:
             for where, row in rows_of(path, reading, faults):
                 try:
-                    rows.add(f"{Path(path).name}, {where},", *_parts(row, path, reading))
+                    rows.add(f"{path.name}, {where},", *_parts(row, path, reading))
                 except Fault as fault:
                     faults.add(where, fault)
     return list(rows)
@@ -235,7 +234,7 @@ def read_flickr(files, reading):
     numbered += [path for path in files if _BARS.match(next(lines_of(path), (0, ""))[1])]
     lists = [path for path in files if path not in numbered]
     if not lists and len(numbered) == 1:
-        beside = sorted(Path(numbered[0]).parent.glob("*.*Images.txt"))
+        beside = sorted(numbered[0].parent.glob("*.*Images.txt"))
         lists = [path for path in beside if split_in_name(path) is not None]
         if lists:
             reading.notes.append(f"splits by {some(path.name for path in lists)} beside it")
@@ -247,7 +246,7 @@ def read_flickr(files, reading):
                 try:
                     if found := _numbered(line, number):
                         split = splits.get(found[0]) if lists else reading.file_splits.get(path)
-                        rows.add(f"{Path(path).name}, line {number},", *found, split)
+                        rows.add(f"{path.name}, line {number},", *found, split)
                 except Fault as fault:
                     faults.add(f"line {number}", fault)
     images = list(rows)
@@ -275,7 +274,7 @@ def _read_lists(paths):
     """Image -> split, of files that list them."""
     splits = {}
     for path in paths:
-        split = split_in_name(Path(path))
+        split = split_in_name(path)
         if split is None:
             raise UserError(
                 f"{path} has no lines name#number<tab>caption, and its name does not tell of what "
@@ -304,7 +303,7 @@ def read_conceptual(files, reading):
         with Faults(path) as faults:
             for number, line in lines_of(path):
                 caption, tab, address = line.rstrip("\r\n").rpartition("\t")
-                where = f"{Path(path).name}, line {number},"
+                where = f"{path.name}, line {number},"
                 try:
                     if not tab or not re.match("https?://", address):
                         raise Fault("no caption<tab>address")

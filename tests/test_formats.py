@@ -526,6 +526,21 @@ def test_the_examples_of_the_page_on_data_work_as_they_stand(text, tmp_path, mon
     assert {"dog", "runs", "children"} <= json.loads(word_map.read_text()).keys()
 
 
+def test_the_example_of_the_readme_works_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own photographs")[2]
+    [table] = re.findall(r"^    image,caption\n(?:    .*\n)+", text, re.M)
+    Path("captions.csv").write_text(textwrap.dedent(table))
+    write_images(
+        tmp_path / "photographs", [PHOTOGRAPHS[i]._replace(name=f"{i}.jpg") for i in (1, 2)]
+    )
+    command = re.search(r"^    python (create_input_files.py (?:.*\\\n)*.*)", text, re.M)[1]
+    words = shlex.split(command.replace("\\\n", " "))
+    process = run_here(*words, "--image_size", 8, "--workers", 1)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "data" / "mine").is_dir()
+
+
 def test_every_format_has_a_section():
     titles = re.findall("`(.*?)`", " ".join(text.split("\n")[0] for text in SECTIONS))
     assert sorted(titles) == sorted(formats.FORMATS)
@@ -562,7 +577,7 @@ def test_a_test_without_captions_is_captioned_for_a_server(tmp_path, photographs
     checkpoints.save_checkpoint(tmp_path / "m.pth.tar", small_checkpoint())
     run = ["eval.py", "--model", tmp_path / "m.pth.tar", "--data_folder", tmp_path / "data"]
     run += ["--beam_size", 1, 2, "--device", "cpu", "--amp", "off"]
-    for name in ("robustness", "attention_report", "report"):
+    for name in ("robustness", "report"):
         value = tmp_path / "page" if name == "report" else 2
         line = failure(run_here(*run, f"--{name}", value, "--output_folder", tmp_path / "out"))
         assert f"--{name} compares with people's captions" in line
