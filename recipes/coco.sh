@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# COCO with ResNet-101, on GPUs: the decoder, then both together, then self-critical training.
+DATA=${DATA:-data/coco} RUNS=${RUNS:-runs/coco}
+LAUNCH=${LAUNCH:-torchrun --nproc_per_node=$(nvidia-smi --list-gpus | wc -l)}
+source "$(dirname "$0")/common.sh"
+prepare coco
+stage decoder --recipe attending --batch_size 640 --decoder_lr 1e-3 --warmup 1000 \
+    --schedule cosine --epochs 15 --label_smoothing 0.1 --seed "$SEED"
+stage finetune --augment crop mirror colour --finetune_batch_size 320 --encoder_lr 5e-5 \
+    --decoder_lr 2e-4 --epochs 5
+stage scst --scst_batch_size 500 --epochs 15
+evaluate "$SEED"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Flickr30k with ResNet-101, on a GPU: the decoder, then both together, then self-critical training.
+DATA=${DATA:-data/flickr30k} RUNS=${RUNS:-runs/flickr30k}
+source "$(dirname "$0")/common.sh"
+prepare flickr30k
+stage decoder --recipe attending --batch_size 320 --decoder_lr 1e-3 --schedule cosine --epochs 10 \
+    --embed_dropout 0.3 --label_smoothing 0.1 --seed "$SEED"
+stage finetune --augment crop mirror colour --finetune_batch_size 160 --encoder_lr 5e-5 \
+    --decoder_lr 1e-4 --epochs 5
+stage scst --scst_batch_size 250 --epochs 10
+evaluate "$SEED"
