@@ -297,7 +297,8 @@ def is_conceptual(path, head):
 
 def read_conceptual(files, reading):
     """The images of Conceptual Captions' lines, caption<tab>address, in their order, whose files
-    `downloads.file_name` names. What is not there could not be fetched, and is left out."""
+    `downloads.file_name` names. What is not there could not be fetched, and is left out, as is what
+    another split has: the addresses come from the web, and may come twice."""
     rows = Rows(reading.folder)
     for path in files:
         with Faults(path) as faults:
@@ -309,10 +310,14 @@ def read_conceptual(files, reading):
                         raise Fault("no caption<tab>address")
                     captions = [Caption(written(caption))]
                     name, split = file_name(address), reading.file_splits.get(path)
-                    if reading.folder is None or place_in(reading.folder, name).exists():
-                        rows.add(where, name, captions, split)
-                    else:
+                    path_of_image = place_in(reading.folder, name)
+                    known = rows.images.get(str(path_of_image))
+                    if reading.folder is not None and not path_of_image.exists():
                         reading.left_out["images not fetched"] += 1
+                    elif known is not None and known.split != split:
+                        reading.left_out["images of an earlier file's split"] += 1
+                    else:
+                        rows.add(where, name, captions, split)
                 except Fault as fault:
                     faults.add(f"line {number}", fault)
     if reading.left_out["images not fetched"] and not rows.images:

@@ -213,6 +213,10 @@ def test_the_script_fetches_conceptual_captions_until_it_is_stopped(server, tmp_
     server.answers["/image/3"] = good
     process = script(tmp_path, *options)
     assert process.returncode == 0 and "2 of them new; 1 without" in process.stdout
+    base = "conceptual_5_cap_per_img_0_min_word_freq"
+    for split, count in ("TRAIN", 4), ("VAL", 1):  # an image of both stays in the first
+        path = tmp_path / "data" / f"{split}_REFERENCES_{base}.json"
+        assert len(json.loads(path.read_text())) == count
 
 
 @pytest.mark.parametrize(
