@@ -75,9 +75,7 @@ class Draws(NamedTuple):
     """K captions of each of I images, drawn at random, with the graph of their gradients."""
 
     words: Tensor  # (I·K, T) int64, image by image; `<end>` from the end on
-    log_probs: (
-        Tensor  # (I·K, T) float32 log p of each, of what it was drawn from; zero after `<end>`
-    )
+    log_probs: Tensor  # (I·K, T) float32, of what each was drawn from; zero after the first `<end>`
 
 
 def draw(decoder, encoder_out, word_map, per_image, max_length=MAX_LENGTH):

@@ -73,8 +73,7 @@ def _plot(axes, records, title, curves, scale=1):
     for stage, (shade, name) in LATER.items():
         if stage in stages[1:] and (begin := stages.index(stage)):
             stop = begin + stages.count(stage) + 0.5
-            # told once, where there is room
-            label = name if axes is axes.figure.axes[0] else None
+            label = name if len(curves) < 4 else None  # else it has no room
             axes.axvspan(begin + 0.5, stop, color=shade, label=label)
     axes.set_title(title, loc="left", pad=24)
     axes.set_xlabel("epoch")

@@ -77,7 +77,7 @@ def test_eval_says_how_varied_captions_are(checkpoint, tiny_data, tmp_path, monk
     run += ["--results_folder", tmp_path, "--beam_size", 1]
     process = run_here(*run, "--diversity", 3)
     assert process.returncode == 0, process.stderr
-    scores, drawn = tables(process.stdout)
+    scores, *_, drawn = tables(process.stdout)
     # learned by heart: eight scenes, each with a caption of its own
     assert scores["beam 1"]["used twice"] == "0.0%" == scores["beam 1"]["dangling ends"]
     assert "3 captions of each image, drawn at random" in process.stdout
@@ -85,7 +85,7 @@ def test_eval_says_how_varied_captions_are(checkpoint, tiny_data, tmp_path, monk
     assert float(drawn["drawn"]["mBLEU-4"]) > 0
     assert drawn["people's"]["mBLEU-4"] == "–"  # they have one each
     again = run_here(*run, "--diversity", 3)
-    assert tables(again.stdout)[1] == drawn
+    assert tables(again.stdout)[-1] == drawn
 
 
 def test_it_is_about_a_model(tmp_path):
