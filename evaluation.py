@@ -70,9 +70,8 @@ def sample_split(model, data, count, search, seed=0):
 def name_of(beam_size, look=None):
     """What tables call the captions of a beam, or, where it is None, those drawn; `look` is how
     hard attention was told to look."""
-    return ("drawn" if beam_size is None else f"beam {beam_size}") + (
-        "" if look is None else f", {look}"
-    )
+    name = "drawn" if beam_size is None else f"beam {beam_size}"
+    return name + ("" if look is None else f", {look}")
 
 
 class Scores(NamedTuple):
