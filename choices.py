@@ -64,14 +64,14 @@ def check_training(values, typed):
             f"--scheduled_sampling: the attention {values['attention']} draws places, which learn "
             "from true words alone: leave the option out, or give another --attention"
         )
-    if values["accumulate"] > 1 and values["stage"] == "scst":
+    if typed.get("accumulate", 1) > 1 and values["stage"] == "scst":
         raise UserError(
             "--accumulate: how many words the next batches' captions will have is not known before "
             "they are drawn: leave the option out, or give a larger --scst_batch_size"
         )
-    if values["augment"] and values["stage"] in FROZEN and values["cache_features"] == "auto":
+    if "augment" in typed and values["stage"] in FROZEN and values["cache_features"] == "auto":
         raise UserError(
-            f"{as_flags({'augment': values['augment']})}: this stage reads cached features, no "
+            f"{as_flags({'augment': typed['augment']})}: this stage reads cached features, no "
             "images: give --stage finetune, --cache_features off, or --views in its place"
         )
 

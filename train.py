@@ -117,6 +117,7 @@ def find_or_make_data(parser, options, typed, start):
             if start is None:  # before it is drawn
                 usual = settle(parser, typed, start, DEMO_DEFAULTS)
                 choices.check(vars(usual), make_parser().typed())
+                choices.check_training(vars(usual), typed)
             print(f"no data set in {folder}: making the demo data there")
             folder = make_folder(folder)
             with sole_writer(folder / "demo", "wait for it, or use another --data_folder"):

@@ -207,7 +207,7 @@ class Training:
                     state.means,
                     flags,
                     after_step,
-                    state.config.accumulate,
+                    self.data.accumulate,
                 )
             except engine.AnomalyError as error:
                 raise UserError(f"{state.place(state.step + 1)}: {error}") from error

@@ -86,7 +86,8 @@ class TrainingData:
         self.image_count, self.caption_count = len(train), train.lengths.numel()
         self.epoch_captions = len(train) * per_image  # that an epoch's steps are of
         self.image_size = val.image_size  # pixels
-        self.accumulate = config.accumulate  # batches of a step
+        # batches of a step; of captions that are drawn their words are not known before
+        self.accumulate = 1 if stage == "scst" else config.accumulate
         self.steps = -(-self.sampler.total // self.accumulate)  # of an epoch
 
     def set_epoch(self, epoch, step):

@@ -201,3 +201,18 @@ def test_what_the_checkpoints_model_has_instead_is_said():
             {"gate": "channel"}, {"recipe": "paper", "gate": "channel"}, of_model("lstm"), {}
         )
     unchanged(of_model("lstm"), {"embeddings": "f"}, embeddings="f")
+
+
+def test_options_of_the_run_before_are_not_refused_in_a_stage_that_does_without():
+    """Only those typed are: a fine-tuning's hold in the self-critical stage after it."""
+    values = vars(make_parser().parse_args(["--stage", "scst"]))
+    values |= {"augment": "crop mirror", "accumulate": 4}
+    choices.check_training(values, {"stage": "scst"})
+    choices.check_training(values, {"stage": "scst", "accumulate": 1})
+    for typed, said in (
+        ({"accumulate": 2}, "or give a larger --scst_batch_size"),
+        ({"augment": "crop"}, "--augment crop: this stage reads cached features, no images"),
+    ):
+        with pytest.raises(UserError, match=said):
+            choices.check_training(values | typed, typed)
+    choices.check_training(values | {"cache_features": "off"}, {"augment": "crop"})
