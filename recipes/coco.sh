@@ -6,7 +6,7 @@ source "$(dirname "$0")/common.sh"
 prepare coco
 stage decoder --recipe attending --batch_size 640 --decoder_lr 1e-3 --warmup 1000 \
     --schedule cosine --epochs 15 --label_smoothing 0.1 --seed "$SEED"
-stage finetune --augment crop mirror colour --finetune_batch_size 320 --encoder_lr 5e-5 \
-    --decoder_lr 2e-4 --epochs 5
+stage finetune --augment crop mirror colour --finetune_batch_size 320 --epochs 5 --encoder_lr 5e-5 \
+    --decoder_lr 2e-4 --warmup 500 --weight_decay 0.01
 stage scst --scst_batch_size 500 --epochs 15
 evaluate "$SEED"
