@@ -141,10 +141,12 @@ class Encoder(nn.Module):
                 f"--tune_from {stride}: encoder {self.name!r} has no stage from that stride on: "
                 + (f"it has {found}" if known else "leave the option out, for its later half")
             )
+        if self._later_half:
+            return self._later_half
         if self._is_vector:  # what follows the last map has no stride, and some have no maps at all
-            layers = self._layers_used
+            layers = self._layers
             return layers[layers.index(late[0]) if late else len(layers) // 2 :]
-        return self._later_half or late
+        return late
 
     @torch.no_grad()
     def fold_batch_norm(self):
@@ -192,6 +194,7 @@ class Encoder(nn.Module):
         self.stage_factors = tuple(coarsest // strides.get(tap, coarsest) for tap in self.taps)
         self.dim = pack(grids, self.stage_factors).shape[3]
         used = layers if "" in self.taps else layers[: 1 + max(map(layers.index, self.taps))]
+        self._layers = layers
         self._strides_used = {name: strides.get(name, 1) for name in used}
         self._later_half = tokens.late if tokens else None
 

@@ -480,11 +480,11 @@ def test_features_of_one_vector_are_cached_apart_from_a_maps(tiny_data, tmp_path
 def test_a_model_on_a_vision_transformer_is_trained_in_both_stages(own, tiny_data, tmp_path):
     weights = saved(timm.create_model("test_vit"), tmp_path)
     run = ["train.py", "--data_folder", tiny_data[0], "--output_folder", tmp_path / "run"]
+    kind = {"fc": ["--decoder", "merge"], "last": ["--encoded_image_size", 2]}
     process = run_here(
         *run, "--encoder", "timm:test_vit", "--encoder_weights", weights, "--encoder_stages", own,
-        "--encoded_image_size", 2, "--embed_dim", 8, "--decoder_dim", 8, "--decoder",
-        "merge" if own == "fc" else "lstm", "--epochs", 1, "--stage", "both", "--batch_size", 40,
-        "--device", "cpu",
+        *kind[own], "--embed_dim", 8, "--decoder_dim", 8, "--epochs", 1, "--stage", "both",
+        "--batch_size", 40, "--device", "cpu",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     path = checkpoints.newest_best_checkpoint(tmp_path / "run")

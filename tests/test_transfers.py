@@ -98,6 +98,9 @@ def test_a_later_call_goes_on_too(fetching):
 
 
 def test_after_ctrl_c_the_next_call_goes_on(fetching):
+    # which a shell has a process ignore that it starts in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupted(handler):
         handler.give(DATA[:50_000], length=len(DATA), ETag='"1"')
         handler.wfile.flush()
@@ -107,8 +110,11 @@ def test_after_ctrl_c_the_next_call_goes_on(fetching):
         fetching.server.closing.wait(0.1)
 
     fetching.answer(interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fetch_file(fetching.published, fetching.path, WEB, PATIENCE)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fetch_file(fetching.published, fetching.path, WEB, PATIENCE)
+    finally:
+        signal.signal(signal.SIGINT, before)
     kept = (fetching.folder / "set.zip.part").stat().st_size
     fetching.answer(whole)
     fetching.fetch()

@@ -241,7 +241,7 @@ def test_frozen_embeddings_are_not_trained(name):
     vocabulary.set_vectors(decoder, vectors)
     vocabulary.freeze_embeddings(decoder)
     encoder = nn.Linear(2, 2).requires_grad_(False)
-    encoder.fine_tune = encoder.requires_grad_
+    encoder.fine_tune = lambda fine_tune, stride: encoder.requires_grad_(fine_tune)
     network = engine.Network(encoder, decoder, torch.device("cpu"), False)
     for finetune in (False, True):
         trained = network.trained(finetune)
