@@ -84,6 +84,10 @@ class Search:
             value = getattr(self, name)
             if value is not None or getattr(type(self), name) is not None:
                 check_number(name, value, *bounds)
+        if self.temperature and self.temperature < 1e-6:
+            raise UserError(
+                f"temperature {self.temperature:g} is too small to draw by: give 0, for none drawn"
+            )
         if self.top_p == 0:
             raise UserError("top_p 0 leaves no word to draw: give a share above 0")
         if not isinstance(self.must_include, list | tuple) or not all(
@@ -105,14 +109,14 @@ class Search:
         if self.draws:
             self._refuse(OF_BEAMS, "for beam search: leave temperature, top_k and top_p out")
         if self.beam_groups == 1:
-            self._refuse(["diversity_penalty"], "for several beam_groups")
+            self._refuse(["diversity_penalty"], "for several beam_groups: give 2 or more")
         if self.beam_size % self.beam_groups:
             raise UserError(
                 f"beam_size {self.beam_size} cannot be shared out among beam_groups "
                 f"{self.beam_groups}: give one that they divide"
             )
         if self.rerank is None:
-            self._refuse(["candidates"], "for rerank: say by what")
+            self._refuse(["candidates"], "for rerank: give rerank consensus, too")
         elif self.count < 2:
             raise UserError(f"rerank {self.rerank} chooses among several: widen the beam")
         self._check_of_beam(self.candidates)

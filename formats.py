@@ -221,7 +221,7 @@ def give_ids(images, source):
 def shares(total, weights):
     """`total` in whole numbers in proportion to weights, those above 0 getting 1 or more."""
     exact = [total * weight / sum(weights) for weight in weights]
-    parts = [max(int(share), share > 0) for share in exact]
+    parts = [max(int(share), int(share > 0)) for share in exact]
     while sum(parts) != total:
         step = 1 if sum(parts) < total else -1
         places = [i for i, part in enumerate(parts) if (exact[i] if step > 0 else part > 1)]

@@ -55,7 +55,7 @@ def read_folder(files, reading):
             if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
         known = endings()
-        texts = {path.with_suffix("") for path in found if path.suffix.lower() == ".txt"}
+        texts = {path.with_suffix(""): path for path in found if path.suffix.lower() == ".txt"}
         paths = [path for path in found if path.suffix.lower() in known]
         if not paths:
             raise UserError(f"{folder} has no images in it")
@@ -68,13 +68,12 @@ def read_folder(files, reading):
                 name = path.relative_to(path.parts[0]) if splits else path
                 image = CaptionedImage(name.as_posix(), folder / path, [], split, str(path))
                 images.append(image)
-                if path.with_suffix("") in texts:
-                    text = folder / path.with_suffix(".txt")
+                if (text := texts.get(path.with_suffix(""))) is not None:
                     try:
-                        image.captions += texts_of(_contents(text))
+                        image.captions += texts_of(_contents(folder / text))
                     except Fault as fault:
-                        faults.add(str(path.with_suffix(".txt")), fault)
-        alone = texts - {path.with_suffix("") for path in paths}
+                        faults.add(str(text), fault)
+        alone = texts.keys() - {path.with_suffix("") for path in paths}
         reading.left_out["texts without an image"] += len(alone)
     return images
 

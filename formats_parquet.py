@@ -1,6 +1,7 @@
 """Reader of data sets that Hugging Face's `datasets` has saved, and of Parquet files, which hold
 their images."""
 
+import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -32,11 +33,11 @@ def is_huggingface(path, head):
 def read_huggingface(files, reading):
     """The images of folders that `datasets` has saved, or of Parquet files, in their order: rows
     with an image column and one of captions, texts or lists of them."""
-    images = []
+    images = {}
     for path in files:
         for table, split in _tables(Path(path), reading):
-            images += _rows(table, split, reading)
-    return images
+            _add_rows(images, table, split, reading)
+    return list(images.values())
 
 
 def _tables(path, reading):
@@ -92,13 +93,20 @@ class Cell(NamedTuple):
             raise ValueError("only the name of an image, save the data set with the images in it")
         return value
 
+    def digest(self):
+        """Of its bytes; where there are none, another than all others'."""
+        try:
+            return hashlib.sha256(self.read()).digest()
+        except ValueError:  # which opening it tells
+            return self
+
     def __str__(self):
         return f"row {self.row} of {self.table.path}"
 
 
-def _rows(path, split, reading):
-    """The images of a table."""
-    table, images = Table(path), {}
+def _add_rows(images, path, split, reading):
+    """Adds those of a table to the images by what tells one from another."""
+    table = Table(path)
     check_columns(path, table.names, reading)
     table.check_images(reading.image_column)
     columns = [reading.caption_column, reading.split_column or "split"]
@@ -106,38 +114,36 @@ def _rows(path, split, reading):
     with Faults(path) as faults:
         for number, (name, row) in enumerate(rows):
             try:
-                image = _image(table, number, name, reading)
+                image, key = _image(table, number, name, reading)
                 image.split = row_split(row, path, reading) or split
                 image.captions += captions_of(row[reading.caption_column])
-                _merge(images, image)
+                _merge(images, key, image)
             except Fault as fault:
                 faults.add(f"row {number}", fault)
-    return images.values()
 
 
 def _image(table, number, name, reading):
-    """The image of a row, without captions: the one that it holds, or a file that it names."""
+    """The image of a row, without captions, that it holds or whose file it names; and what tells it
+    from others: a hash of its bytes, as rows may name none, or the file's path."""
     where = f"{table.path.name}, row {number},"
     if table.holds_images(reading.image_column):
         cell = Cell(table, reading.image_column, number)
         name = Path(name).name if name else f"{table.path.stem}_{number}"
-        return CaptionedImage(name, cell, [], None, where)
+        return CaptionedImage(name, cell, [], None, where), cell.digest()
     if not isinstance(name, str) or not name.strip():
         raise Fault("no image")
-    return CaptionedImage(name, place_in(reading.folder, name), [], None, where)
+    path = place_in(reading.folder, name)
+    return CaptionedImage(name, path, [], None, where), str(path)
 
 
-def _merge(images, image):
-    """Adds an image to those by name: to its own other row, where the two are the same."""
-    known = images.get(image.name)
-    if known is None:
-        images[image.name] = image
-    elif known.source != image.source and known.source.read() != image.source.read():
-        images[image.where] = image
-    elif known.split != image.split:
+def _merge(images, key, image):
+    """Adds an image to those by key: to its own other row, where there is one."""
+    known = images.setdefault(key, image)
+    if known is image:
+        return
+    if known.split != image.split:
         raise Fault(f"another split than {known.where} for {image.name}")
-    else:
-        known.captions += image.captions
+    known.captions += image.captions
 
 
 class Table:

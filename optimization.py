@@ -59,8 +59,8 @@ class Updates:
                 multiplied by min(1, n / warmup) for the n-th. What the groups of the optimizer
                 hold, and the schedule changes, stays the rate after the warm-up.
             ema: δ of the moving average δ·average + (1 - δ)·weights; 0: nothing is averaged. The
-                n-th time (1 + n) / (10 + n) is taken for δ where that is less, so that the weights
-                that it began with are soon forgotten, as TensorFlow's does.
+                first update's weights are the first average; at the n-th n / (n + 9) is taken for
+                δ where that is less, so that these are soon forgotten, as TensorFlow does.
 
     Attributes:
         count: updates done in the stage.

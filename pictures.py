@@ -52,7 +52,8 @@ def curves(records):
         ciders = {"validation": "cider"}
         if any("reward" in record for record in records):
             ciders["reward"] = "reward"
-        _plot(cider[0], records, "CIDEr-D (%)", ciders, scale=100)
+        title = "CIDEr-D (%)" + (", reward × 100" if len(ciders) > 1 else "")
+        _plot(cider[0], records, title, ciders, scale=100)
     rates = {"decoder": "lr"}
     if any("encoder_lr" in record for record in records):
         rates["encoder"] = "encoder_lr"

@@ -261,7 +261,11 @@ class RunState:
         shape = ["schedule", "patience" if self.config.schedule == "plateau" else "epochs"]
         if any(getattr(self.config, name) != before.get(name) for name in shape):
             return
-        if not same_form(state, self.schedule.state_dict()):
+        own = self.schedule.state_dict()
+        if bool(before.get("weight_decay")) != bool(self.config.weight_decay):
+            # the optimizer's groups are others now, for each of which it has a rate
+            state = {n: own[n] if isinstance(own.get(n), list) else v for n, v in state.items()}
+        if not same_form(state, own):
             raise UserError(
                 "the checkpoint's schedule is damaged, or of another version of PyTorch: "
                 "start anew with --overwrite"

@@ -14,7 +14,14 @@ from config import ModelConfig, TrainingConfig
 from groundwork.errors import UserError, run
 from groundwork.files import folder_for, make_folder, sole_writer
 from groundwork.options import as_arguments, as_flags
-from training_options import DEMO_DEFAULTS, SCST_DEFAULTS, SCST_OPTIONS, make_parser, typed_options
+from training_options import (
+    DEMO_DEFAULTS,
+    IDLE_IN_SCST,
+    SCST_DEFAULTS,
+    SCST_OPTIONS,
+    make_parser,
+    typed_options,
+)
 
 # What says which run it is, and where; all other options are the run's own, until others are typed
 APART = {
@@ -53,6 +60,8 @@ def main():
         parts_of_speech.check_installed()
     if options.stage != "scst" and (idle := {n: typed[n] for n in SCST_OPTIONS if n in typed}):
         raise UserError(f"{as_flags(idle)}: leave it out, as it is for --stage scst")
+    if options.stage == "scst" and typed.get("scheduled_sampling"):
+        raise UserError("--scheduled_sampling is for training on people's captions, not for scst")
     if options.regions is not None and not options.tensorboard:
         raise UserError("--regions are for --tensorboard, which shows how the attention fits")
     if options.region_words and options.regions is None:
@@ -307,6 +316,7 @@ def tell_options(options, typed, start):
         start.checkpoint["options"], plain(options), plain(make_parser().parse_args([]))
     )  # fmt: skip
     apart = APART | {field.name for field in dataclasses.fields(ModelConfig)}
+    apart |= {*(IDLE_IN_SCST if options.stage == "scst" else SCST_OPTIONS)}
     now = {name: value for name, value in now.items() if name not in apart}
     own = {n: v for n, v in now.items() if n not in typed and n in before and v != usual[n]}
     other = {n: v for n, v in now.items() if n in typed and v != before.get(n, v)}

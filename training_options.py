@@ -39,6 +39,12 @@ SCST_OPTIONS = (
     "scst_batch_size", "scst_lr", "scst_grad_clip", "samples", "reward", "cross_entropy_share",
 )  # fmt: skip
 
+# And what it does without, where its run has them of other stages.
+IDLE_IN_SCST = (
+    "batch_size", "finetune_batch_size", "decoder_lr", "encoder_lr", "grad_clip", "tune_from",
+    "accumulate", "scheduled_sampling", "sampling_start", "sampling_k", "sampling_max",
+)  # fmt: skip
+
 # Learnable in minutes on two cores.
 DEMO_DEFAULTS = {
     "encoder": "timm:tf_efficientnet_lite2",  # encoders.OFFLINE_ENCODER, which takes long to import
@@ -231,7 +237,7 @@ def make_parser(description=None):
         "--warmup",
         type=number(int, least=0),
         metavar="UPDATES",
-        help="updates at a stage's begin over which the rates rise in proportion to their number",
+        help="updates at a stage's start over which the rates rise in proportion to their number",
     )
     add(
         "--weight_decay",
@@ -304,7 +310,11 @@ def make_parser(description=None):
     add = parser.add_argument_group("self-critical training, --stage scst").add_argument
     add("--reward", type=checked(rewards.parse), help="cider and bleu4, each with its weight")
     add("--samples", type=number(int, least=2), help="captions drawn of each image")
-    add("--scst_batch_size", type=positive, help="captions drawn, of all its images")
+    add(
+        "--scst_batch_size",
+        type=positive,
+        help="captions drawn, of all its images, at least those of one",
+    )
     add("--scst_lr", type=number(float, above=0), help="Adam, decoder" + own)
     add("--scst_grad_clip", type=number(float, above=0), help="element-wise")
     add("--cross_entropy_share", type=share, help="of the loss; the rest is the reward's")
@@ -320,6 +330,8 @@ def _check_changes(text):
     """Raises ValueError where words are none of `CHANGES`."""
     if unknown := set(text.split()) - {*CHANGES, "none"}:
         raise ValueError(f"{min(unknown)} is none of {', '.join(CHANGES)}, none")
+    if "none" in text.split() and text != "none":
+        raise ValueError("none goes without other changes")
 
 
 def typed_options(parser):

@@ -86,6 +86,8 @@ class Crawl:
             finally:
                 self.stopping.set()  # those that have not begun end at once
                 pool.shutdown()
+            if stop.signal:
+                failures.forget()
             self.signal = stop.signal
         return counts
 
@@ -222,6 +224,10 @@ class _Failures:
     def add(self, address, error):
         self.names.add(self.name_of(address))
         self.lines.append(f"{address}\t{printable(str(error))}\n")
+
+    def forget(self):
+        """What waits since anything last came: it may be this side that was cut off."""
+        self.lines = []
 
     def waiting(self):
         """How many are not in the file yet."""

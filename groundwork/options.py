@@ -14,7 +14,9 @@ class Parser(argparse.ArgumentParser):
     """Shows the defaults, and answers a wrong option with one line."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        # an option cut short might become another than was meant
+        usual = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+        super().__init__(**usual | options)
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message):

@@ -1,5 +1,5 @@
-# What the recipes share. Each is called from anywhere, as `bash recipes/flickr8k_frozen.sh`, and takes
-# up an interrupted one where it was: what is done is not done again.
+# What the recipes share. Each takes up an interrupted one where it was: what is done is not done
+# again. Paths are those of the project's folder, wherever a recipe is called.
 #
 # To be set beforehand, where the recipe's own values are not wanted:
 #   JSON, IMAGES  Karpathy's JSON and the folder of the images; without them they are downloaded
@@ -7,7 +7,7 @@
 #   SPLIT         which is scored: val, or test
 #   SEED          of the training, and by which its model is called
 #   PYTHON        that runs the scripts; LAUNCH  that runs train.py, as torchrun --nproc_per_node=8
-#   OPTIONS       further options of train.py
+#   OPTIONS       further options of train.py, in every stage
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python} SPLIT=${SPLIT:-val} SEED=${SEED:-0} OPTIONS=${OPTIONS:-}

@@ -2,5 +2,5 @@
 # After flickr8k_frozen.sh or flickr8k_finetuned.sh: self-critical training of the decoder.
 DATA=${DATA:-data/flickr8k} RUNS=${RUNS:-runs/flickr8k}
 source "$(dirname "$0")/common.sh"
-stage scst --epochs 10
+stage scst --epochs 10 --schedule cosine --warmup 0 --weight_decay 0 --ema 0 --embed_dropout 0
 evaluate "$SEED"

@@ -169,6 +169,7 @@ def test_candidates_are_those_of_the_beam_or_as_many_drawn():
         ({"rerank": "consensus", "candidates": 9}, "a beam of 5 has no 9 captions"),
         ({"rerank": "consensus", "beam_size": 1}, "chooses among several: widen the beam"),
         ({"temperature": float("inf")}, "temperature inf"),
+        ({"temperature": 1e-40}, "temperature 1e-40 is too small to draw by"),
         ({"max_words": None}, "max_words None is not a whole number from 1 to 1000"),
     ],
 )  # fmt: skip

@@ -205,16 +205,24 @@ def test_images_in_archives_are_read_where_they_are(tmp_path):
         open_image(damaged)
 
 
-def test_rows_of_one_image_of_parquet_are_its_captions(tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_of_one_image_of_parquet_are_its_captions(named, tmp_path):
+    """In one file or several, with a name or without."""
     pyarrow = pytest.importorskip("pyarrow.parquet")
     first, second = PHOTOGRAPHS[:2]
     same = [Photograph("x.jpg", "", [text], first.contents) for text in ("a dog", "a cat")]
     other = Photograph("x.jpg", "", ["a bird"], second.contents)
-    rows = data_sets._arrow([*same, other], lambda captions: captions[0])
-    pyarrow.write_table(rows, tmp_path / "a.parquet")
-    one, two = read(tmp_path / "a.parquet").images
-    assert [c.raw for c in one.captions] == ["a dog", "a cat"]
-    assert [c.raw for c in two.captions] == ["a bird"]
+    again = [other._replace(captions=["birds"]), same[0]._replace(captions=["a fox"])]
+    for name, photographs in (("a", [*same, other]), ("b", again)):
+        rows = data_sets._arrow(photographs, lambda captions: captions[0])
+        if not named:
+            image = [{"bytes": p.contents, "path": None} for p in photographs]
+            place = rows.schema.get_field_index("image")
+            rows = rows.set_column(place, "image", [image])
+        pyarrow.write_table(rows, tmp_path / f"{name}.parquet")
+    one, two = read([tmp_path / "a.parquet", tmp_path / "b.parquet"]).images
+    assert [c.raw for c in one.captions] == ["a dog", "a cat", "a fox"]
+    assert [c.raw for c in two.captions] == ["a bird", "birds"]
     assert two.source.read() == second.contents
 
 
@@ -271,6 +279,7 @@ def test_a_subset_keeps_order_and_proportions(plain, tmp_path, photographs):
 def test_shares(total, weights, expected):
     found = formats.shares(total, weights)
     assert sum(found) == total and sorted(found) == sorted(expected)
+    assert {type(part) for part in found} <= {int}
 
 
 def test_file_names_tell_splits_where_all_do_and_differ(plain, tmp_path):
@@ -417,6 +426,12 @@ def test_members_of_no_use_are_named_and_links_passed_over(tmp_path):
         "a000.png has an image beside a000.jpg: one is the most; "
         "b.txt has no image beside it; c.json has no image beside it"
     )
+
+
+def test_a_texts_ending_may_be_in_capitals(photographs):
+    (photographs / "a001.TXT").write_text("a dog")
+    [image] = [image for image in read(photographs).images if image.name == "a001.jpg"]
+    assert [caption.raw for caption in image.captions] == ["a dog"]
 
 
 def test_a_folder_with_a_damaged_text_and_one_alone(photographs):

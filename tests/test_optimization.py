@@ -16,9 +16,11 @@ import checkpoints
 import engine
 import training
 from config import TrainingConfig
+from engine import Network
 from groundwork.errors import UserError
 from objectives import CrossEntropy
 from optimization import Updates, make_optimizer
+from run_state import RunState
 
 
 class Part(nn.Module):
@@ -148,6 +150,47 @@ def test_decay_may_begin_or_end_where_a_run_goes_on():
             adam.step()
         for a, b in zip(part.parameters(), other.parameters(), strict=True):
             close(a, b)
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "cosine"])
+def test_the_schedule_goes_on_where_decay_begins_or_ends(schedule):
+    """Whose rates are of other groups then: they are those of a run whose decay never changes."""
+
+    def begun(weight_decay):
+        encoder = nn.Linear(1, 1)
+        encoder.fine_tune = lambda fine_tune, stride: encoder.requires_grad_(fine_tune)
+        config = TrainingConfig(
+            epochs=8, decoder_lr=0.05, schedule=schedule, patience=1, weight_decay=weight_decay
+        )
+        network = Network(encoder, Part(), torch.device("cpu"), amp=False)
+        state = RunState(network, config, "x", {}, vars(config), [{}])
+        state.begin("decoder")
+        return state
+
+    def epochs(state, count):
+        for _ in range(count):
+            state.optimizer.step()
+            state.end_epoch({"stage": "decoder", "bleu4": 0.5, "val_loss": 1.0})
+        return [group["lr"] for group in state.optimizer.param_groups]
+
+    [expected] = set(epochs(begun(0.0), 6))
+    assert expected < 0.03
+    for first, second in ((0.0, 0.1), (0.1, 0.0)):
+        before, after = begun(first), begun(second)
+        epochs(before, 3)
+        checkpoint = {
+            "options": before.options,
+            "epoch": 3,
+            "epochs_without_improvement": before.waited,
+            "optimizer": before.optimizer.state_dict(),
+            "schedule": before.schedule.state_dict(),
+            "step": 0,
+            "partial": before.means.state(),
+            "random": [],
+        }
+        after.log, after.best = list(before.log), before.best
+        after.restore(checkpoint, None)
+        assert epochs(after, 3) == pytest.approx([expected] * (1 + bool(second)))
 
 
 def test_averages_begin_or_end_where_a_run_goes_on():

@@ -31,6 +31,16 @@ def test_number(options, good, bad):
             parser.parse_args([f"--n={text}"])
 
 
+def test_a_name_cut_short_is_no_option(capsys):
+    """It might be meant as another: `--n` of one script is no `--no_repeat_ngram` of the next."""
+    parser = Parser(prog="eval.py")
+    parser.add_argument("--no_repeat_ngram", type=int)
+    for arguments in (["--n", "3"], ["--no_repeat", "3"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(arguments)
+        assert f"unrecognized arguments: {arguments[0]}" in capsys.readouterr().err
+
+
 def test_choose_device():
     assert devices.choose_device("cpu") == torch.device("cpu")
     assert devices.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The recipes: that their commands are the scripts' own, and that an interrupted one goes on."""
+"""The recipes: that their commands are the scripts' own, and what is done is not done again."""
 
 import os
 import shlex
@@ -66,6 +66,17 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert again[-1][again[-1].index("--model") + 1 :][:5] == [
         str(tmp_path / "runs" / f"seed{n}") for n in range(5)
     ]
+
+
+def test_coco_without_gpus_says_so_before_it_downloads(tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    process = run("coco.sh", tmp_path, PYTHON="echo", LAUNCH="", PATH=path)
+    assert process.returncode == 1 and not process.stdout
+    assert process.stderr == (
+        "error: coco.sh trains on GPUs, and there are none here: LAUNCH=python does without\n"
+    )
 
 
 def test_a_recipe_ends_where_a_command_fails(tmp_path):

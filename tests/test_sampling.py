@@ -156,6 +156,7 @@ def test_the_share_grows_over_a_run_and_is_in_its_log(tiny_data, tmp_path):
         ),
         (["--augment", "crop", "--stage", "decoder"], "this stage reads cached features, no image"),
         (["--augment", "crop", "flip"], "flip is none of crop, mirror, colour, none"),
+        (["--augment", "mirror", "none"], "none goes without other changes"),
         (["--scheduled_sampling", "cubic"], "invalid choice: 'cubic'"),
         (["--sampling_k", 0.5], "0.5 is less than 1"),
         (["--sampling_max", 1.1], "1.1 is more than 1"),
