@@ -64,6 +64,14 @@ def check_training(values, typed):
             f"--scheduled_sampling: the attention {values['attention']} draws places, which learn "
             "from true words alone: leave the option out, or give another --attention"
         )
+    if typed.get("scheduled_sampling") and values["stage"] == "scst":
+        raise UserError(
+            "--scheduled_sampling: the stage scst reads no true words, in whose place others might "
+            "come: leave the option out"
+        )
+    changes = (typed.get("augment") or "").split()
+    if "none" in changes and len(changes) > 1:
+        raise UserError(f"--augment {' '.join(changes)}: none goes without other changes")
     if typed.get("accumulate", 1) > 1 and values["stage"] == "scst":
         raise UserError(
             "--accumulate: how many words the next batches' captions will have is not known before "

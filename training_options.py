@@ -330,8 +330,6 @@ def _check_changes(text):
     """Raises ValueError where words are none of `CHANGES`."""
     if unknown := set(text.split()) - {*CHANGES, "none"}:
         raise ValueError(f"{min(unknown)} is none of {', '.join(CHANGES)}, none")
-    if "none" in text.split() and text != "none":
-        raise ValueError("none goes without other changes")
 
 
 def typed_options(parser):

@@ -211,6 +211,7 @@ def test_options_of_the_run_before_are_not_refused_in_a_stage_that_does_without(
     choices.check_training(values, {"stage": "scst", "accumulate": 1})
     for typed, said in (
         ({"accumulate": 2}, "or give a larger --scst_batch_size"),
+        ({"scheduled_sampling": "linear"}, "the stage scst reads no true words"),
         ({"augment": "crop"}, "--augment crop: this stage reads cached features, no images"),
     ):
         with pytest.raises(UserError, match=said):
