@@ -12,6 +12,7 @@ from contract import DECODERS, build_decoder, config_fields, make_config
 from groundwork.devices import shapes_only
 from groundwork.errors import UserError
 from groundwork.options import as_flags
+from training_options import SCST_OPTIONS
 
 # Of the model's options, those that a checkpoint that is continued may have otherwise
 DROPOUTS = ("dropout", "embed_dropout")
@@ -56,6 +57,9 @@ def check_training(values, typed):
         values: all options, by name.
         typed: those typed, by name.
     """
+    idle = {name: typed[name] for name in SCST_OPTIONS if name in typed}
+    if idle and values["stage"] != "scst":
+        raise UserError(f"{as_flags(idle)}: leave it out, as it is for --stage scst")
     sampling = {name: typed[name] for name in sorted(typed) if name.startswith("sampling_")}
     if sampling and not values["scheduled_sampling"]:
         raise UserError(f"{as_flags(sampling)}: that is of --scheduled_sampling: give it, too")

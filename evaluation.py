@@ -30,12 +30,8 @@ def caption_split(model, data, beam_sizes, search, whole=False):
         the widest beam, the best first, where they are kept, else an empty list.
     """
     captions, beams, widest = {beam_size: [] for beam_size in beam_sizes}, [], max(beam_sizes)
-    share = distributed.share(len(data))
-    reading = loader_options(model.device, search.workers)
-    loader = DataLoader(data, search.batch_size, sampler=share, **reading)
     generator = model.generator(search.seed)
-    batches = progress(loader, desc="captioning", unit="batch")
-    for features in model.encode_ahead(images for images, *_ in batches):
+    for features in _features(model, data, search, "captioning"):
         for beam_size, best in captions.items():
             kept = search.of(beam_size).kept if whole and beam_size == widest else 1
             found = model.search(features, search.of(beam_size), kept, generator)
@@ -54,17 +50,21 @@ def sample_split(model, data, count, search, seed=0):
         model, data, search: as in `caption_split`.
         seed: of what is drawn; several processes draw otherwise than one.
     """
-    share, drawn = distributed.share(len(data)), []
-    generator = model.generator(seed + distributed.rank)
+    generator, drawn = model.generator(seed + distributed.rank), []
     freely = Search(temperature=1.0, max_words=search.search.max_words)
-    loader = DataLoader(
-        data, search.batch_size, sampler=share, **loader_options(model.device, search.workers)
-    )
-    batches = progress(loader, desc="drawing", unit="batch")
-    for features in model.encode_ahead(images for images, *_ in batches):
+    for features in _features(model, data, search, "drawing"):
         found = model.search(features, freely, count, generator)
         drawn += [[caption.text for caption in captions] for captions in found]
     return distributed.collect(drawn)
+
+
+def _features(model, data, search, doing):
+    """Yields the features of this process's share of a split, a batch at a time; arguments as in
+    `caption_split`, and what the progress bar says is done with them."""
+    share, reading = distributed.share(len(data)), loader_options(model.device, search.workers)
+    loader = DataLoader(data, search.batch_size, sampler=share, **reading)
+    batches = progress(loader, desc=doing, unit="batch")
+    yield from model.encode_ahead(images for images, *_ in batches)
 
 
 def name_of(beam_size, look=None):

@@ -58,8 +58,6 @@ def main():
     if options.tensorboard:
         tensorboard_log.check_installed()
         parts_of_speech.check_installed()
-    if options.stage != "scst" and (idle := {n: typed[n] for n in SCST_OPTIONS if n in typed}):
-        raise UserError(f"{as_flags(idle)}: leave it out, as it is for --stage scst")
     if options.regions is not None and not options.tensorboard:
         raise UserError("--regions are for --tensorboard, which shows how the attention fits")
     if options.region_words and options.regions is None:
