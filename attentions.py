@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import kernels
 from annotations import Annotations, AnnotationVectors, MapConfig, of_rows, project
+from groundwork import distributed
 
 ATTENTIONS: dict[str, type["Attention"]] = {}  # by the name that --attention takes
 
@@ -159,7 +160,7 @@ class HardAttention(Attention):
 
     def __init__(self, config):
         super().__init__(config)
-        self.look, self.seed, self.generator = "soft", 0, None
+        self.look, self.seed, self.generator, self.softly = "soft", 0, None, False
         # kept in checkpoints, so that a run goes on exactly: the moving average of the returns, and
         # whether it has begun; how many batches there have been
         self.register_buffer("baseline", torch.zeros(2))
@@ -172,15 +173,19 @@ class HardAttention(Attention):
             generator = torch.Generator().manual_seed(int(self.batches))
             soft = torch.rand((), generator=generator) < self.SOFT_SHARE
             look = "soft" if soft else "sample"
+            # of its own, so that the same values are dropped out whether places are drawn or not
+            seed = int(self.batches) * distributed.world_size + distributed.rank
             self.batches += 1
         elif look == "sample":
-            self.generator = torch.Generator(encoder_out.device).manual_seed(self.seed)
+            seed = self.seed
+        if look == "sample":
+            self.generator = torch.Generator(encoder_out.device).manual_seed(seed)
         return super().prepare(encoder_out)._replace(look=look)
 
     def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
         log_alphas = self.log_alphas(annotations, query, slots // per_image).log_softmax(dim=1)
         alphas = log_alphas.exp()
-        if annotations.look == "soft":
+        if annotations.look == "soft" or self.softly:
             return Look(annotations.weighted(alphas.to(query.dtype), slots, per_image), alphas)
         if annotations.look == "argmax":
             places = alphas.detach().argmax(dim=1, keepdim=True)

@@ -42,6 +42,7 @@ class Drawn(NamedTuple):
     log_p: Tensor  # (Σ(lengths - 1),) float32, of the place looked at before each word
     entropy: Tensor  # (Σ(lengths - 1),) float32, of what it was drawn from
     baseline: Tensor  # (2,) the attention's own, which the objective moves
+    softly: Tensor | None = None  # (Σ(lengths - 1),) float32 -log p of the words, looking softly
 
 
 class Forward(NamedTuple):
@@ -92,6 +93,19 @@ class Decoder(nn.Module):
             if hasattr(part, "LOOKS"):
                 part.look, part.seed = look, seed
 
+    @contextmanager
+    def looking_softly(self):
+        """For the block an attention that draws places looks at the expected context instead, in
+        training, too."""
+        parts = [part for part in self.modules() if hasattr(part, "LOOKS")]
+        for part in parts:
+            part.softly = True
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.softly = False
+
     def prepare(self, encoder_out: Tensor) -> Selectable:
         """The memory: everything that the steps share, from (I, g, g, D) of any grid g."""
         raise NotImplementedError
@@ -99,7 +113,10 @@ class Decoder(nn.Module):
     @contextmanager
     def prepared(self, encoder_out: Tensor):
         """For the block `prepare` gives the memory of `encoder_out`, made once for all that ask for
-        it: the forward pass, and a search over the same images."""
+        it: the forward pass, and a search over the same images. Within such a block, nothing."""
+        if "prepare" in vars(self):
+            yield
+            return
         memory = self.prepare(encoder_out)
         self.prepare = lambda _: memory  # hides the class's own
         try:

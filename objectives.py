@@ -8,6 +8,7 @@ from torch import Tensor
 
 import kernels
 from groundwork import distributed
+from groundwork.devices import random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class CrossEntropy:
             features: (I, g, g, D).
             captions, lengths: int64 (I, K, T) and (I, K), from `datasets.CaptionDataset`.
         """
-        return network.read(features, captions, lengths)
+        if not (network.decoder.looks and network.decoder.training):
+            return network.read(features, captions, lengths)
+        return read_softly_too(network, features, captions, lengths)
 
     def measured(self, read):
         """How many words are among the five likeliest, a scalar float32 on their device."""
@@ -128,6 +131,35 @@ def top5_right(scores, targets, barred=None):
 RETURN_SCALE, BASELINE_DECAY, ENTROPY_WEIGHT = 0.1, 0.9, 0.002
 
 
+def read_softly_too(network, features, captions, lengths):
+    """A `contract.Forward` of a network in training. Where it has drawn places, `drawn.softly` is
+    of the same weights and the same values dropped out, but of the expected context at every step,
+    without gradients.
+
+    Args:
+        network, features, captions, lengths: as in `CrossEntropy.read`.
+    """
+    device = network.device
+    with network.decoder.prepared(features):
+        before = random_state(device)
+        read = network.read(features, captions, lengths)
+        if read.drawn is None:
+            return read
+        after = random_state(device)
+        set_random_state(device, before)
+        with torch.no_grad(), network.decoder.looking_softly():
+            softly = network.read(features, captions, lengths)
+        set_random_state(device, after)
+    missed = missed_each(softly.scores, softly.targets)
+    return read._replace(drawn=read.drawn._replace(softly=missed))
+
+
+def missed_each(scores, targets):
+    """-log p of each word, (n,) float32, without gradients, of packed scores and targets."""
+    log_p = scores.data.detach().log_softmax(dim=1, dtype=torch.float32)
+    return -log_p.gather(1, targets.data.unsqueeze(1)).squeeze(1)
+
+
 def reinforce(
     scores,
     targets,
@@ -140,19 +172,23 @@ def reinforce(
     """What stochastic attention minimises beside -log p of the words (§4.1, eq. 11 and 12): its
     gradient is the estimate of how the places' distribution changes the expected loss.
 
-        Σ_t R_t log α_{t,s_t} - w H(α_t),    R_t = scale / words_each · Σ_{u ≥ t} (-log p(y_u) - b)
+        Σ_t R_t log α_{t,s_t} - w H(α_t),    R_t = scale / words_each · Σ_{u ≥ t} (m_u - b)
 
-    A place is judged by the words that follow it, as those before do not depend on it. b, the
-    moving average of -log p(y), is moved by a tenth of the way to a batch's mean after each call,
+    A place is judged by the words that follow it, as those before do not depend on it. m_u is by
+    how much worse the word went than when looking softly, -log p(y_u) + log p̃(y_u): how hard a word
+    is has nothing to do with the places, and p̃ does not depend on what is drawn, so that the mean
+    of the estimate stays. Without `drawn.softly` it is -log p(y_u).
+
+    b, the moving average of m, is moved by a tenth of the way to a batch's mean after each call,
     and begins with that of the first batch: as its own words are in it, that one estimate is too
     small by about the share of a caption in them. A batch whose mean is not finite, so that its
     step is skipped, leaves b alone.
 
     The authors subtract their average once, whatever number of words follow. Taken once a word, it
-    leaves nothing of the returns' fall along a caption, which has nothing to do with the places.
+    leaves nothing of the returns' fall along a caption.
 
     Args:
-        scores, targets, drawn: from `Decoder.forward`.
+        scores, targets, drawn: from `Decoder.forward`, or `read_softly_too`.
         words_each: a caption's words, on average.
         scale: 1 for the gradient of the expected loss itself.
         entropy: w.
@@ -161,8 +197,9 @@ def reinforce(
     Returns:
         a scalar float32, the sum over captions.
     """
-    log_p = scores.data.detach().log_softmax(dim=1, dtype=torch.float32)
-    missed = -log_p.gather(1, targets.data.unsqueeze(1)).squeeze(1)
+    missed = missed_each(scores, targets)
+    if drawn.softly is not None:
+        missed = missed - drawn.softly
     counted = _counted(targets.data, barred).to(missed)
     sums = distributed.add_up(torch.stack([(missed * counted).sum(), counted.sum()]))
     mean, (baseline, begun) = sums[0] / sums[1], drawn.baseline.clone()

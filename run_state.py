@@ -8,7 +8,6 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 import checkpoints
@@ -16,6 +15,7 @@ import pictures
 from config import TrainingConfig
 from engine import Means, Network
 from groundwork import distributed, tensorboard_log
+from groundwork.devices import random_state, set_random_state
 from groundwork.errors import UserError
 from groundwork.files import atomic_write, write_json
 from optimization import Updates, same_form
@@ -178,7 +178,7 @@ class RunState:
             seconds: that the run has taken since its start.
             improved: whether it is the best, too.
         """
-        random = distributed.collect([self._random_state()])
+        random = distributed.collect([random_state(self.network.device)])
         means = self.means.add_up(self.network.device)
         if distributed.is_main:
             self.records[-1]["seconds"] = round(seconds, 1)
@@ -221,11 +221,6 @@ class RunState:
             "records": self.records,
         }
 
-    def _random_state(self):
-        device = self.network.device
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return [torch.get_rng_state(), cuda]
-
     # ------------------------------------------------------------------------------ restoring
 
     def restore(self, checkpoint, data):
@@ -255,7 +250,7 @@ class RunState:
         if distributed.is_main:
             self.means.load(checkpoint["partial"])
         if distributed.rank < len(checkpoint["random"]):
-            self._restore_random(*checkpoint["random"][distributed.rank])
+            self._restore_random(checkpoint["random"][distributed.rank])
 
     def _restore_schedule(self, state, before):
         shape = ["schedule", "patience" if self.config.schedule == "plateau" else "epochs"]
@@ -272,11 +267,9 @@ class RunState:
             )
         self.schedule.load_state_dict(state)
 
-    def _restore_random(self, cpu, cuda):
+    def _restore_random(self, state):
         try:
-            torch.set_rng_state(cpu)
-            if cuda is not None and self.network.device.type == "cuda":
-                torch.cuda.set_rng_state(cuda, self.network.device)
+            set_random_state(self.network.device, state)
         except RuntimeError as error:
             raise UserError(
                 f"the checkpoint's random state is damaged ({error}): start with --overwrite"

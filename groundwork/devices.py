@@ -59,6 +59,24 @@ def has_fast_bfloat16(device):
     return device.type == "cpu" and supported()
 
 
+def random_state(device):
+    """What is drawn from when no generator is named, on the CPU and on the device, as it stands."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return [torch.get_rng_state(), cuda]
+
+
+def set_random_state(device, state):
+    """Draws on from there.
+
+    Raises:
+        RuntimeError: it is no such state.
+    """
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
+
+
 def loader_options(device, workers=None):
     """DataLoader's arguments for batches that go to a device.
 

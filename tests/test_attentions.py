@@ -21,7 +21,7 @@ import stages
 from attentions import ATTENTIONS, HardAttention
 from contract import DECODERS, Drawn, build_decoder, make_config
 from groundwork import distributed
-from objectives import CrossEntropy, caption_loss, loss_terms, reinforce
+from objectives import CrossEntropy, caption_loss, loss_terms, missed_each, reinforce
 
 V, D, A, E, H, HEADS = 11, 5, 6, 4, 7, 2  # words, annotation vectors, attention, embedding, state
 MAPS = [(3, D)]  # a stage: its grid, and the values of its vectors
@@ -328,20 +328,24 @@ def expected_loss(p, image, caption):
     return total
 
 
-def estimates(decoder, features, captions, lengths, batches, count, baseline=None):
+def estimates(decoder, features, captions, lengths, batches, count, baseline="softly"):
     """Gradients of what training minimises, of all parameters in one vector, (batches, 2, P): of
     -log p, and of what `reinforce` adds to it; each of a batch of `count` times the caption.
 
     Args:
-        baseline: what -log p of a word is compared with; None for the moving average.
+        baseline: what -log p of a word is compared with: "softly" as in training, "average" for
+            the moving average alone, or "nothing".
     """
     found = []
     parameters = list(decoder.parameters())
     captions, lengths = captions.expand(count, -1), lengths.expand(count)
     for _ in range(batches):
-        if baseline is not None:
-            decoder.attention.baseline.copy_(torch.tensor([baseline, 1.0]))
-        scores, targets, alphas, drawn = decoder(features, captions, lengths)
+        read = CrossEntropy().read(as_network(decoder), features, captions[None], lengths[None])
+        scores, targets, alphas, drawn = read
+        if baseline != "softly":
+            drawn = drawn._replace(softly=None)
+        if baseline == "nothing":
+            drawn.baseline.copy_(torch.tensor([0.0, 1.0]))
         missed = loss_terms(scores, targets, alphas)[0] / (count * WORDS)
         added = reinforce(scores, targets, drawn, WORDS, scale=1.0, entropy=0.0) / count
         own = []
@@ -377,14 +381,56 @@ def test_the_estimator_is_the_exact_gradient_of_the_expected_loss(always_drawn):
     assert errors(found[:, 0] - found[:, 1])[of_places].max() > 20
 
 
-def test_the_baseline_lowers_the_variance(always_drawn):
+def test_the_baselines_lower_the_variance(always_drawn):
     decoder, *batch = hard_model()
     spread = []
-    for baseline in (None, 0.0):
-        torch.manual_seed(1)
+    for baseline in ("softly", "average", "nothing"):
+        decoder.attention.batches.zero_()  # from which its draws are
         found = estimates(decoder, *batch, batches=60, count=20, baseline=baseline)
         spread.append(found.sum(1).var(0).sum())
-    assert spread[0] < 0.7 * spread[1]
+    assert spread[0] < 0.3 * spread[1] and spread[1] < 0.7 * spread[2]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_what_words_cost_softly_is_of_the_same_values_dropped_out(always_drawn, name):
+    """Where one place has all the weight, drawing it is looking softly."""
+    decoder = make_decoder(name, "hard", [(SIZE, D)], SIZE).train()
+    for part in decoder.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.5
+    (features,), captions, lengths = make_batch([6, 4, 5, 3], 2, [(SIZE, D)])
+    batch = features, captions.view(2, 2, -1), lengths.view(2, 2)
+    decoder.attention.full_att.weight.data *= 1e4
+    decoder.attention.encoder_att.weight.data *= 1e4  # so that no two places are equally likely
+    torch.manual_seed(0)
+    read = CrossEntropy().read(as_network(decoder), *batch)
+    after = torch.rand(3)
+    assert read.alphas.max(dim=2).values[0].min() > 1 - 1e-6
+    close(read.drawn.softly, missed_each(read.scores, read.targets))
+    assert not read.drawn.softly.requires_grad and read.drawn.log_p.requires_grad
+
+    torch.manual_seed(0)  # and what is drawn later is as without it
+    decoder.attention.batches.zero_()
+    plain = decoder(features, captions, lengths)
+    assert torch.equal(plain.scores.data, read.scores.data) and torch.equal(torch.rand(3), after)
+
+
+def test_what_words_cost_softly_is_taken_off_a_word_at_a_time():
+    lengths = [4, 2, 5]
+    scores, targets, log_p = made_up(lengths)
+    softly = torch.rand(sum(lengths))
+    baseline = torch.tensor([0.3, 1.0])
+    drawn = Drawn(log_p, torch.zeros(sum(lengths)), baseline, softly)
+    (found,) = torch.autograd.grad(reinforce(scores, targets, drawn, 2.0), log_p)
+    found, own = (unpacked(targets._replace(data=values)) for values in (found, softly))
+    missed = naive_missed(scores, targets, lengths)
+    excess = [
+        [m - s.item() for m, s in zip(of_words, row[: len(of_words)], strict=True)]
+        for of_words, row in zip(missed, own, strict=True)
+    ]
+    for row, caption in zip(found, excess, strict=True):
+        close(row[: len(caption)], naive_returns(caption, 2.0, 0.3))
+    close(baseline, [0.27 + 0.1 * sum(map(sum, excess)) / sum(lengths), 1.0])
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -556,7 +602,7 @@ def test_training_moves_the_baseline_and_validation_leaves_it_alone(always_drawn
 
     train(2)
     kept = decoder.attention.baseline.clone()
-    assert kept[0] > 0 and decoder.attention.batches == 2 and faults == [None, None]
+    assert kept[0] and kept[1] == 1 and decoder.attention.batches == 2 and faults == [None, None]
     engine.validate(as_network(decoder), [batch], CrossEntropy(), WORD_MAP)
     assert torch.equal(decoder.attention.baseline, kept) and decoder.attention.batches == 2
     assert decoder.eval()(features, captions, lengths).drawn is None
