@@ -12,9 +12,10 @@ import checkpoints  # noqa: F401, so that all decoders are known
 from attentions import ATTENTIONS
 from benchmark_report import machine
 from contract import DECODERS, build_decoder, config_fields, make_config
+from engine import Network
 from groundwork.progress import progress, say
 from groundwork.timing import alternate
-from objectives import caption_loss
+from objectives import CrossEntropy
 from training_options import ATTENDING
 
 # Flickr8k's: a batch of --batch_size 160, its vocabulary, and lite2's stages of stride 16 and 32 of
@@ -54,13 +55,15 @@ def _make_step(device, amp):
     """A function of a decoder: a training step but for the optimizer's, on one random batch."""
     torch.manual_seed(0)
     features = torch.randn(IMAGES, 8, 8, STAGES["encoder_dim"], device=device)
-    captions = torch.randint(1, VOCABULARY, (IMAGES * PER_IMAGE, WORDS + 2), device=device)
-    lengths = torch.full((IMAGES * PER_IMAGE,), WORDS + 2)
+    captions = torch.randint(1, VOCABULARY, (IMAGES, PER_IMAGE, WORDS + 2), device=device)
+    lengths = torch.full((IMAGES, PER_IMAGE), WORDS + 2)
+    objective = CrossEntropy()
 
     def step(decoder):
+        network = Network(None, decoder, device, amp)
         decoder.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = caption_loss(*decoder(features, captions, lengths))
+        with network.autocast():
+            loss = objective(*objective.read(network, features, captions, lengths))
         loss.backward()
 
     return step

@@ -186,6 +186,8 @@ class Captioner:
             search.check_count(n)
         search.check_words(self.word_map)
         generator = self.generator(seed)
+        if seed is not None and not search.draws and self.look != "sample":
+            raise UserError("seed is for what is drawn: give a temperature, top_k or top_p")
 
         def found():
             for features in self.encode_ahead(self._batches(images, batch_size)):

@@ -30,11 +30,6 @@ class Features:
     def device(self) -> torch.device:
         return self.parts[0].device
 
-    def repeat_interleave(self, repeats: int, dim: int = 0) -> "Features":
-        """Those of each image `repeats` times."""
-        repeated = {id(part): part.repeat_interleave(repeats, dim) for part in self.parts}
-        return Features(tuple(repeated[id(part)] for part in self.parts))
-
 
 class Parts(NamedTuple):
     """The members' memories of the same images, or their states of the same rows."""

@@ -157,6 +157,7 @@ def test_bounds_of_the_search_are_kept(model, paths):
         ({"temperature": float("inf")}, "temperature inf"),
         ({"temperature": "1"}, "temperature '1'"),
         ({"seed": 2**70}, "seed"),
+        ({"seed": 3}, "seed is for what is drawn"),
         ({"n": "3"}, "n '3'"),
         ({"images": 5}, "not <class 'int'>"),
         ({"images": b"x.jpg"}, "not <class 'bytes'>"),

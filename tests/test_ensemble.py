@@ -273,9 +273,6 @@ def test_encoders_that_are_alike_run_once_and_each_sees_its_own_size(monkeypatch
     expected = features(same, squares)  # of whole numbers, as the others are not
     assert found.parts[4].shape == expected.shape
     assert (found.parts[4] - expected).norm() < 0.01 * expected.norm()
-    repeated = found.repeat_interleave(3)
-    assert len(repeated) == 6 and repeated.parts[0] is repeated.parts[1]
-    assert repeated.parts[4][5].equal(found.parts[4][1])
     together.fold_batch_norm()
     for folded, part in zip(together.features(images).parts, found.parts, strict=True):
         close(folded, part, 1e-3)
