@@ -186,6 +186,10 @@ class TopDownDecoder(RecurrentDecoder):
         self.attention_lstm = nn.LSTMCell(hidden + dim + config.embed_dim, hidden)
         self.language_lstm = nn.LSTMCell(dim + hidden, hidden)
         self.fc = nn.Linear(hidden, config.vocab_size)
+        # As in the paper's decoder. PyTorch's own are half as large; the state of two LSTMs behind
+        # each other is small at first, so that scores would hardly differ for long.
+        nn.init.uniform_(self.fc.weight, -0.1, 0.1)
+        nn.init.zeros_(self.fc.bias)
 
     def prepare(self, encoder_out):
         memory = super().prepare(encoder_out)
