@@ -185,9 +185,7 @@ class Captioner:
         if n is not None:
             search.check_count(n)
         search.check_words(self.word_map)
-        generator = self.generator(seed)
-        if seed is not None and not search.draws and self.look != "sample":
-            raise UserError("seed is for what is drawn: give a temperature, top_k or top_p")
+        generator = self.generator(seed, search.draws or self.look == "sample")
 
         def found():
             for features in self.encode_ahead(self._batches(images, batch_size)):
@@ -215,11 +213,14 @@ class Captioner:
         if squares:
             yield torch.from_numpy(np.stack(squares))
 
-    def generator(self, seed):
-        """A torch.Generator for what is drawn; None without a seed. Raises UserError."""
+    def generator(self, seed, draws=True):
+        """A torch.Generator for what is drawn; None without a seed. Raises UserError for one that
+        cannot be, or where nothing is drawn."""
         if seed is None:
             return None
         choosing.check_number("seed", seed, int, 0, 2**63 - 1)
+        if not draws:
+            raise UserError("seed is for what is drawn: give a temperature, top_k or top_p")
         return torch.Generator(self.device).manual_seed(seed)
 
     def autocast(self):
