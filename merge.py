@@ -7,6 +7,7 @@ VGG16's fully connected layer, and the LSTM's state have 256 values each, which 
 layer of 256 comes before the vocabulary's.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,7 +100,9 @@ class MergeDecoder(Decoder):
     def _sentence(self, embedded, state=None):
         """What the LSTM makes of further words, in float32: a CPU's has no bfloat16 for all sizes,
         and a cell sums up many steps."""
-        with torch.autocast(self.fc.weight.device.type, enabled=False):
+        with torch.autocast(self.fc.weight.device.type, enabled=False), ExitStack() as stack:
+            if torch.is_grad_enabled() and not self.training:  # when cuDNN's has no gradient
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             return self.lstm(embedded, state)
 
     def _scores(self, hidden, rows, count, memory):
