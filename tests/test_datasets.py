@@ -62,6 +62,7 @@ def cache(tiny_data, tmp_path):
         found = cache_features(encoder, tmp_path, base, "TRAIN", batch_size=3, **options)
         if found is None:
             return None
+        [found] = found
         with h5py.File(found) as file:
             return found, torch.from_numpy(file["features"][:])
 
@@ -214,7 +215,7 @@ def test_damaged_features_are_refused_by_name(tiny_data, tmp_path, values):
         if values is not None:
             file["features"] = values
     with pytest.raises(UserError, match=r"features.hdf5 is damaged: delete it"):
-        CaptionDataset(*tiny_data, "TRAIN", path)
+        CaptionDataset(*tiny_data, "TRAIN", [path])
 
 
 def test_in_a_read_only_folder_nothing_is_cached(cache, capsys, monkeypatch, tmp_path):
@@ -508,7 +509,7 @@ def test_captions_of_mirror_images_say_the_other_side(tiny_data, tmp_path, from_
         path = tmp_path / "features.hdf5"
         with h5py.File(path, "w") as file:
             file["features"] = np.zeros((8, 4, 1, 1, 2), "float16")
-    data = CaptionDataset(folder, base, "TRAIN", path)
+    data = CaptionDataset(folder, base, "TRAIN", path and [path])
     word_map = json.loads((folder / f"WORDMAP_{base}.json").read_text())
     names = {index: word for word, index in word_map.items()}
     other = {"left": "right", "right": "left"}

@@ -41,7 +41,7 @@ def other_data(tiny_data, tmp_path):
 def fake_model(tiny_data, size=96, words=("<pad>", "a", "red", "<unk>", "<start>", "<end>")):
     about = {"base": tiny_data[1], "options": {"data_folder": str(tiny_data[0])}}
     word_map = {word: i for i, word in enumerate(words)}
-    return SimpleNamespace(word_map=word_map, side_for=lambda _: size, about=about)
+    return SimpleNamespace(word_map=word_map, side_for=lambda _: size, fit="squeeze", about=about)
 
 
 # ------------------------------------------------------------------------------------- the data
