@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from groundwork import distributed
 from groundwork.errors import UserError
-from groundwork.files import check_listable, read_json
+from groundwork.files import check_folder, check_listable, read_json
 from groundwork.images import unsqueeze
 from groundwork.wording import counted, some
 from input_files import input_path, input_paths
@@ -29,8 +29,8 @@ def find_data(data_folder, base=None):
         UserError: several are there and `base` does not say which, or `base` is not among them.
     """
     check_listable(data_folder)
-    if base is not None and not Path(data_folder).exists():
-        raise UserError(f"there is no folder {data_folder}: check --data_folder")
+    if base is not None:
+        check_folder(data_folder, "--data_folder")
     bases = sorted(
         path.name.removeprefix("WORDMAP_").removesuffix(".json")
         for path in Path(data_folder).glob("WORDMAP_*.json")

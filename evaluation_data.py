@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from coco_results import choose, id_of
 from datasets import CaptionDataset, of_images, open_images, read_references, read_word_map
 from groundwork.errors import UserError
-from groundwork.files import check_listable
+from groundwork.files import check_folder, check_listable
 from groundwork.images import squeeze
 from groundwork.wording import counted, some
 from input_files import input_path, input_paths
@@ -135,8 +135,8 @@ def find_data_set(path, about, folder, name, split):
     own, trained_in = about["base"], about["options"]["data_folder"]
     where = Path(folder or trained_in)
     check_listable(where)
-    if folder is not None and not where.exists():
-        raise UserError(f"there is no folder {where}: check --data_folder")
+    if folder is not None or name is not None:
+        check_folder(where, "--data_folder")
     bases = sorted(
         {p.stem.removeprefix("WORDMAP_") for p in where.glob("WORDMAP_*.json")}
         | {_base_of(path) for path in where.glob("*_IMAGES_*.hdf5")}

@@ -20,7 +20,7 @@ import formats_tables as tables
 from captioned import SPLITS, Reading, splits_in_names
 from gathered import Gathered
 from groundwork.errors import UserError
-from groundwork.files import check_listable, check_readable
+from groundwork.files import check_folder, check_listable, check_readable
 from groundwork.wording import counted, some
 
 HEAD = 2**16  # bytes that a format is told by
@@ -92,8 +92,8 @@ def read(files, folder=None, asked=None, seed=0):
     name = asked.format or find_format(files)
     if folder is None and not FORMATS[name].holds_images:
         raise UserError(f"{some(files)} names images, it does not hold them: give --image_folder")
-    if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"there is no folder {folder}: check --image_folder")
+    if folder is not None:
+        check_folder(folder, "--image_folder")
     columns = asked.image_column, asked.caption_column, asked.split_column
     reading = Reading(Path(folder or files[0]), *columns)
     images = _read(name, files, reading)

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE, ROOT
+from conftest import OFFLINE, ROOT, failure, run_here
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -458,6 +458,17 @@ def test_the_only_data_set_is_found(tiny_data, tmp_path):
     assert find_data(tmp_path) is None
     with pytest.raises(UserError, match=f"'coco'.*{base}"):
         find_data(folder, "coco")
+    nowhere = tmp_path / "nowhere"
+    assert find_data(nowhere) is None
+    with pytest.raises(UserError, match="there is no folder .*nowhere: check --data_folder"):
+        find_data(nowhere, base)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_a_folder_that_is_not_there_is_called_so(script, tmp_path):
+    line = failure(run_here(script, "--data_folder", tmp_path / "nowhere"))
+    assert f"there is no folder {tmp_path / 'nowhere'}: check --data_folder" in line
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_captions_of_another_vocabulary_are_refused(tiny_data, tmp_path):
