@@ -252,8 +252,6 @@ def _read_numbers(paths, dimensions):
             numbers = torch.tensor(read_json(path))
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise UserError(f"{path} does not hold lists of numbers of equal length") from error
-        if not numbers.numel() and paths[1:]:
-            continue  # none of a shard's images could be read
         if numbers.dtype != torch.int64 or numbers.dim() != dimensions:
             raise UserError(f"{path} does not hold whole numbers in {dimensions} dimensions")
         if found and numbers.shape[1:] != found[0].shape[1:]:

@@ -73,11 +73,9 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
 def _cache(encoder, images, number, path, caching):
     """Keeps the features of the images in a file of theirs, by its number, at a path. Whether it
     can: the disk may have no room, or be read-only."""
-    partial, start, end = path.with_suffix(".part"), *images.starts[number : number + 2]
-    if start == end:
-        images, start, end = images, 0, 1  # of which no feature is kept, but the shape
+    partial, (start, end) = path.with_suffix(".part"), images.starts[number : number + 2]
     first = _compute(encoder, [torch.from_numpy(images[start])], caching.amp)
-    shape = (images.starts[number + 1] - images.starts[number], caching.views, *first.shape[1:])
+    shape = (end - start, caching.views, *first.shape[1:])
     if path.exists():
         if _agrees(path, first):
             return True

@@ -117,10 +117,9 @@ class Gathered:
         for _, own in groupby(rows, itemgetter(0)):
             own = list(own)
             name, source, where, boxes, id_ = pickle.loads(own[0][2])
-            said = [caption for *_, part in own if part for caption in pickle.loads(part)]
-            yield CaptionedImage(
-                name, source, [Caption(*c) for c in said], own[0][1], where, id_, boxes
-            )
+            parts = (pickle.loads(part) for *_, part in own if part)
+            captions = [Caption(*caption) for part in parts for caption in part]
+            yield CaptionedImage(name, source, captions, own[0][1], where, id_, boxes)
 
     def have_captions(self):
         """Whether any has."""

@@ -310,24 +310,36 @@ def _write_splits(parts, samples, pictures, encode, form):
     pairs, written = zip(own, pictures, strict=True), {}
     with Complaints(partial(tqdm.write, file=sys.stderr)) as complaints:
         for split, total in samples.counts.items():
-            found = written[split] = Counter(images=0)
+            written[split], n = Counter(images=0), len(parts[split])
             for i, paths in enumerate(parts[split]):
-                n = len(parts[split])
                 count = total * (i + 1) // n - total * i // n
                 with new_part(paths, count, form) as add:
-                    for sample, picture in islice(pairs, count):
-                        if isinstance(picture, str):
-                            complaints.add(picture)
-                            continue
-                        square, width, height = picture
-                        encoded = encode(sample.captions)
-                        size = {"width": width, "height": height}
-                        add(square, sample.reference | size, encoded)
-                        found.update(images=1, captions=len(encoded))
-                        for caption, length in encoded:
-                            found.update(caption[1 : length - 1])
+                    found = _write_part(add, islice(pairs, count), encode, complaints)
+                if n > 1 and not found["images"]:
+                    raise UserError(
+                        f"none of the {counted(count, 'image')} of shard {i} can be read (named "
+                        "above): mend them, or give fewer --shards"
+                    )
+                written[split].update(found)
         next(pairs, None)  # the bar is done
     return written
+
+
+def _write_part(add, pairs, encode, complaints):
+    """Adds those of (sample, picture) whose picture is no line that says why there is none, and
+    counts as `_write_splits` does."""
+    found = Counter(images=0)
+    for sample, picture in pairs:
+        if isinstance(picture, str):
+            complaints.add(picture)
+            continue
+        square, width, height = picture
+        encoded = encode(sample.captions)
+        add(square, sample.reference | {"width": width, "height": height}, encoded)
+        found.update(images=1, captions=len(encoded))
+        for caption, length in encoded:
+            found.update(caption[1 : length - 1])
+    return found
 
 
 def _unreadable(samples, written, skip_bad_images):

@@ -1,6 +1,7 @@
 """Images in shards and as JPEGs: the same data, in an order that resumes, for several processes."""
 
 import io
+import json
 
 import h5py
 import numpy as np
@@ -74,6 +75,27 @@ def test_more_shards_than_images_are_refused(scenes, tmp_path, shards):
     with pytest.raises(UserError, match=f"--shards {shards}: there are 8 training images"):
         create(scenes, tmp_path / "data", shards=shards)
     assert not list(tmp_path.glob("data/*"))
+
+
+def test_a_shard_without_an_image_that_can_be_read_is_refused(scenes, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    names = sorted(path.name for path in (scenes / "images").iterdir())
+    for name in names:
+        contents = (scenes / "images" / name).read_bytes()
+        (images / name).write_bytes(b"" if name in names[:2] else contents)
+    karpathy = json.loads((scenes / "karpathy.json").read_text())
+    for image in karpathy["images"]:  # the first two are for training alone
+        if image["split"] != "train" and image["filename"] in names[:2]:
+            image["filename"] = names[2]
+    (tmp_path / "karpathy.json").write_text(json.dumps(karpathy))
+    made = tmp_path / "karpathy.json", images, 10, 0, 20, tmp_path / "data", 96, 1
+    with pytest.raises(UserError, match="none of the 2 images of shard 0 can be read .*--shards"):
+        utils.create_input_files("demo", *made, skip_bad_images=True, shards=4)
+    assert not list(tmp_path.glob("data/*"))
+    summary = utils.create_input_files("demo", *made, skip_bad_images=True, shards=2)
+    data = CaptionDataset(tmp_path / "data", summary["base"], "TRAIN")
+    assert data.images.starts == [0, 2, 6] and len(data) == 6
 
 
 def test_shards_that_do_not_belong_together_are_refused(sharded, tmp_path):
