@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from groundwork.errors import UserError
-from groundwork.wording import MOST
+from groundwork.wording import MOST, counted
 
 SPECIAL_WORDS = ("<unk>", "<start>", "<end>", "<pad>")
 
@@ -112,7 +112,7 @@ def check_length(words, text):
     """Raises Fault for a caption that no person wrote of a picture."""
     if len(words) > MAX_WORDS or len(text) > MAX_LENGTH:
         raise Fault(
-            f"a caption of {len(words)} words, {len(text)} characters: {MAX_WORDS} and "
+            f"a caption of {counted(len(words), 'word')}, {len(text)} characters: {MAX_WORDS} and "
             f"{MAX_LENGTH} are the most"
         )
 
