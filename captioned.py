@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from groundwork.errors import UserError
-from groundwork.wording import MOST
+from groundwork.wording import MOST, counted
 
 SPECIAL_WORDS = ("<unk>", "<start>", "<end>", "<pad>")
 
@@ -22,6 +22,8 @@ SPLIT_NAMES = {
     "dev": "VAL",
     "test": "TEST",
 }
+
+NUMBER = re.compile(r"\s*[-+]?\d[\d.,]*\s*")  # of another column, in place of a caption
 
 MAX_WORDS, MAX_LENGTH = 1000, 20_000  # of a caption: words between blanks, characters
 
@@ -98,6 +100,8 @@ def written(value):
         raise Fault("no caption")
     if not isinstance(value, str):
         raise Fault(f"a caption that is no text, {value!r:.40}")
+    if NUMBER.fullmatch(value):
+        raise Fault(f"a caption that is a number, {value.strip():.40}")
     check_length(value.split(), value)
     if re.search("[\ud800-\udfff]", value):
         raise Fault("a caption with half a character")
@@ -108,7 +112,7 @@ def check_length(words, text):
     """Raises Fault for a caption that no person wrote of a picture."""
     if len(words) > MAX_WORDS or len(text) > MAX_LENGTH:
         raise Fault(
-            f"a caption of {len(words)} words, {len(text)} characters: {MAX_WORDS} and "
+            f"a caption of {counted(len(words), 'word')}, {len(text)} characters: {MAX_WORDS} and "
             f"{MAX_LENGTH} are the most"
         )
 
@@ -159,27 +163,6 @@ def place_in(folder, *names):
         if not os.path.abspath(path).startswith(inside):
             raise Fault(f"a path outside the folder {folder}, {path}")
     return Path(path)
-
-
-class Rows:
-    """Images gathered from rows that may name one several times, each time with other captions."""
-
-    def __init__(self, folder):
-        self.folder, self.images = folder, {}
-
-    def add(self, where, name, captions, split):
-        """Adds what a row tells. Raises Fault where it does not go with the rows before."""
-        path = place_in(self.folder, name)
-        image = self.images.setdefault(str(path), CaptionedImage(name, path, [], split, where))
-        if image.split != split:
-            raise Fault(
-                f"the image {name} in the split {said(split)}, which {image.where} has in "
-                f"{said(image.split)}"
-            )
-        image.captions += captions
-
-    def __iter__(self):
-        return iter(self.images.values())
 
 
 def said(split):

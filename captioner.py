@@ -45,6 +45,7 @@ class Caption:
     log_prob: float  # Σ log p of the words and of <end>, natural logarithm
     alphas: Tensor | None  # (len(words), L) float32 on the CPU; None of a decoder without attention
     consensus: float | None = None  # mean CIDEr-D, 0 to 10, to the others of `rerank`
+    fit: str = "squeeze"  # how the image was made the square in which the model looked
 
     @property
     def text(self):
@@ -61,7 +62,8 @@ class Caption:
         Returns:
             RGB PIL.Image, 1320 pixels wide or less.
         """
-        return draw_attention(to_picture(image), self.words, self.alphas, numbers)
+        picture = image_files.framed(to_picture(image), self.fit)
+        return draw_attention(picture, self.words, self.alphas, numbers)
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Captioner:
     about: dict  # the checkpoint without its weights: options, stage, epoch, scores, log, …
     look: str | None = None  # of `decoder.looks`; None: as it usually looks
     others: Sequence[dict] = ()  # what the further checkpoints of an ensemble are `about`
+    fit: str = "squeeze"  # of `FITS`, how images are made the squares
 
     @classmethod
     def load(cls, path, device=None, amp="auto", word_map=None, look=None):
@@ -112,7 +115,7 @@ class Captioner:
         encoders, decoders, words, sizes, abouts = zip(
             *(_read(named, word_map) for named in paths), strict=True
         )
-        _check_same(paths, words)
+        _check_same(paths, words, [about["fit"] for about in abouts])
         encoder, decoder = encoders[0], decoders[0]
         if len(paths) > 1:
             encoder, decoder = Encoders(encoders, sizes), Ensemble(decoders)
@@ -123,7 +126,8 @@ class Captioner:
         amp = amp == "auto" and has_fast_bfloat16(device)
         about, *others = abouts
         decoder = decoder.to(device).eval()
-        return cls(encoder, decoder, words[0], max(sizes), device, amp, about, look, others)
+        size, fit = max(sizes), about["fit"]
+        return cls(encoder, decoder, words[0], size, device, amp, about, look, others, fit)
 
     @property
     def abouts(self):
@@ -204,7 +208,7 @@ class Captioner:
         squares = []
         for image in [images] if _is_one(images) else images:
             try:
-                squares.append(image_files.squeeze(to_picture(image), self.image_size))
+                squares.append(self.square(to_picture(image)))
             except UserError:
                 if squares:
                     yield torch.from_numpy(np.stack(squares))
@@ -214,6 +218,10 @@ class Captioner:
                 squares = []
         if squares:
             yield torch.from_numpy(np.stack(squares))
+
+    def square(self, picture):
+        """What the encoder is given of an RGB PIL.Image: np.uint8 (3, S, S)."""
+        return image_files.square(picture, self.image_size, self.fit)
 
     def generator(self, seed):
         """A torch.Generator for what is drawn; None without a seed. Raises UserError."""
@@ -272,7 +280,7 @@ class Captioner:
         with self.autocast():
             found = choosing.find(self.decoder, features, self.word_map, search, n, generator)
         words = list(self.word_map)
-        return [[_in_words(caption, words) for caption in captions] for captions in found]
+        return [[_in_words(own, words, self.fit) for own in captions] for captions in found]
 
 
 def _read(path, word_map):
@@ -285,9 +293,14 @@ def _read(path, word_map):
     return encoder, decoder, words, checkpoint["image_size"], about
 
 
-def _check_same(paths, words):
-    """Raises UserError unless the checkpoints at `paths` have one word map."""
-    for path, own in zip(paths, words, strict=True):
+def _check_same(paths, words, fits):
+    """Raises UserError unless the checkpoints at `paths` have one word map, and one fit."""
+    for path, own, fit in zip(paths, words, fits, strict=True):
+        if fit != fits[0]:
+            raise UserError(
+                f"{path} is for images of --fit {fit}, and {paths[0]} of --fit {fits[0]}: models "
+                "that caption together see the same"
+            )
         if own != words[0]:
             raise UserError(
                 f"{path} is of another vocabulary than {paths[0]}: models that caption together "
@@ -332,9 +345,9 @@ def _check_look(path, look, looks):
         raise UserError(f"look {look!r} is none of {', '.join(looks)}")
 
 
-def _in_words(caption, words):
+def _in_words(caption, words, fit):
     """A `Caption` of a `choosing.Caption`, words being those of the vocabulary in its order."""
-    return Caption([words[i] for i in caption.words], *caption[1:])
+    return Caption([words[i] for i in caption.words], *caption[1:], fit)
 
 
 def _is_one(images):

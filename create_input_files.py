@@ -3,7 +3,7 @@
 from dataclasses import fields, replace
 
 from groundwork.errors import UserError, run
-from groundwork.options import MAX_IMAGE_SIZE, Parser, number
+from groundwork.options import FITS, MAX_IMAGE_SIZE, Parser, number
 
 
 def parse_arguments():
@@ -44,6 +44,21 @@ def parse_arguments():
     add("--max_len", type=few, default=50, help="captions with more words are left out")
     add("--output_folder", default="data", help="where the input files go")
     add("--image_size", type=size, default=256, help="height and width, pixels")
+    add(
+        "--fit",
+        choices=FITS,
+        default="squeeze",
+        help="how an image becomes a square: all of it squeezed; its middle, cropped; or all of it "
+        "in its proportions, on a plain ground",
+    )
+    add(
+        "--store",
+        choices=["raw", "jpeg"],
+        default="raw",
+        help="pixels, or JPEGs, which take a tenth of the room and are decoded on the way",
+    )
+    shards = number(int, above=0, below=100_000)
+    add("--shards", type=shards, help="files that the training split is cut into; None: one")
     add("--workers", type=positive, help="threads that read images; None: one for each core")
     add(
         "--seed",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config import SearchConfig
 from groundwork.errors import UserError, run
-from groundwork.files import check_writable, names
+from groundwork.files import check_folder, check_writable, names
 from groundwork.options import (
     SEVERAL,
     Parser,
@@ -256,6 +256,8 @@ def find_models(options):
         return list(map(checkpoints.find_checkpoint, options.model))
     if options.output_folder is not None and checkpoints.best_checkpoints(options.output_folder):
         return [checkpoints.find_checkpoint(options.output_folder)]
+    if options.data_folder is not None:
+        check_folder(options.data_folder, "--data_folder")
     return [checkpoints.newest_best_checkpoint(options.data_folder or "data")]
 
 

@@ -16,7 +16,8 @@ from attention_metrics import at_places, away
 from datasets import as_photographed, read_references
 from groundwork.files import atomic_write, make_folder
 from groundwork.wording import counted
-from utils import input_path, tokenize
+from input_files import input_paths
+from utils import tokenize
 
 WEB = Path(__file__).parent / "web"
 VIEWER = WEB / "attention_view.js"  # the element <attention-view>
@@ -187,10 +188,10 @@ def _picture(figure):
 
 def training_captions(data):
     """All human captions of the training split; None where its files are missing."""
-    path = input_path(data.path.parent, data.base, "REFERENCES", "TRAIN")
-    if not path.exists():
+    paths = input_paths(data.path.parent, data.base, "REFERENCES", "TRAIN")
+    if not paths[0].exists():
         return None
-    return [text for r in read_references(path) for text in r["captions"]]
+    return [text for path in paths for r in read_references(path) for text in r["captions"]]
 
 
 def language(captions, references, training, word_map):

@@ -92,6 +92,7 @@ class RunState:
     log: list[dict] = field(default_factory=list)  # a record an epoch, of all stages
     best: dict | None = None  # the record of the best epoch
     image_size: int | None = None  # of the data set, pixels; not before its first stage
+    fit: str | None = None  # of its images, likewise
     stage: str | None = None
     epoch: int = 0  # whole epochs done in the stage
     step: int = 0  # steps done in the epoch after them
@@ -200,6 +201,7 @@ class RunState:
             "encoder_stages": encoder.stages,
             "encoded_image_size": decoder.config.encoded_image_size,
             "image_size": self.image_size,
+            "fit": self.fit,
             "encoder": encoder.state_dict(),
             "decoder_name": decoder.name,
             "decoder_config": dataclasses.asdict(decoder.config),

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 from config import ModelConfig, TrainingConfig
 from groundwork.errors import UserError, run
-from groundwork.files import folder_for, make_folder, sole_writer
+from groundwork.files import check_folder, folder_for, make_folder, sole_writer
 from groundwork.options import as_arguments, as_flags
 from training_options import (
     DEMO_DEFAULTS,
@@ -118,6 +118,7 @@ def find_or_make_data(parser, options, typed, start):
             )
         if base is None:
             if folder != default:
+                check_folder(folder, "--data_folder")
                 raise UserError(f"no data set in {folder}: run create_input_files.py")
             if start is None:  # before it is drawn
                 usual = settle(parser, typed, start, DEMO_DEFAULTS)

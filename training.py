@@ -123,7 +123,7 @@ class Training:
             self.karpathy_json,
             self.prune,
         )
-        state.image_size = self.data.image_size
+        state.image_size, state.fit = self.data.image_size, self.data.fit
         self.objective, self.grad_clip = _objective_of(state, self.data)
 
     def _go_on(self, checkpoint, source):

@@ -13,7 +13,6 @@ from groundwork import distributed, tensorboard_log
 from groundwork.files import check_writable
 from groundwork.logs import write_log
 from metrics import are_english
-from utils import input_path
 
 
 class Reports:
@@ -54,7 +53,7 @@ class Reports:
         # Later points are of steps that will be done again, and, between an epoch's last step and
         # its validation, so are the scores.
         start = self._captions_seen(state.step) + (state.step < data.steps)
-        self.images = open_images(input_path(data_folder, state.base, "IMAGES", "VAL"))
+        self.images = open_images(data_folder, state.base, "VAL")
         self.events = tensorboard_log.EventLog(
             self.files.events, start, hyperparameters(state), state.records[-1]
         )

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE, ROOT
+from conftest import OFFLINE, ROOT, failure, run_here
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -62,6 +62,7 @@ def cache(tiny_data, tmp_path):
         found = cache_features(encoder, tmp_path, base, "TRAIN", batch_size=3, **options)
         if found is None:
             return None
+        [found] = found
         with h5py.File(found) as file:
             return found, torch.from_numpy(file["features"][:])
 
@@ -214,7 +215,7 @@ def test_damaged_features_are_refused_by_name(tiny_data, tmp_path, values):
         if values is not None:
             file["features"] = values
     with pytest.raises(UserError, match=r"features.hdf5 is damaged: delete it"):
-        CaptionDataset(*tiny_data, "TRAIN", path)
+        CaptionDataset(*tiny_data, "TRAIN", [path])
 
 
 def test_in_a_read_only_folder_nothing_is_cached(cache, capsys, monkeypatch, tmp_path):
@@ -457,6 +458,17 @@ def test_the_only_data_set_is_found(tiny_data, tmp_path):
     assert find_data(tmp_path) is None
     with pytest.raises(UserError, match=f"'coco'.*{base}"):
         find_data(folder, "coco")
+    nowhere = tmp_path / "nowhere"
+    assert find_data(nowhere) is None
+    with pytest.raises(UserError, match="there is no folder .*nowhere: check --data_folder"):
+        find_data(nowhere, base)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_a_folder_that_is_not_there_is_called_so(script, tmp_path):
+    line = failure(run_here(script, "--data_folder", tmp_path / "nowhere"))
+    assert f"there is no folder {tmp_path / 'nowhere'}: check --data_folder" in line
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_captions_of_another_vocabulary_are_refused(tiny_data, tmp_path):
@@ -508,7 +520,7 @@ def test_captions_of_mirror_images_say_the_other_side(tiny_data, tmp_path, from_
         path = tmp_path / "features.hdf5"
         with h5py.File(path, "w") as file:
             file["features"] = np.zeros((8, 4, 1, 1, 2), "float16")
-    data = CaptionDataset(folder, base, "TRAIN", path)
+    data = CaptionDataset(folder, base, "TRAIN", path and [path])
     word_map = json.loads((folder / f"WORDMAP_{base}.json").read_text())
     names = {index: word for word, index in word_map.items()}
     other = {"left": "right", "right": "left"}

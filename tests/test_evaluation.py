@@ -41,7 +41,7 @@ def other_data(tiny_data, tmp_path):
 def fake_model(tiny_data, size=96, words=("<pad>", "a", "red", "<unk>", "<start>", "<end>")):
     about = {"base": tiny_data[1], "options": {"data_folder": str(tiny_data[0])}}
     word_map = {word: i for i, word in enumerate(words)}
-    return SimpleNamespace(word_map=word_map, side_for=lambda _: size, about=about)
+    return SimpleNamespace(word_map=word_map, side_for=lambda _: size, fit="squeeze", about=about)
 
 
 # ------------------------------------------------------------------------------------- the data
@@ -147,6 +147,8 @@ def test_the_data_set_is_that_of_the_model_or_the_one_asked_for(tmp_path):
     for arguments, words in (
         ((None, None, "TEST", moved), "trained on a in .*gone, which is not here.*--data_folder"),
         ((empty,), "no data set in .*empty: .*--data_folder"),
+        ((tmp_path / "nowhere",), "there is no folder .*nowhere: check --data_folder"),
+        ((None, "a", "TEST", moved), "there is no folder .*gone: check --data_folder"),
         ((one, "a"), "no data set 'a' in .*one: there is b"),
         ((both, None, "TEST", unknown), "holds 2 data sets, a, b: .*--data_name"),
         ((one, None, "VAL"), "b in .*one has no val split: .*--split"),

@@ -140,6 +140,24 @@ def input_files(kinds):
     return files
 
 
+def jpeg_shards(_, folder):
+    """Training images as JPEGs in two shards, and what reads them."""
+    drawn = data_sets.draw(4)
+    images = data_sets.write_images(folder / "images", drawn)
+    options = {"workers": 1, "store": "jpeg", "shards": 2}
+    made = utils.create_input_files(
+        "mine", data_sets.table(folder, drawn), images, 2, 0, 20, folder / "data", 32, **options
+    )
+
+    def read(_):
+        data = CaptionDataset(folder / "data", made["base"], "TRAIN")
+        for i in range(len(data)):
+            data[i]
+
+    paths = (folder / "data").glob("TRAIN_*_00000-of-00002.*")
+    return [(path, path.read_bytes()) for path in paths if "REFERENCES" not in path.name], read
+
+
 def checkpoint_files(_, folder):
     whole, files = {"encoder": nn.BatchNorm2d(2), "decoder": nn.Linear(2, 3)}, []
     for name, contents, archive in (
@@ -163,6 +181,7 @@ READERS = {
     "karpathy": karpathy_files,  # with words
     "json": input_files(["CAPTIONS", "CAPLENS", "REFERENCES"]),
     "hdf5": input_files(["IMAGES"]),
+    "jpeg": jpeg_shards,
     "checkpoints": checkpoint_files,
 }
 
