@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from os import PathLike
 
@@ -32,7 +33,8 @@ with own_modules():  # a user's process may have other modules of these names
     from groundwork.errors import UserError
     from groundwork.files import read_json
     from groundwork.wording import counted
-    from utils import check_word_map
+    from word_maps import check_same, check_word_map
+    from word_rules import rule_of
 
 BEAM = choosing.Search()  # as everyone searches who says nothing else
 
@@ -45,10 +47,11 @@ class Caption:
     log_prob: float  # Σ log p of the words and of <end>, natural logarithm
     alphas: Tensor | None  # (len(words), L) float32 on the CPU; None of a decoder without attention
     consensus: float | None = None  # mean CIDEr-D, 0 to 10, to the others of `rerank`
+    text: str | None = None  # the words joined, as their rule has it; None: with blanks between
 
-    @property
-    def text(self):
-        return " ".join(self.words)
+    def __post_init__(self):
+        if self.text is None:
+            object.__setattr__(self, "text", " ".join(self.words))
 
     def draw(self, image, numbers=False):
         """The picture of where the model looked for each word.
@@ -61,7 +64,7 @@ class Caption:
         Returns:
             RGB PIL.Image, 1320 pixels wide or less.
         """
-        return draw_attention(to_picture(image), self.words, self.alphas, numbers)
+        return draw_attention(to_picture(image), self.words, self.alphas, numbers, self.text)
 
 
 @dataclass
@@ -124,6 +127,11 @@ class Captioner:
         about, *others = abouts
         decoder = decoder.to(device).eval()
         return cls(encoder, decoder, words[0], max(sizes), device, amp, about, look, others)
+
+    @cached_property
+    def rule(self):
+        """The `word_rules.Rule` of its words."""
+        return rule_of(self.word_map)
 
     @property
     def abouts(self):
@@ -270,7 +278,7 @@ class Captioner:
         with self.autocast():
             found = choosing.find(self.decoder, features, self.word_map, search, n, generator)
         words = list(self.word_map)
-        return [[_in_words(caption, words) for caption in captions] for captions in found]
+        return [[_in_words(caption, words, self.rule) for caption in own] for own in found]
 
 
 def _read(path, word_map):
@@ -286,11 +294,12 @@ def _read(path, word_map):
 def _check_same(paths, words):
     """Raises UserError unless the checkpoints at `paths` have one word map."""
     for path, own in zip(paths, words, strict=True):
-        if own != words[0]:
-            raise UserError(
-                f"{path} is of another vocabulary than {paths[0]}: models that caption together "
-                "have the same word map"
-            )
+        check_same(
+            own,
+            words[0],
+            f"{path} is of another vocabulary than {paths[0]}{{}}: models that caption together "
+            "have the same word map",
+        )
 
 
 def _words(path, own, named, count):
@@ -313,9 +322,11 @@ def _words(path, own, named, count):
             f"{source} is of another vocabulary ({counted(len(words), 'word')}) than the decoder "
             f"of {path} ({count})"
         )
-    if own not in (None, words):
-        raise UserError(
-            f"{named} is of another vocabulary than {path}, which holds its own: leave it out"
+    if own is not None:
+        check_same(
+            words,
+            own,
+            f"{named} is of another vocabulary than {path}{{}}, which holds its own: leave it out",
         )
     return dict(sorted(words.items(), key=itemgetter(1)))
 
@@ -330,9 +341,10 @@ def _check_look(path, look, looks):
         raise UserError(f"look {look!r} is none of {', '.join(looks)}")
 
 
-def _in_words(caption, words):
+def _in_words(caption, words, rule):
     """A `Caption` of a `choosing.Caption`, words being those of the vocabulary in its order."""
-    return Caption([words[i] for i in caption.words], *caption[1:])
+    own = [words[i] for i in caption.words]
+    return Caption(own, *caption[1:], text=rule.join(own))
 
 
 def _is_one(images):

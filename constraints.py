@@ -15,7 +15,7 @@ import torch
 
 from groundwork.errors import UserError
 from groundwork.wording import counted
-from vocabulary import NEVER
+from word_rules import unsayable
 
 MAX_LENGTH = 50  # of a caption
 MUST = 4  # words that must come, at most: their sets double with each
@@ -75,7 +75,7 @@ FREE = Constraints()
 
 def sayable(word_map):
     """The words that captions are made of, a set."""
-    return word_map.keys() - {*NEVER, "<end>"}
+    return word_map.keys() - {*unsayable(word_map), "<end>"}
 
 
 def _check_known(word, words, vocabulary):
@@ -111,7 +111,7 @@ class Rules:
     ROWS = 32  # whose scores a CPU's cache holds
 
     def __init__(self, constraints, word_map, max_length, device):
-        never, self.end = [word_map[word] for word in NEVER], word_map["<end>"]
+        never, self.end = [word_map[word] for word in unsayable(word_map)], word_map["<end>"]
         self.never = torch.tensor(never, device=device)
         self.not_yet = torch.tensor([*never, self.end], device=device)
         self.max_length, self.min_words = max_length, constraints.min_words

@@ -18,7 +18,9 @@ from groundwork.hdf5 import open_hdf5, read_item
 from groundwork.images import unsqueeze
 from groundwork.options import MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
-from utils import are_boxes, check_word_map, input_path, is_size, read_split
+from utils import are_boxes, input_path, is_size, read_split
+from word_maps import check_word_map
+from word_rules import rule_of
 
 VIEWS = ("crop", "mirror")  # what the numbered views of an image differ by
 FRESH = 2**31  # views to draw from where each epoch has its own
@@ -281,7 +283,7 @@ def references_without_file(data, path, split, word_map, karpathy_json=None):
     Raises:
         UserError: the JSON is of other images.
     """
-    words = {index: word for word, index in word_map.items()}
+    words, rule = {index: word for word, index in word_map.items()}, rule_of(word_map)
     encoded = [
         [[words[i] for i in caption[1 : n - 1]] for caption, n in zip(rows, ends, strict=True)]
         for rows, ends in zip(data.captions.tolist(), data.lengths.tolist(), strict=True)
@@ -295,11 +297,11 @@ def references_without_file(data, path, split, word_map, karpathy_json=None):
             {
                 "filename": f"{split} {i}",
                 "id": i,
-                "captions": list(dict.fromkeys(map(" ".join, captions))) or [""],
+                "captions": list(dict.fromkeys(map(rule.join, captions))) or [""],
             }
             for i, captions in enumerate(encoded)
         ]
-    images = read_split(karpathy_json, split, data.captions.shape[2] - 2)
+    images = read_split(karpathy_json, split, data.captions.shape[2] - 2, rule)
     if len(images) != len(encoded):
         raise UserError(
             f"{karpathy_json} is of other images than {path.parent}: its {split} split has "
@@ -310,7 +312,7 @@ def references_without_file(data, path, split, word_map, karpathy_json=None):
         if captions[0] not in known:
             raise UserError(
                 f"{karpathy_json} is of other images than {path.parent}: its "
-                f"{reference['filename']} has no caption {' '.join(captions[0])!r}"
+                f"{reference['filename']} has no caption {rule.join(captions[0])!r}"
             )
     return [reference for reference, _ in images]
 

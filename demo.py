@@ -21,7 +21,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from groundwork.files import atomic_write, make_folder, os_errors_as_user_errors
 from groundwork.progress import progress
-from utils import create_input_files, tokenize
+from utils import create_input_files
+from word_rules import tokenize
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond")
 COLOURS = {

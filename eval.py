@@ -163,8 +163,9 @@ def evaluate(options):
     if not data.has_captions:
         return
     attention = attention_report.measure(
-        captions, data.references, regions, asked_for_attention, model.look, model.decoder.blind
-    )
+        captions, data.references, regions, asked_for_attention, model.look, model.decoder.blind,
+        model.rule,
+    )  # fmt: skip
     tables = attention.tables + draw_captions(options, model, data, search)
     if distributed.is_main:
         about, scores = print_scores(
@@ -208,7 +209,7 @@ def draw_captions(options, model, data, search):
         return []
     samples = evaluation.sample_split(model, data, options.diversity, search)
     people = [reference["captions"] for reference in data.references]
-    return [diversity.table(samples, people, metrics.are_english(people))]
+    return [diversity.table(samples, people, metrics.are_english(people), model.rule.split)]
 
 
 def change_images(options, model, data, captions, with_attention, picture, search, write_page):
@@ -369,7 +370,8 @@ def print_scores(paths, model, data, captions, attention, search):
         f"{data.description}; {search.search.description}"
         + ("" if model.look is None else f"; hard attention, look: {model.look}")
     )
-    scores = evaluation.score(texts, [reference["captions"] for reference in data.references])
+    people = [reference["captions"] for reference in data.references]
+    scores = evaluation.score(texts, people, model.rule)
     scores = scores._replace(
         tables=scores.tables + attention.tables, left_out=scores.left_out + attention.notes
     )

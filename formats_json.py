@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 from captioned import (
-    SPECIAL_WORDS,
     Caption,
     CaptionedImage,
     Fault,
@@ -18,6 +17,7 @@ from captioned import (
 )
 from groundwork.errors import UserError
 from groundwork.files import read_json
+from word_rules import is_special
 
 # ------------------------------------------------------------------------------------ Karpathy's
 
@@ -80,7 +80,7 @@ def _sentence(sentence):
         raise Fault('a sentence without a list "tokens" of words')
     if not isinstance(raw, str | None):
         raise Fault('a sentence whose "raw" is no text')
-    if reserved := set(tokens).intersection(SPECIAL_WORDS):
+    if reserved := set(filter(is_special, tokens)):
         raise Fault(f"a sentence with the reserved word {min(reserved)}")
     check_length(tokens, " ".join(tokens))
     written(raw or "-")

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import string
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import formats
-from captioned import SPECIAL_WORDS, SPLITS
+from captioned import SPLITS, has_words, is_split_by_rule, references_of, words_of
 from groundwork.errors import UserError
 from groundwork.files import (
     check_readable,
@@ -30,53 +29,8 @@ from groundwork.files import (
 from groundwork.hdf5 import new_hdf5
 from groundwork.images import MAX_ASPECT, read_images
 from groundwork.wording import Complaints, counted
-
-# ------------------------------------------------------------------------------------ captions
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def tokenize(sentence):
-    """The words of a sentence as Karpathy's data sets split it: lower case, no punctuation."""
-    return sentence.lower().translate(_NO_PUNCTUATION).split()
-
-
-def make_word_map(captions, min_word_freq):
-    """Word -> index over captions (lists of words): words seen more than `min_word_freq` times
-    from 1 in order of first appearance, then <unk>, <start>, <end>; <pad> is 0."""
-    counts = Counter(word for caption in captions for word in caption)
-    words = [word for word, count in counts.items() if count > min_word_freq]
-    word_map = {word: i for i, word in enumerate([*words, "<unk>", "<start>", "<end>"], start=1)}
-    return word_map | {"<pad>": 0}
-
-
-def encode_caption(words, word_map, max_len):
-    """Indices of <start>, the words and <end>, padded to max_len + 2, and the unpadded length."""
-    known = [word_map.get(word, word_map["<unk>"]) for word in words]
-    caption = [word_map["<start>"], *known, word_map["<end>"]]
-    return caption + [word_map["<pad>"]] * (max_len + 2 - len(caption)), len(caption)
-
-
-def check_word_map(word_map, source):
-    """Raises UserError unless `word_map` is a dict that numbers its words, the special ones
-    among them, from 0 without gaps."""
-    if (
-        not isinstance(word_map, dict)
-        or not all(word in word_map for word in SPECIAL_WORDS)
-        or not all(isinstance(word, str) for word in word_map)
-        or not all(type(index) is int for index in word_map.values())
-        or sorted(word_map.values()) != list(range(len(word_map)))
-    ):
-        raise UserError(f"{source} is no word map: make it with create_input_files.py")
-
-
-def sample_captions(captions, count, rng):
-    """`count` of an image's captions: all of them and repeats where it has too few, otherwise
-    a sample without repetition."""
-    if len(captions) <= count:
-        return captions + rng.choices(captions, k=count - len(captions))
-    return rng.sample(captions, count)
-
+from word_maps import Wanted, choose, describe, encode_caption
+from word_rules import KARPATHY, rule_of
 
 # --------------------------------------------------------------------------------- input files
 
@@ -117,6 +71,7 @@ def create_input_files(
     seed=0,
     skip_bad_images=False,
     reading=None,
+    wanted=None,
 ):
     """Turns images and their captions, of any of the `formats`, into the files that training reads.
 
@@ -127,6 +82,7 @@ def create_input_files(
     without any captions has IMAGES and REFERENCES alone.
 
     `dataset` names them. `captions`, `image_folder` and `reading` are as `formats.read` takes them.
+    `wanted` is which words there are to be, a `word_maps.Wanted`, beside that they are frequent.
     `workers` threads read the images: None takes all cores.
     Prints a summary and returns it as a dict. Raises UserError if the captions or the folder are
     unusable, if an image is (the first are named on stderr; skip_bad_images leaves them out),
@@ -135,21 +91,16 @@ def create_input_files(
     check_name(dataset)
     data = formats.read(captions, image_folder, reading, seed)
     print("\n".join(data.notes))
-    samples, left_out = _collect_samples(data.images, max_len)
+    captions = [caption for image in data.images for caption in image.captions]
+    rule, word_map = choose(captions, min_word_freq, wanted or Wanted(), data.source)
+    samples, left_out = _collect_samples(data.images, max_len, rule)
     left_out.update(data.left_out)
     for split in ("TRAIN", "VAL"):
         if split not in samples:
             raise UserError(f"{data.source} has no {split} image with captions to learn from")
-    captions = [caption for image in data.images for caption in image.captions]
-    word_map = make_word_map(map(words_of, captions), min_word_freq)
-    if len(word_map) == len(SPECIAL_WORDS):
-        raise UserError(
-            f"{data.source} has no word more than {counted(min_word_freq, 'time')}, so there is "
-            "nothing to say: lower --min_word_freq, to 0 for all words"
-        )
     output_folder, base = Path(output_folder), base_name(dataset, captions_per_image, min_word_freq)
     summary = {"base": base, "splits": {}, "vocabulary": len(word_map), "left_out": dict(left_out)}
-    summary["by_tokens"] = sum(bool(c.raw) and not is_split_by_rule(c) for c in captions)
+    summary["by_tokens"] = sum(bool(c.raw) and not is_split_by_rule(c, rule) for c in captions)
     _check_folder(samples, data.source)
     with _all_or_nothing(output_folder, base, samples) as temporary:
         size = sum(map(len, samples.values())) * 3 * image_size**2
@@ -162,7 +113,7 @@ def create_input_files(
                 temporary, split, items, captions_per_image, word_map, max_len, rng
             )
         _write_json(temporary["WORDMAP", None], word_map)
-    _print_summary(summary)
+    _print_summary(summary, word_map)
     return summary
 
 
@@ -192,38 +143,17 @@ def is_size(width, height):
     )
 
 
-def words_of(caption):
-    """The words of a `captioned.Caption`."""
-    return tokenize(caption.raw) if caption.tokens is None else caption.tokens
-
-
-def references_of(image):
-    """What an image of `formats` is scored by: all of its captions with words, as texts."""
-    return [text_of(caption) for caption in image.captions if any(words_of(caption))]
-
-
-def text_of(caption):
-    """A caption as written, or its tokens, where the rule does not split the one into the other:
-    words are to be compared with words."""
-    return caption.raw if is_split_by_rule(caption) else " ".join(caption.tokens)
-
-
-def is_split_by_rule(caption):
-    """Whether `tokenize` makes the words of what was written."""
-    return tokenize(caption.raw or "") == words_of(caption)
-
-
-def _collect_samples(images, max_len):
+def _collect_samples(images, max_len, rule):
     """The images that have captions to learn from, by split, and counts of what is left out."""
     samples, bare = {split: [] for split in SPLITS}, []
     left_out = Counter()
     for image in images:
-        worded = [words for words in map(words_of, image.captions) if any(words)]
+        worded = [words_of(c, rule) for c in image.captions if has_words(c, rule)]
         captions = [words for words in worded if len(words) <= max_len]
         left_out["wordless captions"] += len(image.captions) - len(worded)
         left_out["too long captions"] += len(worded) - len(captions)
         left_out["images without captions"] += not captions
-        reference = {"filename": image.name, "id": image.id, "captions": references_of(image)}
+        reference = {"filename": image.name, "id": image.id, "captions": references_of(image, rule)}
         if are_boxes(image.boxes):  # of the demo; COCO's are of another form
             reference["boxes"] = image.boxes
         sample = _Sample(image.source, captions, reference)
@@ -250,10 +180,10 @@ def _check_folder(samples, source):
             ) from error
 
 
-def read_split(path, split, max_len):
+def read_split(path, split, max_len, rule=KARPATHY):
     """(reference, captions) of each image of a split of Karpathy's JSON that has captions of
     `max_len` words or fewer, in its order: as the input files have them. Raises UserError."""
-    samples, _ = _collect_samples(formats.load(path, formats.Options("karpathy")), max_len)
+    samples, _ = _collect_samples(formats.load(path, formats.Options("karpathy")), max_len, rule)
     return [(sample.reference, sample.captions) for sample in samples.get(split, [])]
 
 
@@ -323,6 +253,14 @@ def kinds_of(samples):
     return [kind for kind in _KINDS if samples[0].captions or not kind.startswith("CAP")]
 
 
+def sample_captions(captions, count, rng):
+    """`count` of an image's captions: all of them and repeats where it has too few, otherwise
+    a sample without repetition."""
+    if len(captions) <= count:
+        return captions + rng.choices(captions, k=count - len(captions))
+    return rng.sample(captions, count)
+
+
 def _write_captions(paths, split, samples, per_image, word_map, max_len, rng):
     """Writes the JSON files of a split, at paths by (kind, split); counts for the summary."""
     chosen = [sample_captions(s.captions, per_image, rng) for s in samples if s.captions]
@@ -367,7 +305,7 @@ def _write_json(path, contents):
 MANY = 0.2  # share of <unk>, from which on a hint is given
 
 
-def _print_summary(summary):
+def _print_summary(summary, word_map):
     for split in SPLITS:
         counts = summary["splits"].get(split)
         if counts and not counts["captions"]:
@@ -382,14 +320,13 @@ def _print_summary(summary):
             )
         else:
             print(f"{split}: no images, so no {split} files")
-    print(f"vocabulary: {summary['vocabulary']} words, the {len(SPECIAL_WORDS)} special included")
+    print(describe(word_map))
     if summary["by_tokens"]:
         print(
             counted(
                 summary["by_tokens"], "caption is scored by its", "captions are scored by their"
             )
-            + " tokens: splitting the lower-cased text at blanks, without punctuation, does not "
-            "give them"
+            + f" tokens: splitting the text into {rule_of(word_map).about} does not give them"
         )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
         print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")

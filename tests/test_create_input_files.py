@@ -18,6 +18,7 @@ from PIL import Image
 import create_input_files as create_input_files_script
 import demo
 import utils
+import word_rules
 from groundwork.errors import UserError
 from groundwork.files import read_json, sole_writer
 from utils import create_input_files
@@ -247,7 +248,7 @@ def test_captions_that_the_rule_does_not_split_are_scored_by_their_tokens(source
     (reference,) = source.read("REFERENCES", "VAL")
     texts = ["一个 黄色 方块", "a dog", "a cat", "the cat", "Well-known, the dog!"]
     assert reference["captions"] == texts
-    assert [utils.tokenize(text) for text in texts] == [s["tokens"] for s in sentences]
+    assert [word_rules.tokenize(text) for text in texts] == [s["tokens"] for s in sentences]
     assert "2 captions are scored by their tokens" in capsys.readouterr().out
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 import evaluation
 import report
 import utils
+import word_rules
 from captioner import Caption
 from datasets import CaptionDataset
 from groundwork import files
@@ -551,7 +552,7 @@ def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypa
     path = write_by_hand(tiny_data, tmp_path, texts)
     page.goto(path.as_uri())
     lines = page.locator("table.words tr").all_inner_texts()
-    said = {first, second, *utils.tokenize(learned)}
+    said = {first, second, *word_rules.tokenize(learned)}
     vocabulary = len(files.read_json(utils.input_path(*tiny_data, "WORDMAP"))) - 4
     assert f"{len(said)} of {vocabulary}" in lines[0]
     assert "100.0% of all their words" in lines[1]

@@ -16,6 +16,7 @@ import attention_probes
 import checkpoints
 import datasets
 import utils
+import word_rules
 
 
 @needs_java
@@ -44,7 +45,7 @@ def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
     references = json.loads((folder / f"TEST_REFERENCES_{base}.json").read_text())
     assert [r["image_id"] for r in results] == [r["id"] for r in references]
     by_hand = corpus_bleu(
-        [[utils.tokenize(text) for text in r["captions"]] for r in references],
+        [[word_rules.tokenize(text) for text in r["captions"]] for r in references],
         [r["caption"].split() for r in results],
     )
     assert by_hand > 0.9
@@ -259,7 +260,8 @@ def test_input_files_of_other_tooling_have_no_references(
     assert process.stderr.count("VAL_REFERENCES") == 1 and "--karpathy_json" in process.stderr
     derived = datasets.CaptionDataset(folder, base, "VAL").references
     for one, other in zip(derived, expected["VAL"], strict=True):  # no word is rare here
-        assert one["captions"] == [" ".join(utils.tokenize(text)) for text in other["captions"]]
+        split = map(word_rules.tokenize, other["captions"])
+        assert one["captions"] == list(map(" ".join, split))
     json_file = ["--karpathy_json", scenes / "karpathy.json"]
     read = datasets.CaptionDataset(folder, base, "VAL", karpathy_json=json_file[1]).references
     size = {"width": 96, "height": 96}  # which the images alone tell

@@ -105,8 +105,8 @@ except SystemExit as exit:
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
     "models annotations attentions recurrent transformer merge kernels objectives sampling stages "
     "encoders networks efficientnet_lite contract decoding beams constraints choosing vocabulary "
-    "rewards self_critical ensemble",
-    "utils datasets embeddings features demo "
+    "rewards self_critical ensemble word_rules",
+    "utils word_maps datasets embeddings features demo "
     "captioned formats formats_archives formats_json formats_parquet formats_tables downloads",
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
     "diversity parts_of_speech regions coco_results evaluation evaluation_data robustness report "
