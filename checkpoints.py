@@ -17,11 +17,10 @@ import contract
 from encoders import Encoder, encoder_shapes
 from groundwork import kinds, provenance, published, torch_files
 from groundwork.errors import UserError
-from groundwork.files import atomic_write, check_listable, check_readable, read_json
+from groundwork.files import atomic_write, check_listable, check_readable
 from groundwork.options import MAX_GRID, MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
 from models import DecoderWithAttention
-from word_maps import check_word_map
 
 for module in ("recurrent", "transformer", "merge"):  # each registers its decoders
     import_module(module)
@@ -308,19 +307,6 @@ def newest_best_checkpoint(folder):
         older = counted(len(others), "older one", "older ones")
         print(f"taking {newest}; {older}, for --model: {some(others)}", file=sys.stderr)
     return newest
-
-
-def read_word_map(path):
-    """Word -> index, of a WORDMAP file, .json, or of a checkpoint or its folder. Raises
-    UserError."""
-    if Path(path).suffix == ".json":
-        word_map = read_json(path)
-    else:
-        word_map = load_checkpoint(path).get("word_map")
-        if word_map is None:
-            raise UserError(f"{path} holds no word map: name its WORDMAP file")
-    check_word_map(word_map, path)
-    return word_map
 
 
 # --------------------------------------------------------------------------------------- models

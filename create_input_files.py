@@ -67,6 +67,11 @@ def parse_arguments():
         help="of all that is drawn: captions, splits, --max_images",
     )
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
+    add(
+        "--preview",
+        action="store_true",
+        help="writes a page about the data set, its words and its duplicates, and nothing else",
+    )
     typed = parser.typed()
     if not typed.keys() & {"dataset", "download"}:
         parser.error("--dataset names the data set, or --download fetches it")
@@ -120,17 +125,20 @@ def main():
     )
     options["wanted"] = find_words(options)
     find_captions(options)
-    if options["captions"] is not None:
-        utils.create_input_files(**options)
-    elif options["dataset"] == "demo":
-        for name in ("dataset", "captions", "image_folder"):
-            del options[name]
-        demo.prepare(**options)
-    else:
+    if options["captions"] is None and options["dataset"] == "demo":
+        folder = options["output_folder"]
+        options["captions"], options["image_folder"] = demo.find_or_draw(folder)
+    if options["captions"] is None:
         raise UserError(
             f"--dataset {options['dataset']} needs its --captions and --image_folder: demo alone "
             "is made here"
         )
+    if options.pop("preview"):
+        import preview
+
+        preview.write(**{name: options[name] for name in preview.OPTIONS})
+    else:
+        utils.create_input_files(**options)
 
 
 def find_words(options):
@@ -141,9 +149,9 @@ def find_words(options):
     size = options.pop("vocabulary_size") or subwords
     rule, extend, word_map = options.pop("words"), options.pop("extend_vocabulary"), None
     if path is not None:
-        import checkpoints  # takes seconds
+        import transfer  # takes seconds
 
-        word_map = checkpoints.read_word_map(path)
+        word_map = transfer.read_word_map(path)
     return Wanted(rule, size, word_map, path, extend)
 
 

@@ -1,7 +1,6 @@
 """Prepared data: images (or their cached features) together with all their captions."""
 
 import hashlib
-import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from groundwork.hdf5 import open_hdf5, read_item
 from groundwork.images import unsqueeze
 from groundwork.options import MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
+from mirroring import mirrored_captions, mirrored_words
 from utils import are_boxes, input_path, is_size, read_split
 from word_maps import check_word_map
 from word_rules import rule_of
@@ -115,8 +115,8 @@ class CaptionDataset(Dataset):
                 "create_input_files.py again"
             )
         self.captions = captions.view(images[0], -1, captions.shape[1])
-        self.mirrored = mirrored_words(word_map)
         self.lengths = lengths.view(images[0], -1)
+        self.mirrored, self.sided = mirrored_words(word_map), {}
         path = input_path(data_folder, base, "REFERENCES", split)
         if path.exists():
             self.references = read_references(path)
@@ -127,7 +127,11 @@ class CaptionDataset(Dataset):
                 f"{path} has references of {counted(len(self.references), 'image')}, not of "
                 f"{images[0]}: run create_input_files.py again"
             )
-        self._data = None
+        self.rule, self._data = rule_of(word_map), None
+        if not self.rule.whole:
+            self.sided = mirrored_captions(self.captions, self.lengths, word_map, self.rule)
+            longer = max(map(len, self.sided.values()), default=0) - self.captions.shape[2]
+            self.captions = torch.nn.functional.pad(self.captions, (0, max(longer, 0)))
         if features is not None:
             self.use_features(features)
 
@@ -149,10 +153,21 @@ class CaptionDataset(Dataset):
         else:
             image = torch.from_numpy(read_item(self._data, i))
             source = make_view(image, view, (self.seed, i), self.changes)
-        captions = self.captions[i]
+        captions, lengths = self.captions[i], self.lengths[i]
         if is_mirrored(view, self.changes):
-            captions = self.mirrored[captions]
-        return source, captions, self.lengths[i]
+            captions, lengths = self._mirror(i)
+        return source, captions, lengths
+
+    def _mirror(self, i):
+        """Captions and lengths of the mirror image of image i."""
+        if self.rule.whole:
+            return self.mirrored[self.captions[i]], self.lengths[i]
+        captions, lengths = self.captions[i].clone(), self.lengths[i].clone()
+        for k in range(len(captions)):
+            if own := self.sided.get((i, k)):
+                captions[k, : len(own)], captions[k, len(own) :] = torch.tensor(own), 0
+                lengths[k] = len(own)
+        return captions, lengths
 
 
 def count_targets(data, words):
@@ -375,27 +390,6 @@ def make_view(image, view, seed=(), changes=VIEWS):
             if "colour" in changes:
                 image = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)(image)
     return image.flip(-1) if is_mirrored(view, changes) else image
-
-
-# left and right, and what is made of them: "leftmost", "left-hand", "lefthanded", "topright". Words
-# that only look so, as "leftover", "upright", "bright" or "rightful", are not among them.
-SIDED = re.compile(
-    r"((?:top|bottom|upper|lower|far|front|back|rear|center|mid)-?)?(left|right)"
-    r"(-?(?:most|hand|handed|hander|side|ward|wards|wing|foot|footed|facing))?"
-)
-
-
-def mirrored_words(word_map):
-    """The word that stands for each in the captions of a mirror image: int64 (V,), right for left
-    and left for right, and itself for all others; `<unk>` where the vocabulary has but one of a
-    pair."""
-    words = torch.arange(1 + max(word_map.values()))
-    for word, index in word_map.items():
-        if parts := SIDED.fullmatch(word):
-            before, side, after = parts.groups(default="")
-            other = before + {"left": "right", "right": "left"}[side] + after
-            words[index] = word_map.get(other, word_map["<unk>"])
-    return words
 
 
 def describe_data(data_folder, base):

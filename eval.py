@@ -37,7 +37,11 @@ def parse_arguments():
         "--data_folder or data/",
         **SEVERAL,
     )
-    add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
+    add(
+        "--word_map",
+        help="WORDMAP file, for a checkpoint that holds no word map; for --results, the one or a "
+        "checkpoint, by whose rule captions are split",
+    )
     add("--data_folder", help="with the input files; None: the one that the model was trained on")
     add("--data_name", help="base name of the data set; None: the model's own, or the only one")
     add("--karpathy_json", help="the data set's, where the input files have no REFERENCES")
@@ -417,8 +421,14 @@ def score_results(options):
     """Prints the scores of captions that another system made."""
     import evaluation
     from coco_results import choose, match, read_references, read_results, read_subset
+    from word_rules import KARPATHY, rule_of
 
-    references = read_references(options.references, options.split)
+    rule = KARPATHY
+    if options.word_map is not None:
+        import transfer  # takes seconds
+
+        rule = rule_of(transfer.read_word_map(options.word_map))
+    references = read_references(options.references, options.split, rule)
     captions = read_results(options.results)
     wanted = list(references.captions)
     if options.subset is not None:
@@ -427,7 +437,7 @@ def score_results(options):
     pairs = match(captions, references, wanted, (options.results, options.references))
     print(f"{options.results} against {options.references}")
     texts, people = zip(*pairs, strict=True)
-    scores = evaluation.score({"results": list(texts)}, list(people))
+    scores = evaluation.score({"results": list(texts)}, list(people), rule)
     print_tables(scores.references, scores.tables, scores.left_out)
 
 

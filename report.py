@@ -67,7 +67,8 @@ def write(path, word_map, data, captions, beams, about, scores, logs, trained=Tr
         for i in range(len(data))
     ]
     order = sorted(range(len(data)), key=lambda i: each[rank][i], reverse=True)
-    page = _template().render(
+    page = render(
+        "report.html",
         viewer=VIEWER.read_text(encoding="utf-8"),
         title=f"{data.base}: {counted(len(data), 'caption')}, {name}",
         about=about,
@@ -99,7 +100,8 @@ def groups(order):
     }
 
 
-def _template():
+def render(template, **values):
+    """A page of a template in `web/`, text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(WEB),
         autoescape=True,
@@ -108,7 +110,7 @@ def _template():
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["picture"] = _picture
-    return environment.get_template("report.html")
+    return environment.get_template(template).render(**values)
 
 
 def totals(columns):

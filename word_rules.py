@@ -16,7 +16,7 @@ from groundwork.errors import UserError
 from groundwork.wording import IDEOGRAPHS, SIDE_BY_SIDE
 
 SPECIAL_WORDS = ("<unk>", "<start>", "<end>", "<pad>")
-MARK = re.compile(r"<rule:(.*)>", re.DOTALL)
+MARK = re.compile(r"<rule:(.*)>", re.DOTALL)  # a special word, too
 USUAL = "karpathy"
 BLANK = "▁"  # that stands for a blank, as SentencePiece writes it
 
@@ -289,7 +289,7 @@ def mark_of(name):
 def rule_of(word_map):
     """The `Rule` whose words a word map, word -> index, has. Raises UserError where it is none that
     is known."""
-    marks = [mark[1] for mark in map(MARK.fullmatch, word_map) if mark]
+    marks = [MARK.fullmatch(mark)[1] for mark in _marks(word_map)]
     if len(marks) > 1:
         raise UserError(f"a word map has one rule of words, not {len(marks)}: {', '.join(marks)}")
     return make_rule(marks[0] if marks else USUAL, word_map)
@@ -297,4 +297,9 @@ def rule_of(word_map):
 
 def unsayable(word_map):
     """The words of a word map that no caption is made of: all special ones but `<end>`, a list."""
-    return [*("<pad>", "<start>", "<unk>"), *filter(MARK.fullmatch, word_map)]
+    return ["<pad>", "<start>", "<unk>", *_marks(word_map)]
+
+
+def _marks(word_map):
+    """The special words that name rules."""
+    return [word for word in word_map if word.startswith("<rule:") and MARK.fullmatch(word)]

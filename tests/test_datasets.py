@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import datasets
 import features
+import mirroring
 import utils
 from config import TrainingConfig
 from datasets import CaptionDataset, LengthSampler, find_data, make_view, read_references
@@ -491,7 +492,7 @@ def test_left_and_right_change_places_and_nothing_else_does():
     special = ["<unk>", "<start>", "<end>", "<pad>"]
     words = [word for pair in pairs for word in pair] + same + alone + special
     word_map = {word: i for i, word in enumerate(words[:-1], start=1)} | {"<pad>": 0}
-    mirrored = datasets.mirrored_words(word_map)
+    mirrored = mirroring.mirrored_words(word_map)
     names = {index: word for word, index in word_map.items()}
     found = {word: names[int(mirrored[index])] for word, index in word_map.items()}
     expected = dict(pairs) | {right: left for left, right in pairs}
