@@ -217,7 +217,7 @@ def draw_deletion(probes, english):
     kinds = [_kinds(probe.words, english) for probe in probes]
     curves = {order: _falls(probes, kinds, order) for order in ORDERS}
     shown = curves[ORDERS[0]]
-    drawing = Figure(figsize=(max(5, 3.6 * len(shown)), 3), layout="constrained")
+    drawing = Figure(figsize=(max(6.4, 3.6 * len(shown)), 3), layout="constrained")
     panels = drawing.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, shown, strict=True):
         for order, falls in curves.items():

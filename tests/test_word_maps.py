@@ -81,7 +81,7 @@ OWN = ["--dataset", "x", "--captions", "x.csv"]
         (["--word_map", "w.json", "--vocabulary_size", 9], "--word_map goes without"),
         (["--extend_vocabulary"], "--extend_vocabulary goes with --word_map"),
         (["--vocabulary_size", 0], "--vocabulary_size: 0"),
-        (["--word_map", "nowhere.json"], "there is no file nowhere.json"),
+        (["--word_map", "nowhere.json"], "cannot read nowhere.json: No such file"),
         (["--word_map", "nowhere.pth.tar"], "there is no checkpoint nowhere.pth.tar"),
     ],
 )
