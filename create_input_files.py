@@ -44,7 +44,7 @@ def parse_arguments():
     add(
         "--words",
         choices=[*RULES],
-        help=f"the rule that splits captions, docs/data.md; None: {USUAL}, or --word_map's",
+        help=f"the rule that splits captions, docs/words.md; None: {USUAL}, or --word_map's",
     )
     add("--subwords", type=positive, metavar="N", help="learns so many pieces of words, as words")
     add("--min_word_freq", type=count, default=5, help="words seen more often have an index")

@@ -84,7 +84,7 @@ def make_parser(description=None):
     add(
         "--extend_vocabulary",
         action="store_true",
-        help="begin a new run from --model, on data with its words and new ones: docs/data.md",
+        help="begin a new run from --model, on data with its words and new ones: docs/words.md",
     )
     add(
         "--tensorboard",

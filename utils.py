@@ -100,6 +100,7 @@ def create_input_files(
             raise UserError(f"{data.source} has no {split} image with captions to learn from")
     output_folder, base = Path(output_folder), base_name(dataset, captions_per_image, min_word_freq)
     summary = {"base": base, "splits": {}, "vocabulary": len(word_map), "left_out": dict(left_out)}
+    summary["keeps_more"] = (wanted or Wanted()).keeps_more
     summary["by_tokens"] = sum(bool(c.raw) and not is_split_by_rule(c, rule) for c in captions)
     _check_folder(samples, data.source)
     with _all_or_nothing(output_folder, base, samples) as temporary:
@@ -329,7 +330,7 @@ def _print_summary(summary, word_map):
             + f" tokens: splitting the text into {rule_of(word_map).about} does not give them"
         )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
-        print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")
+        print(f"more than {MANY:.0%} of the words are <unk>: {summary['keeps_more']}")
     one = {
         what: re.sub(r"(image|caption|text)s\b", r"\1", what, count=1)
         for what in summary["left_out"]

@@ -28,6 +28,15 @@ class Wanted:
     source: str | None = None  # of that word map, for messages
     extend: bool = False  # the word map by the captions' new words, which come behind
 
+    @property
+    def keeps_more(self):
+        """What there is to do where many words are unknown, for people."""
+        if self.word_map is not None and not self.extend:
+            return "--extend_vocabulary adds new ones"
+        if self.size is not None:
+            return "a larger number of words keeps more"
+        return "a lower --min_word_freq keeps more"
+
 
 def choose(captions, min_word_freq, wanted, source):
     """The `Rule` by which captions are split, and word -> index.

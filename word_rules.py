@@ -5,6 +5,7 @@ it is karpathy. So a word map or a checkpoint, which holds it, tells all that ca
 need, and word maps stay what they are, word -> index.
 """
 
+import importlib
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -170,7 +171,7 @@ class UnicodeWords(Rule):
 
     @cached_property
     def _segments(self):
-        return _needs("icu4py.breakers", "unicode").WordBreaker
+        return _needs("icu4py.breakers", "unicode", ", on Python 3.11 or newer").WordBreaker
 
     def _split(self, text):
         segments = self._segments(lowered(text), "und")
@@ -253,17 +254,15 @@ def learn_subwords(texts, size):
     return pieces
 
 
-def _needs(module, rule):
+def _needs(module, rule, note=""):
     """A module of a library that is there for one rule alone. Raises UserError."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
         raise UserError(
             f"the words of the rule {rule!r} take the library {package} ({error}): "
-            f"pip install {package}"
+            f"pip install {package}{note}"
         ) from error
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import LEARN, run_here
 from PIL import Image, ImageDraw
+from test_word_rules import NEW
 
 from groundwork.files import read_json
 
@@ -36,7 +37,7 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["characters", "unicode"])
+@pytest.mark.parametrize("rule", ["characters", pytest.param("unicode", marks=NEW)])
 def test_chinese_is_learned_scored_drawn_and_reported(rule, drawn, page, tmp_path):
     data = ["--data_folder", tmp_path]
     for command in [

@@ -109,7 +109,8 @@ FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork i
     "utils word_maps mirroring datasets embeddings features demo "
     "captioned formats formats_archives formats_json formats_parquet formats_tables downloads",
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
-    "diversity parts_of_speech regions coco_results evaluation evaluation_data robustness report preview duplicates "
+    "diversity parts_of_speech regions coco_results evaluation evaluation_data robustness report "
+    "preview duplicates "
     "textbook benchmark_data",
     "config training_options engine checkpoints run_state optimization training_data "
     "training_report training continuation transfer choices listing",
