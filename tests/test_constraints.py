@@ -114,7 +114,7 @@ def test_too_many_characters_are_one_line():
     special = ["<pad>", "<unk>", "<start>", "<end>", "<rule:characters>"]
     word_map = {word: i for i, word in enumerate([*special, *"abcdefgh"])}
     with pytest.raises(UserError, match="made of too many of the vocabulary's words"):
-        Constraints(must_include=("abcdefg", "hgfedcba", "aceg")).check(word_map, 50)
+        Constraints(must_include=("abcdefg", "hgfedcba", "acegbdfh", "hbd")).check(word_map, 50)
     with pytest.raises(UserError, match="must_include needs 8 words: max_words 7 is too few"):
         Constraints(must_include=("hgfedcba",)).check(word_map, 7)
     with pytest.raises(UserError, match="the model has no word 'xyz'"):

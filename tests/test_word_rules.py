@@ -301,10 +301,8 @@ def test_tokens_are_taken_by_the_rules_that_split_as_they_do():
         "ptb": ["红色圆形。"],
     }.items():
         assert word_maps.words_of(caption, make_rule(name)) == words
-    for name in RULES.keys() - {
-        "subwords",
-        "unicode",
-    }:  # what was written says nothing, or is missing
+    # what was written says nothing, or is missing
+    for name in RULES.keys() - {"subwords", "unicode"}:
         for raw in (".", None):
             assert word_maps.words_of(Caption(raw, ["a", "dog"]), make_rule(name)) == (
                 list("a▁dog") if name == "characters" else ["a", "dog"]
