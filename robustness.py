@@ -28,6 +28,7 @@ from groundwork.files import atomic_write
 from groundwork.progress import progress
 from groundwork.tables import print_table
 from groundwork.wording import columns, wrap
+from mirroring import mirrored
 from objectives import caption_loss
 from pictures import show_pixels, write_text
 from word_rules import KARPATHY, tokenize
@@ -255,8 +256,8 @@ def table(outcome, references, rule=KARPATHY):
 
 def _protocol(model, data, references, split, beam_size):
     """Lines on what the table's numbers are."""
-    texts = [tokenize(text) for texts in references for text in texts]
-    sided = sum("left" in words or "right" in words for words in texts)
+    texts = [text for texts in references for text in texts]
+    sided = sum(mirrored(text) != text for text in texts)
     return [
         f"robustness: the first {len(references)} of {len(data)} images of the {split} split, "
         f"{data.image_size}×{data.image_size} pixels, {name_of(beam_size, model.look)}, "
