@@ -17,6 +17,7 @@ from groundwork.images import squeeze
 from groundwork.wording import counted, some
 from utils import input_path
 from word_maps import encode_caption
+from word_rules import rule_of
 
 
 class EvaluationData(Dataset):
@@ -41,7 +42,7 @@ class EvaluationData(Dataset):
     """
 
     def __init__(self, folder, base, split, model, karpathy_json=None):
-        self.base, self.word_map, self.rule = base, model.word_map, model.rule
+        self.base, self.word_map, self.rule = base, model.word_map, rule_of(model.word_map)
         self.split, self.about = split.lower(), model.about
         self.path = input_path(folder, base, "IMAGES", split)
         count, _, side, _ = open_images(self.path).shape
