@@ -116,9 +116,9 @@ def build_page(models, max_words, length_penalty):
     """
     import gradio as gr
 
-    from utils import SPECIAL_WORDS
+    from constraints import sayable
 
-    words = min(len(model.word_map) - len(SPECIAL_WORDS) for model in models.values())
+    words = min(len(sayable(model.word_map)) for model in models.values())
     hour = 3600  # seconds, after which uploaded photographs are deleted
     with gr.Blocks(
         title="Show, Attend and Tell", fill_width=True, delete_cache=(hour, hour)

@@ -3,14 +3,14 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from groundwork.errors import UserError
 from groundwork.wording import MOST, counted
-
-SPECIAL_WORDS = ("<unk>", "<start>", "<end>", "<pad>")
+from word_rules import normalised, tokenize
 
 SPLITS = ("TRAIN", "VAL", "TEST")
 
@@ -32,7 +32,42 @@ class Caption(NamedTuple):
     """A person's caption: as written, as words, or both."""
 
     raw: str | None
-    tokens: list[str] | None = None  # None: the rule of `utils.tokenize` makes them
+    tokens: list[str] | None = None  # None: a rule of `word_rules` makes them
+
+    @property
+    def text(self):
+        """As written, or else its tokens."""
+        has_words = self.tokens is None or tokenize(self.raw or "")
+        return self.raw if has_words else " ".join(self.tokens)
+
+
+def words_of(caption, rule):
+    """The words of a `Caption` by a `word_rules.Rule`."""
+    if rule.takes_tokens and caption.tokens is not None:
+        return list(map(normalised, caption.tokens))
+    return rule.split(caption.text)
+
+
+def has_words(caption, rule):
+    """Whether there is more to a `Caption` than punctuation."""
+    by_hand = caption.tokens is not None
+    return any(words_of(caption, rule)) and (by_hand or bool(tokenize(caption.raw)))
+
+
+def is_split_by_rule(caption, rule):
+    """Whether a rule makes the words of what was written."""
+    return rule.split(caption.raw or "") == words_of(caption, rule)
+
+
+def text_of(caption, rule):
+    """A caption as written, or its tokens, where the rule does not split the one into the other:
+    words are to be compared with words."""
+    return caption.raw if is_split_by_rule(caption, rule) else " ".join(caption.tokens)
+
+
+def references_of(image, rule):
+    """What a `CaptionedImage` is scored by: all of its captions with words, as texts."""
+    return [text_of(caption, rule) for caption in image.captions if has_words(caption, rule)]
 
 
 @dataclass(slots=True)
@@ -46,6 +81,16 @@ class CaptionedImage:
     where: str  # it stands in its file, for messages
     id: int | str | float | None = None  # as the data set has it
     boxes: object = None  # where the objects are that words name; of the demo
+
+
+@dataclass(frozen=True)
+class Captions:
+    """All captions of images, to be gone through as often as one likes."""
+
+    images: Iterable[CaptionedImage]
+
+    def __iter__(self):
+        return (caption for image in self.images for caption in image.captions)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from operator import itemgetter
 from os import PathLike
 
@@ -32,7 +33,8 @@ with own_modules():  # a user's process may have other modules of these names
     from groundwork.errors import UserError
     from groundwork.files import read_json
     from groundwork.wording import counted
-    from utils import check_word_map
+    from word_maps import check_same, check_word_map
+    from word_rules import rule_of
 
 BEAM = choosing.Search()  # as everyone searches who says nothing else
 
@@ -46,10 +48,11 @@ class Caption:
     alphas: Tensor | None  # (len(words), L) float32 on the CPU; None of a decoder without attention
     consensus: float | None = None  # mean CIDEr-D, 0 to 10, to the others of `rerank`
     fit: str = "squeeze"  # how the image was made the square in which the model looked
+    text: str | None = None  # the words joined, as their rule has it; None: with blanks between
 
-    @property
-    def text(self):
-        return " ".join(self.words)
+    def __post_init__(self):
+        if self.text is None:
+            object.__setattr__(self, "text", " ".join(self.words))
 
     def draw(self, image, numbers=False):
         """The picture of where the model looked for each word.
@@ -63,7 +66,7 @@ class Caption:
             RGB PIL.Image, 1320 pixels wide or less.
         """
         picture = image_files.framed(to_picture(image), self.fit)
-        return draw_attention(picture, self.words, self.alphas, numbers)
+        return draw_attention(picture, self.words, self.alphas, numbers, self.text)
 
 
 @dataclass
@@ -129,6 +132,11 @@ class Captioner:
         size, fit = max(sizes), about["fit"]
         return cls(encoder, decoder, words[0], size, device, amp, about, look, others, fit)
 
+    @cached_property
+    def rule(self):
+        """The `word_rules.Rule` of its words."""
+        return rule_of(self.word_map)
+
     @property
     def abouts(self):
         """What the checkpoint, or each of several, is `about`."""
@@ -189,9 +197,7 @@ class Captioner:
         if n is not None:
             search.check_count(n)
         search.check_words(self.word_map)
-        generator = self.generator(seed)
-        if seed is not None and not search.draws and self.look != "sample":
-            raise UserError("seed is for what is drawn: give a temperature, top_k or top_p")
+        generator = self.generator(seed, search.draws or self.look == "sample")
 
         def found():
             for features in self.encode_ahead(self._batches(images, batch_size)):
@@ -223,11 +229,14 @@ class Captioner:
         """What the encoder is given of an RGB PIL.Image: np.uint8 (3, S, S)."""
         return image_files.square(picture, self.image_size, self.fit)
 
-    def generator(self, seed):
-        """A torch.Generator for what is drawn; None without a seed. Raises UserError."""
+    def generator(self, seed, draws=True):
+        """A torch.Generator for what is drawn; None without a seed. Raises UserError for one that
+        cannot be, or where nothing is drawn."""
         if seed is None:
             return None
         choosing.check_number("seed", seed, int, 0, 2**63 - 1)
+        if not draws:
+            raise UserError("seed is for what is drawn: give a temperature, top_k or top_p")
         return torch.Generator(self.device).manual_seed(seed)
 
     def autocast(self):
@@ -279,8 +288,8 @@ class Captioner:
         """
         with self.autocast():
             found = choosing.find(self.decoder, features, self.word_map, search, n, generator)
-        words = list(self.word_map)
-        return [[_in_words(own, words, self.fit) for own in captions] for captions in found]
+        said = partial(_in_words, words=list(self.word_map), rule=self.rule, fit=self.fit)
+        return [list(map(said, captions)) for captions in found]
 
 
 def _read(path, word_map):
@@ -301,11 +310,12 @@ def _check_same(paths, words, fits):
                 f"{path} is for images of --fit {fit}, and {paths[0]} of --fit {fits[0]}: models "
                 "that caption together see the same"
             )
-        if own != words[0]:
-            raise UserError(
-                f"{path} is of another vocabulary than {paths[0]}: models that caption together "
-                "have the same word map"
-            )
+        check_same(
+            own,
+            words[0],
+            f"{path} is of another vocabulary than {paths[0]}{{}}: models that caption together "
+            "have the same word map",
+        )
 
 
 def _words(path, own, named, count):
@@ -328,9 +338,11 @@ def _words(path, own, named, count):
             f"{source} is of another vocabulary ({counted(len(words), 'word')}) than the decoder "
             f"of {path} ({count})"
         )
-    if own not in (None, words):
-        raise UserError(
-            f"{named} is of another vocabulary than {path}, which holds its own: leave it out"
+    if own is not None:
+        check_same(
+            words,
+            own,
+            f"{named} is of another vocabulary than {path}{{}}, which holds its own: leave it out",
         )
     return dict(sorted(words.items(), key=itemgetter(1)))
 
@@ -345,9 +357,10 @@ def _check_look(path, look, looks):
         raise UserError(f"look {look!r} is none of {', '.join(looks)}")
 
 
-def _in_words(caption, words, fit):
+def _in_words(caption, words, rule, fit):
     """A `Caption` of a `choosing.Caption`, words being those of the vocabulary in its order."""
-    return Caption([words[i] for i in caption.words], *caption[1:], fit)
+    own = [words[i] for i in caption.words]
+    return Caption(own, *caption[1:], fit, rule.join(own))
 
 
 def _is_one(images):

@@ -15,9 +15,12 @@ from groundwork.files import check_folder, check_listable, read_json
 from groundwork.images import unsqueeze
 from groundwork.wording import counted, some
 from input_files import input_path, input_paths
+from mirroring import mirrored_captions, mirrored_words
 from storage import StoredFeatures, StoredImages
-from utils import are_boxes, check_word_map, is_size, read_split
-from views import VIEWS, is_mirrored, make_view, mirrored_words
+from utils import are_boxes, is_size, read_split
+from views import VIEWS, is_mirrored, make_view
+from word_maps import check_word_map
+from word_rules import rule_of
 
 FRESH = 2**31  # views to draw from where each epoch has its own
 
@@ -112,8 +115,12 @@ class CaptionDataset(Dataset):
                 "create_input_files.py again"
             )
         self.captions = captions.view(count, -1, captions.shape[1])
-        self.mirrored = mirrored_words(word_map)
         self.lengths = lengths.view(count, -1)
+        self.mirrored, self.sided, self.rule = mirrored_words(word_map), {}, rule_of(word_map)
+        if not self.rule.whole:
+            self.sided = mirrored_captions(self.captions, self.lengths, word_map, self.rule)
+            longer = max(map(len, self.sided.values()), default=0) - self.captions.shape[2]
+            self.captions = torch.nn.functional.pad(self.captions, (0, max(longer, 0)))
         self._read_references = partial(
             read_references_of, data_folder, base, split, self, word_map, karpathy_json
         )
@@ -161,10 +168,21 @@ class CaptionDataset(Dataset):
         else:
             image = torch.from_numpy(self.images[i])
             source = make_view(image, view, (self.seed, i), self.changes)
-        captions = self.captions[i]
+        captions, lengths = self.captions[i], self.lengths[i]
         if is_mirrored(view, self.changes):
-            captions = self.mirrored[captions]
-        return source, captions, self.lengths[i]
+            captions, lengths = self._mirror(i)
+        return source, captions, lengths
+
+    def _mirror(self, i):
+        """Captions and lengths of the mirror image of image i."""
+        if self.rule.whole:
+            return self.mirrored[self.captions[i]], self.lengths[i]
+        captions, lengths = self.captions[i].clone(), self.lengths[i].clone()
+        for k in range(len(captions)):
+            if own := self.sided.get((i, k)):
+                captions[k, : len(own)], captions[k, len(own) :] = torch.tensor(own), 0
+                lengths[k] = len(own)
+        return captions, lengths
 
 
 def count_targets(data, words):
@@ -309,7 +327,7 @@ def references_without_file(data, path, split, word_map, karpathy_json=None):
     Raises:
         UserError: the JSON is of other images.
     """
-    words = {index: word for word, index in word_map.items()}
+    words, rule = {index: word for word, index in word_map.items()}, rule_of(word_map)
     encoded = [
         [[words[i] for i in caption[1 : n - 1]] for caption, n in zip(rows, ends, strict=True)]
         for rows, ends in zip(data.captions.tolist(), data.lengths.tolist(), strict=True)
@@ -323,11 +341,11 @@ def references_without_file(data, path, split, word_map, karpathy_json=None):
             {
                 "filename": f"{split} {i}",
                 "id": i,
-                "captions": list(dict.fromkeys(map(" ".join, captions))) or [""],
+                "captions": list(dict.fromkeys(map(rule.join, captions))) or [""],
             }
             for i, captions in enumerate(encoded)
         ]
-    images = read_split(karpathy_json, split, data.captions.shape[2] - 2)
+    images = read_split(karpathy_json, split, data.captions.shape[2] - 2, rule)
     if len(images) != len(encoded):
         raise UserError(
             f"{karpathy_json} is of other images than {path.parent}: its {split} split has "
@@ -338,7 +356,7 @@ def references_without_file(data, path, split, word_map, karpathy_json=None):
         if captions[0] not in known:
             raise UserError(
                 f"{karpathy_json} is of other images than {path.parent}: its "
-                f"{reference['filename']} has no caption {' '.join(captions[0])!r}"
+                f"{reference['filename']} has no caption {rule.join(captions[0])!r}"
             )
     return [reference for reference, _ in images]
 

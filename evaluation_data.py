@@ -16,7 +16,8 @@ from groundwork.images import squeeze
 from groundwork.wording import counted, some
 from input_files import input_path, input_paths
 from storage import shard_name, shard_of
-from utils import encode_caption, tokenize
+from word_maps import encode_caption
+from word_rules import rule_of
 
 
 class EvaluationData(Dataset):
@@ -41,7 +42,7 @@ class EvaluationData(Dataset):
     """
 
     def __init__(self, folder, base, split, model, karpathy_json=None):
-        self.base, self.word_map = base, model.word_map
+        self.base, self.word_map, self.rule = base, model.word_map, rule_of(model.word_map)
         self.split, self.about = split.lower(), model.about
         self.path = input_path(folder, base, "IMAGES", split)
         self.images = open_images(folder, base, split)
@@ -62,7 +63,7 @@ class EvaluationData(Dataset):
         self.places = list(range(self.count))
         texts = [reference["captions"] for reference in self.references]
         self.per_image = max(map(len, texts))
-        self.longest = max((len(tokenize(text)) for own in texts for text in own), default=0)
+        self.longest = max((len(self.rule.split(t)) for own in texts for t in own), default=0)
 
     def keep(self, subset, value):
         """Keeps those images alone that a subset from `coco_results.read_subset` takes; `value` is
@@ -112,7 +113,7 @@ class EvaluationData(Dataset):
             image = squeeze(Image.fromarray(image.transpose(1, 2, 0)), self.image_size)
         texts = self.references[i]["captions"]
         encoded = [
-            encode_caption(tokenize(texts[k % len(texts)]), self.word_map, self.longest)
+            encode_caption(self.rule.split(texts[k % len(texts)]), self.word_map, self.longest)
             for k in range(self.per_image)
         ]
         captions = torch.tensor([caption for caption, _ in encoded], dtype=torch.int64)

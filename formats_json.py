@@ -7,7 +7,6 @@ import zlib
 from pathlib import Path
 
 from captioned import (
-    SPECIAL_WORDS,
     Caption,
     CaptionedImage,
     Fault,
@@ -21,6 +20,7 @@ from captioned import (
 from formats_tables import name_of, open_text
 from groundwork.errors import UserError
 from groundwork.files import check_readable
+from word_rules import is_special
 
 
 def read_document(path):
@@ -94,7 +94,7 @@ def _sentence(sentence):
         raise Fault('a sentence without a list "tokens" of words')
     if not isinstance(raw, str | None):
         raise Fault('a sentence whose "raw" is no text')
-    if reserved := set(tokens).intersection(SPECIAL_WORDS):
+    if reserved := set(filter(is_special, tokens)):
         raise Fault(f"a sentence with the reserved word {min(reserved)}")
     check_length(tokens, " ".join(tokens))
     written(raw or "-")

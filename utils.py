@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import string
 import sys
 from collections import Counter
 from functools import partial
@@ -16,65 +15,14 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import formats
-from captioned import SPECIAL_WORDS, SPLITS
+from captioned import SPLITS, Captions, has_words, is_split_by_rule, references_of, words_of
 from groundwork.errors import UserError
 from groundwork.files import check_readable, check_space
 from groundwork.images import MAX_ASPECT, read_images
 from groundwork.wording import Complaints, counted
-from input_files import (  # noqa: F401 -- input_path is looked for here
-    KINDS,
-    all_or_nothing,
-    base_name,
-    input_path,
-    new_part,
-)
-
-# ------------------------------------------------------------------------------------ captions
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def tokenize(sentence):
-    """The words of a sentence as Karpathy's data sets split it: lower case, no punctuation."""
-    return sentence.lower().translate(_NO_PUNCTUATION).split()
-
-
-def make_word_map(captions, min_word_freq):
-    """Word -> index over captions (lists of words): words seen more than `min_word_freq` times
-    from 1 in order of first appearance, then <unk>, <start>, <end>; <pad> is 0."""
-    counts = Counter(word for caption in captions for word in caption)
-    words = [word for word, count in counts.items() if count > min_word_freq]
-    word_map = {word: i for i, word in enumerate([*words, "<unk>", "<start>", "<end>"], start=1)}
-    return word_map | {"<pad>": 0}
-
-
-def encode_caption(words, word_map, max_len):
-    """Indices of <start>, the words and <end>, padded to max_len + 2, and the unpadded length."""
-    known = [word_map.get(word, word_map["<unk>"]) for word in words]
-    caption = [word_map["<start>"], *known, word_map["<end>"]]
-    return caption + [word_map["<pad>"]] * (max_len + 2 - len(caption)), len(caption)
-
-
-def check_word_map(word_map, source):
-    """Raises UserError unless `word_map` is a dict that numbers its words, the special ones
-    among them, from 0 without gaps."""
-    if (
-        not isinstance(word_map, dict)
-        or not all(word in word_map for word in SPECIAL_WORDS)
-        or not all(isinstance(word, str) for word in word_map)
-        or not all(type(index) is int for index in word_map.values())
-        or sorted(word_map.values()) != list(range(len(word_map)))
-    ):
-        raise UserError(f"{source} is no word map: make it with create_input_files.py")
-
-
-def sample_captions(captions, count, rng):
-    """`count` of an image's captions: all of them and repeats where it has too few, otherwise
-    a sample without repetition."""
-    if len(captions) <= count:
-        return captions + rng.choices(captions, k=count - len(captions))
-    return rng.sample(captions, count)
-
+from input_files import KINDS, all_or_nothing, base_name, new_part
+from word_maps import Wanted, choose, describe, encode_caption
+from word_rules import KARPATHY, rule_of
 
 # --------------------------------------------------------------------------------- input files
 
@@ -97,6 +45,7 @@ def create_input_files(
     fit="squeeze",
     store="raw",
     shards=None,
+    wanted=None,
 ):
     """Turns images and their captions, of any of the `formats`, into the files that training reads.
 
@@ -107,6 +56,7 @@ def create_input_files(
     has IMAGES and REFERENCES alone. However many images there are, it takes no more memory.
 
     `dataset` names them. `captions`, `image_folder` and `reading` are as `formats.read` takes them.
+    `wanted` is which words there are to be, a `word_maps.Wanted`, beside that they are frequent.
     `workers` threads read the images, None: all cores. `fit` is of `groundwork.options.FITS`,
     `store` raw or jpeg, `shards` the number of files that the TRAIN split is cut into. Prints a
     summary and returns it as a dict. Raises UserError if the captions or the folder are unusable,
@@ -116,14 +66,10 @@ def create_input_files(
     check_name(dataset)
     data = formats.read(captions, image_folder, reading, seed)
     print("\n".join(data.notes))
-    samples = Samples(data.images, max_len)
+    people, wanted = Captions(data.images), wanted or Wanted()
+    rule, word_map = choose(people, min_word_freq, wanted, data.source)
+    samples = Samples(data.images, max_len, rule)
     samples.check(data.source, shards)
-    word_map = make_word_map(map(words_of, _captions(data.images)), min_word_freq)
-    if len(word_map) == len(SPECIAL_WORDS):
-        raise UserError(
-            f"{data.source} has no word more than {counted(min_word_freq, 'time')}, so there is "
-            "nothing to say: lower --min_word_freq, to 0 for all words"
-        )
     base, rng = base_name(dataset, captions_per_image, min_word_freq), random.Random(seed)
 
     def encode(captions):
@@ -139,23 +85,14 @@ def create_input_files(
         written = _write_splits(parts, samples, pictures, encode, form)
         unreadable = _unreadable(samples, written, skip_bad_images)
         path.write_text(json.dumps(word_map), encoding="utf-8")
+    summary = {"base": base, "vocabulary": len(word_map), "keeps_more": wanted.keeps_more}
     left_out = samples.left_out | data.left_out | Counter({"unreadable images": unreadable})
-    return _summarize(base, written, word_map, left_out, data.images)
-
-
-def _captions(images):
-    return (caption for image in images for caption in image.captions)
-
-
-def _summarize(base, written, word_map, left_out, images):
-    """Prints what was made, and returns it as a dict."""
-    summary = {"base": base, "vocabulary": len(word_map), "left_out": dict(left_out)}
+    summary["left_out"] = dict(left_out)
     summary["splits"] = {
         split: _numbers(found, word_map["<unk>"]) for split, found in written.items()
     }
-    unlike = (bool(c.raw) and not is_split_by_rule(c) for c in _captions(images))
-    summary["by_tokens"] = sum(unlike)
-    _print_summary(summary)
+    summary["by_tokens"] = sum(bool(c.raw) and not is_split_by_rule(c, rule) for c in people)
+    _print_summary(summary, word_map)
     return summary
 
 
@@ -185,27 +122,6 @@ def is_size(width, height):
     )
 
 
-def words_of(caption):
-    """The words of a `captioned.Caption`."""
-    return tokenize(caption.raw) if caption.tokens is None else caption.tokens
-
-
-def references_of(image):
-    """What an image of `formats` is scored by: all of its captions with words, as texts."""
-    return [text_of(caption) for caption in image.captions if any(words_of(caption))]
-
-
-def text_of(caption):
-    """A caption as written, or its tokens, where the rule does not split the one into the other:
-    words are to be compared with words."""
-    return caption.raw if is_split_by_rule(caption) else " ".join(caption.tokens)
-
-
-def is_split_by_rule(caption):
-    """Whether `tokenize` makes the words of what was written."""
-    return tokenize(caption.raw or "") == words_of(caption)
-
-
 class Sample(NamedTuple):
     """An image as the input files have it."""
 
@@ -221,14 +137,15 @@ class Samples:
     Args:
         images: a `gathered.Gathered`.
         max_len: words of a caption, at most.
+        rule: by which captions are split, a `word_rules.Rule`.
     """
 
-    def __init__(self, images, max_len):
-        self.images, self.max_len = images, max_len
+    def __init__(self, images, max_len, rule):
+        self.images, self.max_len, self.rule = images, max_len, rule
         found, bare, self.left_out = Counter(), 0, Counter()
         for image in images:
             _, captions, _ = self._sample(image)
-            wordless = sum(not any(words_of(caption)) for caption in image.captions)
+            wordless = sum(not has_words(caption, rule) for caption in image.captions)
             self.left_out["wordless captions"] += wordless
             self.left_out["too long captions"] += len(image.captions) - wordless - len(captions)
             self.left_out["images without captions"] += not captions
@@ -256,9 +173,10 @@ class Samples:
                 yield sample
 
     def _sample(self, image):
-        captions = [words for words in map(words_of, image.captions) if any(words)]
+        rule = self.rule
+        captions = [words_of(c, rule) for c in image.captions if has_words(c, rule)]
         captions = [words for words in captions if len(words) <= self.max_len]
-        reference = {"filename": image.name, "id": image.id, "captions": references_of(image)}
+        reference = {"filename": image.name, "id": image.id, "captions": references_of(image, rule)}
         if are_boxes(image.boxes):  # of the demo; COCO's are of another form
             reference["boxes"] = image.boxes
         return Sample(image.source, captions, reference)
@@ -285,10 +203,10 @@ class Samples:
             ) from error
 
 
-def read_split(path, split, max_len):
+def read_split(path, split, max_len, rule=KARPATHY):
     """(reference, captions) of each image of a split of Karpathy's JSON that has captions of
     `max_len` words or fewer, in its order: as the input files have them. Raises UserError."""
-    samples = Samples(formats.load(path, formats.Options("karpathy")), max_len)
+    samples = Samples(formats.load(path, formats.Options("karpathy")), max_len, rule)
     return [(reference, captions) for _, captions, reference in samples.of(split)]
 
 
@@ -342,6 +260,14 @@ def _write_part(add, pairs, encode, complaints):
     return found
 
 
+def sample_captions(captions, count, rng):
+    """`count` of an image's captions: all of them and repeats where it has too few, otherwise
+    a sample without repetition."""
+    if len(captions) <= count:
+        return captions + rng.choices(captions, k=count - len(captions))
+    return rng.sample(captions, count)
+
+
 def _unreadable(samples, written, skip_bad_images):
     """The number of images that are left out. Raises UserError if that must not or cannot be."""
     total = samples.counts.total()
@@ -371,7 +297,7 @@ def _numbers(found, unknown):
 MANY = 0.2  # share of <unk>, from which on a hint is given
 
 
-def _print_summary(summary):
+def _print_summary(summary, word_map):
     for split in SPLITS:
         counts = summary["splits"].get(split)
         if counts and not counts["captions"]:
@@ -386,17 +312,16 @@ def _print_summary(summary):
             )
         else:
             print(f"{split}: no images, so no {split} files")
-    print(f"vocabulary: {summary['vocabulary']} words, the {len(SPECIAL_WORDS)} special included")
+    print(describe(word_map))
     if summary["by_tokens"]:
         print(
             counted(
                 summary["by_tokens"], "caption is scored by its", "captions are scored by their"
             )
-            + " tokens: splitting the lower-cased text at blanks, without punctuation, does not "
-            "give them"
+            + f" tokens: splitting the text into {rule_of(word_map).about} does not give them"
         )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
-        print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")
+        print(f"more than {MANY:.0%} of the words are <unk>: {summary['keeps_more']}")
     one = {
         what: re.sub(r"(image|caption|text)s\b", r"\1", what, count=1)
         for what in summary["left_out"]

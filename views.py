@@ -1,6 +1,4 @@
-"""Views of an image to train on, and what is said of those that are mirrored."""
-
-import re
+"""Views of an image to train on."""
 
 import numpy as np
 import torch
@@ -34,24 +32,3 @@ def make_view(image, view, seed=(), changes=VIEWS):
             if "colour" in changes:
                 image = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)(image)
     return image.flip(-1) if is_mirrored(view, changes) else image
-
-
-# left and right, and what is made of them: "leftmost", "left-hand", "lefthanded", "topright". Words
-# that only look so, as "leftover", "upright", "bright" or "rightful", are not among them.
-SIDED = re.compile(
-    r"((?:top|bottom|upper|lower|far|front|back|rear|center|mid)-?)?(left|right)"
-    r"(-?(?:most|hand|handed|hander|side|ward|wards|wing|foot|footed|facing))?"
-)
-
-
-def mirrored_words(word_map):
-    """The word that stands for each in the captions of a mirror image: int64 (V,), right for left
-    and left for right, and itself for all others; `<unk>` where the vocabulary has but one of a
-    pair."""
-    words = torch.arange(1 + max(word_map.values()))
-    for word, index in word_map.items():
-        if parts := SIDED.fullmatch(word):
-            before, side, after = parts.groups(default="")
-            other = before + {"left": "right", "right": "left"}[side] + after
-            words[index] = word_map.get(other, word_map["<unk>"])
-    return words

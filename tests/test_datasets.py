@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 import datasets
 import features
-import utils
+import input_files
+import mirroring
 from config import TrainingConfig
 from datasets import CaptionDataset, LengthSampler, find_data, make_view, read_references
 from encoders import Encoder
@@ -55,8 +56,8 @@ def images(tiny_data):
 def cache(tiny_data, tmp_path):
     """Calls cache_features on a copy of the tiny data set's training images."""
     folder, base = tiny_data
-    path = utils.input_path(tmp_path, base, "IMAGES", "TRAIN")
-    path.write_bytes(utils.input_path(folder, base, "IMAGES", "TRAIN").read_bytes())
+    path = input_files.input_path(tmp_path, base, "IMAGES", "TRAIN")
+    path.write_bytes(input_files.input_path(folder, base, "IMAGES", "TRAIN").read_bytes())
 
     def call(encoder, **options):
         found = cache_features(encoder, tmp_path, base, "TRAIN", batch_size=3, **options)
@@ -272,7 +273,7 @@ def test_a_pipe_in_the_place_of_an_input_file_is_refused(tiny_data, tmp_path, ki
     folder, base = tiny_data
     for path in folder.glob(f"*_{base}*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    path = utils.input_path(tmp_path, base, kind, None if kind == "WORDMAP" else "TRAIN")
+    path = input_files.input_path(tmp_path, base, kind, None if kind == "WORDMAP" else "TRAIN")
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(UserError, match=rf"{path.name}.* no file"):
@@ -485,7 +486,7 @@ def test_an_hdf5_file_of_something_else_is_refused(tiny_data, tmp_path):
     folder, base = tiny_data
     for path in folder.glob(f"*{base}*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    path = utils.input_path(tmp_path, base, "IMAGES", "VAL")
+    path = input_files.input_path(tmp_path, base, "IMAGES", "VAL")
     with h5py.File(path, "w") as file:
         file["weights"] = np.zeros(3)
     with pytest.raises(UserError, match=path.name):
@@ -503,7 +504,7 @@ def test_left_and_right_change_places_and_nothing_else_does():
     special = ["<unk>", "<start>", "<end>", "<pad>"]
     words = [word for pair in pairs for word in pair] + same + alone + special
     word_map = {word: i for i, word in enumerate(words[:-1], start=1)} | {"<pad>": 0}
-    mirrored = datasets.mirrored_words(word_map)
+    mirrored = mirroring.mirrored_words(word_map)
     names = {index: word for word, index in word_map.items()}
     found = {word: names[int(mirrored[index])] for word, index in word_map.items()}
     expected = dict(pairs) | {right: left for left, right in pairs}

@@ -12,8 +12,8 @@ from PIL import Image
 import app
 import checkpoints
 import datasets
+import input_files
 import regions
-import utils
 from captioner import Caption, Captioner
 from datasets import as_photographed, proportions
 from groundwork.errors import UserError
@@ -152,7 +152,7 @@ def data(tmp_path_factory):
 def test_the_files_say_how_their_images_were_made(data, fit):
     folder, base = data[fit]
     expected = square(photograph(WIDE), 60, fit)
-    with h5py.File(utils.input_path(folder, base, "IMAGES", "VAL")) as file:
+    with h5py.File(input_files.input_path(folder, base, "IMAGES", "VAL")) as file:
         assert file.attrs["fit"] == fit
         assert np.array_equal(file["images"][0], expected)
     found = datasets.CaptionDataset(folder, base, "VAL")
@@ -167,7 +167,7 @@ def test_files_of_before_are_of_squeezed_images(data, tmp_path):
     folder, base = data["squeeze"]
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    with h5py.File(utils.input_path(tmp_path, base, "IMAGES", "VAL"), "r+") as file:
+    with h5py.File(input_files.input_path(tmp_path, base, "IMAGES", "VAL"), "r+") as file:
         del file.attrs["fit"]
     assert datasets.CaptionDataset(tmp_path, base, "VAL").fit == "squeeze"
 

@@ -20,6 +20,7 @@ import checkpoints
 import datasets
 import formats
 import utils
+import word_rules
 from downloads import file_name
 from groundwork.errors import UserError
 from groundwork.images import open_image
@@ -59,7 +60,7 @@ def expected(tmp_path_factory):
         data = json.loads(path.read_text())
         for image in data["images"]:
             for sentence in image["sentences"]:
-                sentence["tokens"] = utils.tokenize(sentence["raw"])
+                sentence["tokens"] = word_rules.tokenize(sentence["raw"])
         path.write_text(json.dumps(data))
         create(path, images, folder / "data")
         made[hashed] = contents(folder / "data")

@@ -25,6 +25,7 @@ from encoders import EncoderError
 from groundwork import files, images, provenance, timing
 from groundwork.errors import UserError
 from groundwork.images import read_images
+from input_files import input_path
 
 MEMORY = 2**30  # bytes that reading may take
 
@@ -125,9 +126,9 @@ def input_files(kinds):
         source, base = tiny_data
         for path in source.glob(f"*{base}*"):
             shutil.copy(path, folder)
-        paths = [utils.input_path(folder, base, kind, "VAL") for kind in kinds]
+        paths = [input_path(folder, base, kind, "VAL") for kind in kinds]
         if "CAPTIONS" in kinds:
-            paths.append(utils.input_path(folder, base, "WORDMAP"))
+            paths.append(input_path(folder, base, "WORDMAP"))
 
         def read(path):
             read_word_map(folder, base)

@@ -14,6 +14,7 @@ from test_distributed import run_two
 import checkpoints
 import datasets
 import features
+import input_files
 import storage
 import utils
 from config import TrainingConfig
@@ -302,7 +303,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_jpegs_are_one_line(scenes, tmp_path, damage):
     folder, base = create(scenes, tmp_path, store="jpeg")
-    path = utils.input_path(folder, base, "IMAGES", "VAL")
+    path = input_files.input_path(folder, base, "IMAGES", "VAL")
     with h5py.File(path, "r+") as file:
         DAMAGE[damage](file)
     with pytest.raises(UserError, match=path.name) as error:

@@ -24,9 +24,9 @@ from test_distributed import run_two
 import checkpoints
 import datasets
 import decoding
+import input_files
 import parts_of_speech
 import training
-import utils
 from attention_pictures import draw_attention
 from captioner import Captioner
 from groundwork import tensorboard_log
@@ -151,7 +151,7 @@ def test_where_it_looked_is_measured_in_every_epoch(run, tiny_data):
     (output, _), (folder, base) = run, tiny_data
     found = series(read(output, base))
     model = Captioner.load(checkpoints.checkpoint_path(output, base))
-    images = datasets.open_images(utils.input_path(folder, base, "IMAGES", "VAL"))
+    images = datasets.open_images(folder, base, "VAL")
     squares = [torch.from_numpy(image) for image in images]
     captions = list(model.caption(squares, beam_size=1, max_words=6))
     entropies = [scipy.stats.entropy(caption.alphas, axis=1) for caption in captions]
@@ -329,7 +329,7 @@ def continued(run, decoder_run, tiny_data, tmp_path_factory):
     which the first validation photograph is twice as wide as high, and others of unknown sizes."""
     folder, output = tmp_path_factory.mktemp("wide") / "data", tmp_path_factory.mktemp("continued")
     shutil.copytree(tiny_data[0], folder)
-    path = utils.input_path(folder, tiny_data[1], "REFERENCES", "VAL")
+    path = input_files.input_path(folder, tiny_data[1], "REFERENCES", "VAL")
     references = json.loads(path.read_text())
     for reference in references:
         del reference["width"], reference["height"]
