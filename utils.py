@@ -86,8 +86,9 @@ def create_input_files(
         unreadable = _unreadable(samples, written, skip_bad_images)
         path.write_text(json.dumps(word_map), encoding="utf-8")
     summary = {"base": base, "vocabulary": len(word_map), "keeps_more": wanted.keeps_more}
-    left_out = samples.left_out | data.left_out | Counter({"unreadable images": unreadable})
-    summary["left_out"] = dict(left_out)
+    left_out = samples.left_out.copy()  # with its zeros, which + would leave out
+    left_out.update(data.left_out)
+    summary["left_out"] = {**left_out, "unreadable images": unreadable}
     summary["splits"] = {
         split: _numbers(found, word_map["<unk>"]) for split, found in written.items()
     }

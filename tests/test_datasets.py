@@ -141,7 +141,7 @@ def test_features_of_views_come_with_their_images_captions(tiny_data, workers, t
     with h5py.File(features, "w") as file:  # 10 × image + view, everywhere
         values = (10 * np.arange(8)[:, None] + np.arange(3)).astype(np.float16)
         file["features"] = np.broadcast_to(values[:, :, None, None, None], (8, 3, 2, 2, 5))
-    data = CaptionDataset(folder, base, "TRAIN", features)
+    data = CaptionDataset(folder, base, "TRAIN", [features])
     sampler = LengthSampler(data.lengths, 3, views=3)
     seen = []
     for epoch in range(8):
