@@ -360,7 +360,7 @@ def _check_look(path, look, looks):
 def _in_words(caption, words, rule, fit):
     """A `Caption` of a `choosing.Caption`, words being those of the vocabulary in its order."""
     own = [words[i] for i in caption.words]
-    return Caption(own, *caption[1:], fit, rule.join(own))
+    return Caption(own, *caption[1:], fit=fit, text=rule.join(own))
 
 
 def _is_one(images):

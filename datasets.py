@@ -117,15 +117,15 @@ class CaptionDataset(Dataset):
         self.captions = captions.view(count, -1, captions.shape[1])
         self.lengths = lengths.view(count, -1)
         self.mirrored, self.sided, self.rule = mirrored_words(word_map), {}, rule_of(word_map)
-        if not self.rule.whole:
-            self.sided = mirrored_captions(self.captions, self.lengths, word_map, self.rule)
-            longer = max(map(len, self.sided.values()), default=0) - self.captions.shape[2]
-            self.captions = torch.nn.functional.pad(self.captions, (0, max(longer, 0)))
         self._read_references = partial(
             read_references_of, data_folder, base, split, self, word_map, karpathy_json
         )
         if not self.has_shards:  # else they are many, and most processes need none of them
             self.references  # noqa: B018 -- so that what is wrong with them is known
+        if not self.rule.whole:
+            self.sided = mirrored_captions(self.captions, self.lengths, word_map, self.rule)
+            longer = max(map(len, self.sided.values()), default=0) - self.captions.shape[2]
+            self.captions = torch.nn.functional.pad(self.captions, (0, max(longer, 0)))
         if features is not None:
             self.use_features(features)
 

@@ -44,6 +44,7 @@ def tiny_checkpoint(**changes):
         "encoder_stages": ("last",),
         "encoded_image_size": 3,
         "image_size": 64,
+        "fit": "squeeze",
         "encoder": {"weight": torch.arange(6.0).view(2, 3)},
         "decoder_name": "lstm",
         "decoder_config": None,

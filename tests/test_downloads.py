@@ -169,7 +169,7 @@ def test_flickr30k_says_where_its_form_is_and_goes_on_with_the_images(server, tm
     images = tmp_path / "flickr30k" / "flickr30k-images"
     assert downloads.FLICKR30K_FORM in str(error.value) and str(images) in str(error.value)
     assert server.requests == []
-    images.mkdir()
+    images.mkdir(parents=True)
     (images / "0.jpg").write_bytes(picture(0))
     found = fetch("flickr30k", tmp_path)
     assert found == ([tmp_path / "dataset_flickr30k.json"], images) and found.captions[0].exists()

@@ -445,6 +445,7 @@ def test_panels_say_how_much_a_word_does_not_look(page, tmp_path, width):
 def write_by_hand(tiny_data, folder, texts, references=None):
     """A report of given captions on the tiny data, without a model."""
     data = CaptionDataset(*tiny_data, "TEST")
+    data.path = input_files.input_path(*tiny_data, "IMAGES", "TEST")  # as `EvaluationData` has it
     for reference, captions in zip(data.references, references or [], strict=False):
         reference["captions"] = captions
     rng = np.random.default_rng(0)
