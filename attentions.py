@@ -170,11 +170,12 @@ class HardAttention(Attention):
         look, self.generator = self.look, None
         if self.training:
             # from the batch's number, so that all processes draw in the same ones
-            generator = torch.Generator().manual_seed(int(self.batches))
+            batch = int(self.batches)  # once, as a GPU is waited for
+            generator = torch.Generator().manual_seed(batch)
             soft = torch.rand((), generator=generator) < self.SOFT_SHARE
             look = "soft" if soft else "sample"
             # of its own, so that the same values are dropped out whether places are drawn or not
-            seed = int(self.batches) * distributed.world_size + distributed.rank
+            seed = batch * distributed.world_size + distributed.rank
             self.batches += 1
         elif look == "sample":
             seed = self.seed

@@ -81,7 +81,7 @@ class Decoder(nn.Module):
     def looks(self) -> tuple[str, ...]:
         """The ways in which it can look at an image while it decodes, the usual one first: the
         `LOOKS` of a part of it that has such a choice; empty where none has."""
-        return next((part.LOOKS for part in self.modules() if hasattr(part, "LOOKS")), ())
+        return next((part.LOOKS for part in self._lookers()), ())
 
     def set_look(self, look: str, seed: int = 0):
         """From now on decodes in one of the ways of `looks`; training goes its own.
@@ -89,22 +89,24 @@ class Decoder(nn.Module):
         Args:
             seed: of what is drawn at random, from which each `prepare` begins anew.
         """
-        for part in self.modules():
-            if hasattr(part, "LOOKS"):
-                part.look, part.seed = look, seed
+        for part in self._lookers():
+            part.look, part.seed = look, seed
 
     @contextmanager
     def looking_softly(self):
         """For the block an attention that draws places looks at the expected context instead, in
         training, too."""
-        parts = [part for part in self.modules() if hasattr(part, "LOOKS")]
-        for part in parts:
+        for part in self._lookers():
             part.softly = True
         try:
             yield
         finally:
-            for part in parts:
+            for part in self._lookers():
                 part.softly = False
+
+    def _lookers(self):
+        """Its parts that can look in several ways."""
+        return (part for part in self.modules() if hasattr(part, "LOOKS"))
 
     def prepare(self, encoder_out: Tensor) -> Selectable:
         """The memory: everything that the steps share, from (I, g, g, D) of any grid g."""
