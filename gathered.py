@@ -37,7 +37,8 @@ class Gathered:
     """
 
     def __init__(self):
-        self.db = sqlite3.connect("", isolation_level=None)
+        # one thread at a time, but not always the same: subwords are learned in another
+        self.db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self.db.execute(f"PRAGMA cache_size = -{CACHE}")
         self.db.executescript(TABLES)
         self.count = self.calls = 0

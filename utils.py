@@ -66,8 +66,8 @@ def create_input_files(
     check_name(dataset)
     data = formats.read(captions, image_folder, reading, seed)
     print("\n".join(data.notes))
-    people, wanted = Captions(data.images), wanted or Wanted()
-    rule, word_map = choose(people, min_word_freq, wanted, data.source)
+    wanted = wanted or Wanted()
+    rule, word_map = choose(Captions(data.images), min_word_freq, wanted, data.source)
     samples = Samples(data.images, max_len, rule)
     samples.check(data.source, shards)
     base, rng = base_name(dataset, captions_per_image, min_word_freq), random.Random(seed)
@@ -86,13 +86,7 @@ def create_input_files(
         unreadable = _unreadable(samples, written, skip_bad_images)
         path.write_text(json.dumps(word_map), encoding="utf-8")
     summary = {"base": base, "vocabulary": len(word_map), "keeps_more": wanted.keeps_more}
-    left_out = samples.left_out.copy()  # with its zeros, which + would leave out
-    left_out.update(data.left_out)
-    summary["left_out"] = {**left_out, "unreadable images": unreadable}
-    summary["splits"] = {
-        split: _numbers(found, word_map["<unk>"]) for split, found in written.items()
-    }
-    summary["by_tokens"] = sum(bool(c.raw) and not is_split_by_rule(c, rule) for c in people)
+    summary |= _summarise(data, samples, written, unreadable, word_map["<unk>"])
     _print_summary(summary, word_map)
     return summary
 
@@ -282,6 +276,23 @@ def _unreadable(samples, written, skip_bad_images):
         if not found["images"]:
             raise UserError(f"no image of the {split} split can be read (named above)")
     return count
+
+
+def _summarise(data, samples, written, unreadable, unknown):
+    """What the summary has of a `formats.DataSet` and of what `_write_splits` has counted.
+
+    Args:
+        unreadable: images, left out.
+        unknown: index of <unk>.
+    """
+    left_out = samples.left_out.copy()  # with its zeros, which + would leave out
+    left_out.update(data.left_out)
+    people, rule = Captions(data.images), samples.rule
+    return {
+        "left_out": {**left_out, "unreadable images": unreadable},
+        "splits": {split: _numbers(found, unknown) for split, found in written.items()},
+        "by_tokens": sum(bool(c.raw) and not is_split_by_rule(c, rule) for c in people),
+    }
 
 
 def _numbers(found, unknown):

@@ -1,5 +1,7 @@
 """Images gathered on disk: as a list would have them, and memory that does not grow."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +63,13 @@ def test_what_is_left_out_is_gone_and_the_others_keep_their_order():
     found.give_splits(["TRAIN", "VAL", "TRAIN"])
     assert [(own.id, own.split) for own in found] == [(2, "TRAIN"), (5, "VAL"), (8, "TRAIN")]
     assert [own.id for own in found.of_split("TRAIN")] == [2, 8]
+
+
+def test_another_thread_may_read():
+    """As the library does that learns subwords."""
+    found = gathered([image(str(i), captions=["a dog"]) for i in range(3)])
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(list, found).result() == list(found)
 
 
 @pytest.mark.slow
