@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -100,9 +101,7 @@ def test_a_shard_without_an_image_that_can_be_read_is_refused(scenes, tmp_path):
 
 
 def test_shards_that_do_not_belong_together_are_refused(sharded, tmp_path):
-    folder, base = tmp_path, sharded[1]
-    for path in sharded[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    folder, base = shutil.copytree(sharded[0], tmp_path, dirs_exist_ok=True), sharded[1]
     missing = tmp_path / f"TRAIN_IMAGES_{base}_00001-of-00003.hdf5"
     contents = missing.read_bytes()
     missing.unlink()
@@ -194,8 +193,7 @@ def open_data(sharded, network, stage, monkeypatch, rank, world_size):
 
 def test_processes_read_and_cache_their_own_shards(sharded, network, monkeypatch, tmp_path):
     """Two processes, one after the other; the features are those of images without shards."""
-    for path in sharded[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(sharded[0], tmp_path, dirs_exist_ok=True)
     here, caching = (tmp_path, sharded[1]), {"views": 3, "seed": 4}
     for rank, own in ((0, {(0, 3), (2, 3)}), (1, {(1, 3)})):
         monkeypatch.setattr(distributed, "rank", rank)
@@ -270,9 +268,14 @@ def test_two_processes_train_on_shards_and_resume_inside_an_epoch(
 # --------------------------------------------------------------------------------------- JPEGs
 
 
-def test_jpegs_are_decoded_on_the_way(scenes, tiny_data, tmp_path):
+@pytest.fixture(scope="module")
+def jpegs(scenes, tmp_path_factory):
+    return create(scenes, tmp_path_factory.mktemp("jpegs"), store="jpeg", shards=2)
+
+
+def test_jpegs_are_decoded_on_the_way(jpegs, tiny_data):
     """What is read is what Pillow makes of the squares; less than a fifth of the room."""
-    folder, base = create(scenes, tmp_path, store="jpeg", shards=2)
+    folder, base = jpegs
     data, raw = CaptionDataset(folder, base, "TRAIN"), CaptionDataset(*tiny_data, "TRAIN")
     for i in range(8):
         buffer = io.BytesIO()
@@ -281,7 +284,7 @@ def test_jpegs_are_decoded_on_the_way(scenes, tiny_data, tmp_path):
         expected = np.asarray(Image.open(buffer)).transpose(2, 0, 1)
         assert np.array_equal(data[i][0], expected)
         assert torch.equal(data[i][1], raw[i][1])
-    with h5py.File(tmp_path / f"VAL_IMAGES_{base}.hdf5") as file:
+    with h5py.File(folder / f"VAL_IMAGES_{base}.hdf5") as file:
         ends = file["ends"][:]
         assert len(file["jpeg"]) == ends[-1] < 8 * 3 * 96 * 96 / 5
 
@@ -301,8 +304,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_jpegs_are_one_line(scenes, tmp_path, damage):
-    folder, base = create(scenes, tmp_path, store="jpeg")
+def test_damaged_jpegs_are_one_line(jpegs, tmp_path, damage):
+    folder, base = shutil.copytree(jpegs[0], tmp_path / "data"), jpegs[1]
     path = input_files.input_path(folder, base, "IMAGES", "VAL")
     with h5py.File(path, "r+") as file:
         DAMAGE[damage](file)
