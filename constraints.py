@@ -120,31 +120,27 @@ class Machine:
     def __init__(self, phrases):
         # of each phrase how far it has come: the longest beginning of an alternative that the last
         # words are, or None, when it has come
+        first, last = ((),) * len(phrases), (None,) * len(phrases)
         self.words = list(dict.fromkeys(w for all_ in phrases for own in all_ for w in own))
-        first = ((),) * len(phrases)
-        numbers, waiting, after, self.fewest = {first: 0}, [first], [], 0
-        depth = {first: 0}
+        depths, after, waiting = {first: 0}, {}, [first]
         for state in waiting:
-            following = [
+            after[state] = [
                 tuple(map(_advance, phrases, state, itertools.repeat(word)))
                 for word in (*self.words, None)
             ]
-            for found in following:
-                if found not in numbers:
-                    numbers[found], depth[found] = len(numbers), depth[state] + 1
+            for found in after[state]:
+                if found not in depths:
+                    depths[found] = depths[state] + 1
                     waiting.append(found)
-            after.append([numbers[found] for found in following])
-            if len(numbers) > STATES:
+            if len(depths) > STATES:
                 raise UserError(
                     "must_include is made of too many of the vocabulary's words to be searched "
                     "for: name fewer, or shorter ones"
                 )
-        last = numbers[(None,) * len(phrases)]
-        self.states, self.fewest = len(numbers), depth[(None,) * len(phrases)]
-        # that all have come is the last
-        order = [*(n for n in range(self.states) if n != last), last]
-        places = {n: place for place, n in enumerate(order)}
-        self.after = [[places[n] for n in after[old]] for old in order]
+        self.states, self.fewest = len(depths), depths[last]
+        order = [*(state for state in depths if state != last), last]
+        numbers = {state: number for number, state in enumerate(order)}
+        self.after = [[numbers[found] for found in after[state]] for state in order]
 
 
 def _advance(alternatives, seen, word):
