@@ -52,22 +52,21 @@ def choose(captions, min_word_freq, wanted, source):
             word map's, or lacks its library.
     """
     known = wanted.word_map
+    rule = _new_rule(captions, wanted) if known is None else _rule_of_known(wanted)
+    counts = count_words(captions, rule)
+    words = [word for word, count in counts.items() if count > min_word_freq]
     if known is None:
-        rule = _new_rule(captions, wanted)
-        words = frequent(captions, rule, min_word_freq)
         words = rule.words if rule.name == "subwords" else words
+        known = _numbered([], rule.name)
         if not words:
             raise UserError(
                 f"{source} has no word more than {counted(min_word_freq, 'time')}, so there is "
                 "nothing to say: lower --min_word_freq, to 0 for all words"
             )
-        known = _numbered([], rule.name)
+    elif not wanted.extend and all(map(is_special, known.keys() & counts.keys())):
+        raise UserError(f"{source} has none of the words of {wanted.source}")
     else:
-        rule, words = _rule_of_known(wanted), []
-        if wanted.extend:
-            words = [w for w in frequent(captions, rule, min_word_freq) if w not in known]
-        elif not any(word in known for c in captions for word in words_of(c, rule)):
-            raise UserError(f"{source} has none of the words of {wanted.source}")
+        words = [word for word in words if word not in known] if wanted.extend else []
     room = len(words) if wanted.size is None else wanted.size - len(known)
     if room < min(1, len(words)):
         raise UserError(
@@ -75,28 +74,16 @@ def choose(captions, min_word_freq, wanted, source):
             f" without any of the captions', so give {len(known) + 1} or more"
         )
     if len(words) > room:
-        words = _most_frequent(words, room, captions, rule)
+        most = set(sorted(words, key=lambda word: -counts[word])[:room])
+        words = [word for word in words if word in most]
     if wanted.word_map is None:
         return rule, _numbered(words, rule.name)
     return rule, known | {word: i for i, word in enumerate(words, start=len(known))}
 
 
-def frequent(captions, rule, min_word_freq):
-    """The words seen more than `min_word_freq` times, in the order of their first appearance."""
-    counts = count_words(captions, rule)
-    return [word for word, count in counts.items() if count > min_word_freq]
-
-
 def count_words(captions, rule):
     """Word -> how often it stands in captions, in the order of first appearance."""
     return Counter(word for caption in captions for word in words_of(caption, rule))
-
-
-def _most_frequent(words, room, captions, rule):
-    """So many of the words, those that come most often, in their order."""
-    counts = count_words(captions, rule)
-    kept = set(sorted(words, key=lambda word: -counts[word])[:room])
-    return [word for word in words if word in kept]
 
 
 def _new_rule(captions, wanted):

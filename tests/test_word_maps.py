@@ -58,6 +58,10 @@ def test_what_cannot_be_is_one_line():
     for wanted, line in [
         ({"word_map": OLD, "rule": "ptb"}, "old.json has words of the rule karpathy, not of ptb"),
         ({"word_map": other}, "x.json has none of the words of old.json"),
+        (  # <unk>, which subwords are split into, is none
+            {"word_map": word_maps._numbered(["▁dog"], "subwords")},
+            "x.json has none of the words of old.json",
+        ),
         (
             {"word_map": word_maps._numbered(["▁a"], "subwords"), "extend": True},
             "old.json has subwords, of which new words are made, too",
