@@ -224,7 +224,8 @@ def test_models_of_several_fits_do_not_caption_together(models):
         Captioner.load([models["crop"], models["pad"]], "cpu")
 
 
-def test_eval_takes_data_of_the_models_own_fit(data, models, tmp_path):
+def test_eval_takes_data_of_the_models_own_fit(data, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
     folder, _ = data["crop"]
     run = ["eval.py", "--data_folder", folder, "--beam_size", 1, "--device", "cpu", "--amp", "off"]
     run += ["--output_folder", tmp_path]

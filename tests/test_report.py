@@ -563,8 +563,11 @@ def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypa
     assert "87.5%" in lines[3]  # all but one
 
 
-def test_what_cannot_be_written_is_named_and_costs_no_scores(checkpoint, tiny_data, tmp_path):
+def test_what_cannot_be_written_is_named_and_costs_no_scores(
+    checkpoint, tiny_data, tmp_path, monkeypatch
+):
     """A folder that is a file, a page that is a folder, a picture that is one."""
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
     picture = f"robustness_test_{checkpoint.name.removesuffix('.pth.tar')}.png"
     (tmp_path / "file").write_text("")
     (tmp_path / "page" / "index.html").mkdir(parents=True)
