@@ -144,9 +144,9 @@ def _to_bytes(image):
     return np.floor_divide(values, top, out=values).astype(np.uint8)
 
 
-def read_image(path, size, fit="squeeze"):
-    """An image file's picture as a `square`. Raises UserError."""
-    return square(open_image(path), size, fit)
+def read_image(path, size):
+    """An image file's picture, `squeeze`d. Raises UserError."""
+    return squeeze(open_image(path), size)
 
 
 def square(image, size, fit="squeeze"):
