@@ -250,7 +250,7 @@ def test_two_processes_train_on_shards_and_resume_inside_an_epoch(
     """Stopped after two steps and gone on with, the weights are those of the run that was not."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder, base = sharded
-    run = ["--data_folder", folder, *TRAIN, "--batch_size", 20]
+    run = ["--data_folder", folder, *TRAIN, "--batch_size", 30]  # one has 3 images
     process = run_two("train.py", *run, "--output_folder", tmp_path / "whole")
     assert process.returncode == 0, process.stderr
     assert len(list(folder.glob("TRAIN_FEATURES_*.hdf5"))) == 3
