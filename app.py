@@ -116,9 +116,9 @@ def build_page(models, max_words, length_penalty):
     """
     import gradio as gr
 
-    from utils import SPECIAL_WORDS
+    from constraints import sayable
 
-    words = min(len(model.word_map) - len(SPECIAL_WORDS) for model in models.values())
+    words = min(len(sayable(model.word_map)) for model in models.values())
     hour = 3600  # seconds, after which uploaded photographs are deleted
     with gr.Blocks(
         title="Show, Attend and Tell", fill_width=True, delete_cache=(hour, hour)
@@ -200,13 +200,15 @@ def render(path, models, beam_size, temperature, max_words, length_penalty):
     are several; in it the captions of a beam, or, at a temperature above 0, as many drawn."""
     import report
     from captioner import to_picture
+    from groundwork.images import framed
 
     image, parts = to_picture(path), []
     for name, model in models.items():
         [captions] = model.caption(
             image, beam_size, beam_size, temperature, max_words, length_penalty
         )
-        view = json.dumps(report.attention_view(image, captions, PHOTOGRAPH))
+        seen = framed(image, model.fit)
+        view = json.dumps(report.attention_view(seen, captions, PHOTOGRAPH))
         heading = f"<h3>{html.escape(name)}</h3>" if len(models) > 1 else ""
         view = f'<attention-view data="{html.escape(view)}"></attention-view>'
         parts.append(f"<div>{heading}{view}</div>")

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from word_rules import BLANK
+
 ROUNDING = 1e-3  # by how much the alphas of a word may fall short of one without a sentinel
 
 
@@ -103,6 +105,7 @@ def _named(captions, regions):
         if own is None:
             continue
         for word, alpha in zip(words, at_places(alphas), strict=True):
+            word = word.removeprefix(BLANK)  # of a subword that is a word
             if word in (own if regions.names is None else regions.names):
                 yield alpha, own.get(word)
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from attention_metrics import at_places, away, evenness, peak
 from groundwork import fonts
+from groundwork.wording import wrap
 
 LINE = 255, 184, 28  # around where a word's attention is half its maximum or more
 EVEN = 1.001  # times the least alpha: where the largest is no more, attention counts as even
@@ -29,7 +30,7 @@ AWAY = " “Does not look”: the share of a word's attention that is at no plac
 _SIGNS = {"━━": LINE, "◎": "black"}
 
 
-def draw_attention(image, words, alphas, numbers=False):
+def draw_attention(image, words, alphas, numbers=False, text=None):
     """Draws where the decoder looked for each word: an RGB PIL.Image 1320 pixels wide or less.
 
     The photograph under its caption, then a panel a word: as photographed where the attention is
@@ -51,6 +52,7 @@ def draw_attention(image, words, alphas, numbers=False):
             of a model without attention: then there are no panels.
         numbers: whether each panel has in a corner, in per cent, the share of the image that its
             word's attention is spread over, e^entropy / L, and its largest alpha.
+        text: the caption; None: the words with blanks between.
     """
     about, notes = "", []
     if alphas is not None:
@@ -58,7 +60,8 @@ def draw_attention(image, words, alphas, numbers=False):
         alphas, rest = at_places(alphas), away(alphas)
         about = LEGEND + NUMBERS * numbers + AWAY * (rest is not None)
         notes = _notes(alphas, rest, numbers)
-    grid = _choose_grid(words, len(notes), image.width / image.height, about)
+    text = " ".join(words) if text is None else text
+    grid = _choose_grid(text, len(notes), image.width / image.height, about)
     canvas = Image.new("RGB", _pixels(grid.width, grid.height + grid.foot), "white")
     for i, line in enumerate(grid.lines):
         _write(canvas, (_MARGIN, _MARGIN + 0.31 * (i + 0.75)), line, 17, grid.inner)
@@ -191,14 +194,14 @@ class _Grid:
         return boxes[: 1 + self.count]
 
 
-def _choose_grid(words, count, aspect, about):
+def _choose_grid(text, count, aspect, about):
     """The best grid 12 inches wide, or less where that would be over 10 high; `about` is what the
     legend says."""
-    about = about.split(" ") if count else []
 
     def best(width):
-        lines = _wrap(words, 17, width - 2 * _MARGIN)
-        legend = _wrap(about, 9, width - 2 * _MARGIN)
+        room = width - 2 * _MARGIN
+        lines = wrap(text, room, lambda line: _width(line, 17))
+        legend = wrap(about if count else "", room, lambda line: _width(line, 9))
         spans = range(1, min(max(count, 1), 3) + 1)
         grids = [
             _Grid(lines, legend, count, aspect, width, span, columns)
@@ -237,16 +240,6 @@ def _write_legend(canvas, grid):
         for piece in re.split("(━━|◎)", line):
             _write(canvas, (left, base), piece, 9, grid.inner, _SIGNS.get(piece, "#666"))
             left += _width(piece, 9)
-
-
-def _wrap(words, size, room):
-    """The words in lines that are `room` inches wide, or a word long."""
-    lines = [[]]
-    for word in words:
-        if lines[-1] and _width(" ".join([*lines[-1], word]), size) > room:
-            lines.append([])
-        lines[-1].append(word)
-    return [" ".join(line) for line in lines if line]
 
 
 def _write(canvas, place, text, size, room, colour="black"):

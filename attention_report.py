@@ -13,6 +13,7 @@ from contract import Decoder
 from evaluation import name_of
 from groundwork.wording import counted, figure
 from metrics import are_english
+from word_rules import KARPATHY
 
 COLOURS = dict(zip(ORDERS, ("#d62728", "0.5", "#1f77b4"), strict=True))
 
@@ -25,7 +26,9 @@ class Findings(NamedTuple):
     curves: Figure | None = None  # of deletion
 
 
-def measure(captions, references, regions=None, whole=False, look=None, blind=Decoder.blind):
+def measure(
+    captions, references, regions=None, whole=False, look=None, blind=Decoder.blind, rule=KARPATHY
+):
     """`Findings` from the attention alone.
 
     Args:
@@ -35,6 +38,7 @@ def measure(captions, references, regions=None, whole=False, look=None, blind=De
         whole: whether more is asked for than the pointing game.
         look: as `evaluation.name_of` takes it.
         blind: why captions have no alphas where they have none, `contract.Decoder.blind`.
+        rule: `word_rules.Rule` of the captions' words.
     """
     if not _has_attention(captions):
         asked = whole or (regions is not None and regions.names is None)
@@ -50,10 +54,11 @@ def measure(captions, references, regions=None, whole=False, look=None, blind=De
             name = references[median]["filename"]
             notes.append(f"{widest}: the pointing game's median image is {name}")
     if whole:
-        english = _are_english(references)
+        english = tells_nouns(references, rule)
         tables += attention_tables(captions, english, look)
         if not english:
-            notes.append("nouns are told from other words in English alone")
+            pieces = "" if rule.whole else ", and where words are whole"
+            notes.append(f"nouns are told from other words in English alone{pieces}")
     return Findings(tables, notes)
 
 
@@ -67,7 +72,7 @@ def probe_words(model, data, captions, count):
         captions: as in `measure`; those of the widest beam are tried.
         count: of how many images.
     """
-    widest, english = max(captions), _are_english(data.references)
+    widest, english = max(captions), tells_nouns(data.references, model.rule)
     probes = probe(model, data, captions[widest], count)
     if not probes:
         return Findings([], ["no deletion and no pairs: the captions have no words"])
@@ -212,7 +217,7 @@ def draw_deletion(probes, english):
     kinds = [_kinds(probe.words, english) for probe in probes]
     curves = {order: _falls(probes, kinds, order) for order in ORDERS}
     shown = curves[ORDERS[0]]
-    drawing = Figure(figsize=(max(5, 3.6 * len(shown)), 3), layout="constrained")
+    drawing = Figure(figsize=(max(6.4, 3.6 * len(shown)), 3), layout="constrained")
     panels = drawing.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, shown, strict=True):
         for order, falls in curves.items():
@@ -250,8 +255,9 @@ def _has_attention(captions):
     return all(caption.alphas is not None for found in captions.values() for caption in found)
 
 
-def _are_english(references):
-    return are_english([reference["captions"] for reference in references])
+def tells_nouns(references, rule):
+    """Whether nouns are told from other words: of English captions, in whole words."""
+    return rule.whole and are_english([reference["captions"] for reference in references])
 
 
 def _looks(captions, look):

@@ -11,10 +11,10 @@ import kernels
 import textbook
 from encoders import OFFLINE_ENCODER, Encoder
 from groundwork.hdf5 import new_hdf5
+from input_files import input_path
 from models import DecoderWithAttention, LSTMConfig
 from objectives import caption_loss
 from textbook import SIZE
-from utils import input_path
 
 ENCODERS = {"resnet101": "resnet101", "lite2": OFFLINE_ENCODER}
 VOCABULARY = 10_000  # the paper's

@@ -184,7 +184,7 @@ def caption_all(model, paths, search, options):
 def caption_images(model, paths, unreadable, search, options):
     """Yields each image's path, itself in a size to draw, and its captions. What cannot be read is
     named on stderr and added to the list, and the others get their captions."""
-    from groundwork.images import in_threads, open_image, squeeze
+    from groundwork.images import in_threads, open_image
     from groundwork.progress import say
 
     waiting = deque()
@@ -194,7 +194,7 @@ def caption_images(model, paths, unreadable, search, options):
             image = open_image(path)
         except UserError as error:
             return str(error)
-        square = squeeze(image, model.image_size).transpose(1, 2, 0)
+        square = model.square(image).transpose(1, 2, 0)
         image.thumbnail((1320, 1320))  # as large as it is drawn at most: many wait
         return square, image
 

@@ -3,14 +3,14 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from groundwork.errors import UserError
-from groundwork.wording import MOST
-
-SPECIAL_WORDS = ("<unk>", "<start>", "<end>", "<pad>")
+from groundwork.wording import MOST, counted
+from word_rules import normalised, tokenize
 
 SPLITS = ("TRAIN", "VAL", "TEST")
 
@@ -23,6 +23,8 @@ SPLIT_NAMES = {
     "test": "TEST",
 }
 
+NUMBER = re.compile(r"\s*[-+]?\d[\d.,]*\s*")  # of another column, in place of a caption
+
 MAX_WORDS, MAX_LENGTH = 1000, 20_000  # of a caption: words between blanks, characters
 
 
@@ -30,7 +32,42 @@ class Caption(NamedTuple):
     """A person's caption: as written, as words, or both."""
 
     raw: str | None
-    tokens: list[str] | None = None  # None: the rule of `utils.tokenize` makes them
+    tokens: list[str] | None = None  # None: a rule of `word_rules` makes them
+
+    @property
+    def text(self):
+        """As written, or else its tokens."""
+        has_words = self.tokens is None or tokenize(self.raw or "")
+        return self.raw if has_words else " ".join(self.tokens)
+
+
+def words_of(caption, rule):
+    """The words of a `Caption` by a `word_rules.Rule`."""
+    if rule.takes_tokens and caption.tokens is not None:
+        return list(map(normalised, caption.tokens))
+    return rule.split(caption.text)
+
+
+def has_words(caption, rule):
+    """Whether there is more to a `Caption` than punctuation."""
+    by_hand = caption.tokens is not None
+    return any(words_of(caption, rule)) and (by_hand or bool(tokenize(caption.raw)))
+
+
+def is_split_by_rule(caption, rule):
+    """Whether a rule makes the words of what was written."""
+    return rule.split(caption.raw or "") == words_of(caption, rule)
+
+
+def text_of(caption, rule):
+    """A caption as written, or its tokens, where the rule does not split the one into the other:
+    words are to be compared with words."""
+    return caption.raw if is_split_by_rule(caption, rule) else " ".join(caption.tokens)
+
+
+def references_of(image, rule):
+    """What a `CaptionedImage` is scored by: all of its captions with words, as texts."""
+    return [text_of(caption, rule) for caption in image.captions if has_words(caption, rule)]
 
 
 @dataclass(slots=True)
@@ -44,6 +81,16 @@ class CaptionedImage:
     where: str  # it stands in its file, for messages
     id: int | str | float | None = None  # as the data set has it
     boxes: object = None  # where the objects are that words name; of the demo
+
+
+@dataclass(frozen=True)
+class Captions:
+    """All captions of images, to be gone through as often as one likes."""
+
+    images: Iterable[CaptionedImage]
+
+    def __iter__(self):
+        return (caption for image in self.images for caption in image.captions)
 
 
 @dataclass
@@ -98,6 +145,8 @@ def written(value):
         raise Fault("no caption")
     if not isinstance(value, str):
         raise Fault(f"a caption that is no text, {value!r:.40}")
+    if NUMBER.fullmatch(value):
+        raise Fault(f"a caption that is a number, {value.strip():.40}")
     check_length(value.split(), value)
     if re.search("[\ud800-\udfff]", value):
         raise Fault("a caption with half a character")
@@ -108,7 +157,7 @@ def check_length(words, text):
     """Raises Fault for a caption that no person wrote of a picture."""
     if len(words) > MAX_WORDS or len(text) > MAX_LENGTH:
         raise Fault(
-            f"a caption of {len(words)} words, {len(text)} characters: {MAX_WORDS} and "
+            f"a caption of {counted(len(words), 'word')}, {len(text)} characters: {MAX_WORDS} and "
             f"{MAX_LENGTH} are the most"
         )
 
@@ -159,27 +208,6 @@ def place_in(folder, *names):
         if not os.path.abspath(path).startswith(inside):
             raise Fault(f"a path outside the folder {folder}, {path}")
     return Path(path)
-
-
-class Rows:
-    """Images gathered from rows that may name one several times, each time with other captions."""
-
-    def __init__(self, folder):
-        self.folder, self.images = folder, {}
-
-    def add(self, where, name, captions, split):
-        """Adds what a row tells. Raises Fault where it does not go with the rows before."""
-        path = place_in(self.folder, name)
-        image = self.images.setdefault(str(path), CaptionedImage(name, path, [], split, where))
-        if image.split != split:
-            raise Fault(
-                f"the image {name} in the split {said(split)}, which {image.where} has in "
-                f"{said(image.split)}"
-            )
-        image.captions += captions
-
-    def __iter__(self):
-        return iter(self.images.values())
 
 
 def said(split):

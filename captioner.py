@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from operator import itemgetter
 from os import PathLike
 
@@ -32,7 +33,8 @@ with own_modules():  # a user's process may have other modules of these names
     from groundwork.errors import UserError
     from groundwork.files import read_json
     from groundwork.wording import counted
-    from utils import check_word_map
+    from word_maps import check_same, check_word_map
+    from word_rules import rule_of
 
 BEAM = choosing.Search()  # as everyone searches who says nothing else
 
@@ -45,10 +47,12 @@ class Caption:
     log_prob: float  # Σ log p of the words and of <end>, natural logarithm
     alphas: Tensor | None  # (len(words), L) float32 on the CPU; None of a decoder without attention
     consensus: float | None = None  # mean CIDEr-D, 0 to 10, to the others of `rerank`
+    fit: str = "squeeze"  # how the image was made the square in which the model looked
+    text: str | None = None  # the words joined, as their rule has it; None: with blanks between
 
-    @property
-    def text(self):
-        return " ".join(self.words)
+    def __post_init__(self):
+        if self.text is None:
+            object.__setattr__(self, "text", " ".join(self.words))
 
     def draw(self, image, numbers=False):
         """The picture of where the model looked for each word.
@@ -61,7 +65,8 @@ class Caption:
         Returns:
             RGB PIL.Image, 1320 pixels wide or less.
         """
-        return draw_attention(to_picture(image), self.words, self.alphas, numbers)
+        picture = image_files.framed(to_picture(image), self.fit)
+        return draw_attention(picture, self.words, self.alphas, numbers, self.text)
 
 
 @dataclass
@@ -77,6 +82,7 @@ class Captioner:
     about: dict  # the checkpoint without its weights: options, stage, epoch, scores, log, …
     look: str | None = None  # of `decoder.looks`; None: as it usually looks
     others: Sequence[dict] = ()  # what the further checkpoints of an ensemble are `about`
+    fit: str = "squeeze"  # of `FITS`, how images are made the squares
 
     @classmethod
     def load(cls, path, device=None, amp="auto", word_map=None, look=None):
@@ -112,7 +118,7 @@ class Captioner:
         encoders, decoders, words, sizes, abouts = zip(
             *(_read(named, word_map) for named in paths), strict=True
         )
-        _check_same(paths, words)
+        _check_same(paths, words, [about["fit"] for about in abouts])
         encoder, decoder = encoders[0], decoders[0]
         if len(paths) > 1:
             encoder, decoder = Encoders(encoders, sizes), Ensemble(decoders)
@@ -123,7 +129,13 @@ class Captioner:
         amp = amp == "auto" and has_fast_bfloat16(device)
         about, *others = abouts
         decoder = decoder.to(device).eval()
-        return cls(encoder, decoder, words[0], max(sizes), device, amp, about, look, others)
+        size, fit = max(sizes), about["fit"]
+        return cls(encoder, decoder, words[0], size, device, amp, about, look, others, fit)
+
+    @cached_property
+    def rule(self):
+        """The `word_rules.Rule` of its words."""
+        return rule_of(self.word_map)
 
     @property
     def abouts(self):
@@ -202,7 +214,7 @@ class Captioner:
         squares = []
         for image in [images] if _is_one(images) else images:
             try:
-                squares.append(image_files.squeeze(to_picture(image), self.image_size))
+                squares.append(self.square(to_picture(image)))
             except UserError:
                 if squares:
                     yield torch.from_numpy(np.stack(squares))
@@ -212,6 +224,10 @@ class Captioner:
                 squares = []
         if squares:
             yield torch.from_numpy(np.stack(squares))
+
+    def square(self, picture):
+        """What the encoder is given of an RGB PIL.Image: np.uint8 (3, S, S)."""
+        return image_files.square(picture, self.image_size, self.fit)
 
     def generator(self, seed, draws=True):
         """A torch.Generator for what is drawn; None without a seed. Raises UserError for one that
@@ -272,8 +288,8 @@ class Captioner:
         """
         with self.autocast():
             found = choosing.find(self.decoder, features, self.word_map, search, n, generator)
-        words = list(self.word_map)
-        return [[_in_words(caption, words) for caption in captions] for captions in found]
+        said = partial(_in_words, words=list(self.word_map), rule=self.rule, fit=self.fit)
+        return [list(map(said, captions)) for captions in found]
 
 
 def _read(path, word_map):
@@ -286,14 +302,20 @@ def _read(path, word_map):
     return encoder, decoder, words, checkpoint["image_size"], about
 
 
-def _check_same(paths, words):
-    """Raises UserError unless the checkpoints at `paths` have one word map."""
-    for path, own in zip(paths, words, strict=True):
-        if own != words[0]:
+def _check_same(paths, words, fits):
+    """Raises UserError unless the checkpoints at `paths` have one word map, and one fit."""
+    for path, own, fit in zip(paths, words, fits, strict=True):
+        if fit != fits[0]:
             raise UserError(
-                f"{path} is of another vocabulary than {paths[0]}: models that caption together "
-                "have the same word map"
+                f"{path} is for images of --fit {fit}, and {paths[0]} of --fit {fits[0]}: models "
+                "that caption together see the same"
             )
+        check_same(
+            own,
+            words[0],
+            f"{path} is of another vocabulary than {paths[0]}{{}}: models that caption together "
+            "have the same word map",
+        )
 
 
 def _words(path, own, named, count):
@@ -316,9 +338,11 @@ def _words(path, own, named, count):
             f"{source} is of another vocabulary ({counted(len(words), 'word')}) than the decoder "
             f"of {path} ({count})"
         )
-    if own not in (None, words):
-        raise UserError(
-            f"{named} is of another vocabulary than {path}, which holds its own: leave it out"
+    if own is not None:
+        check_same(
+            words,
+            own,
+            f"{named} is of another vocabulary than {path}{{}}, which holds its own: leave it out",
         )
     return dict(sorted(words.items(), key=itemgetter(1)))
 
@@ -333,9 +357,10 @@ def _check_look(path, look, looks):
         raise UserError(f"look {look!r} is none of {', '.join(looks)}")
 
 
-def _in_words(caption, words):
+def _in_words(caption, words, rule, fit):
     """A `Caption` of a `choosing.Caption`, words being those of the vocabulary in its order."""
-    return Caption([words[i] for i in caption.words], *caption[1:])
+    own = [words[i] for i in caption.words]
+    return Caption(own, *caption[1:], fit=fit, text=rule.join(own))
 
 
 def _is_one(images):

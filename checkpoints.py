@@ -18,7 +18,7 @@ from encoders import Encoder, encoder_shapes
 from groundwork import kinds, provenance, published, torch_files
 from groundwork.errors import UserError
 from groundwork.files import atomic_write, check_listable, check_readable
-from groundwork.options import MAX_GRID, MAX_IMAGE_SIZE
+from groundwork.options import FITS, MAX_GRID, MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
 from models import DecoderWithAttention
 
@@ -126,6 +126,7 @@ MODEL_KEYS = {
     "encoder_stages": lambda value: type(value) is tuple and all(type(s) is str for s in value),
     "encoded_image_size": lambda value: _is_size(value) and value <= MAX_GRID,
     "image_size": _is_size,
+    "fit": lambda value: value in FITS,
     "encoder": _is_state_dict,
     "decoder": _is_state_dict,
     "decoder_name": lambda value: isinstance(value, str),
@@ -155,12 +156,13 @@ OPTIONAL = {
     "raw": lambda value: _is_dict(value) and all(map(_is_state_dict, value.values())),
     "averaged": _is_count,
 }
-# What older files lack: there was one decoder, one measure of the best epoch, and one stage
+# What older files lack: there was one decoder, one measure of the best epoch, one stage, one fit
 OLDER = {
     "decoder_name": "lstm",
     "decoder_config": None,
     "best_record": None,
     "encoder_stages": ("last",),
+    "fit": "squeeze",
 }
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}  # of weights
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import formats
-from captioned import said
+from captioned import references_of, said, text_of
 from groundwork.errors import UserError
 from groundwork.files import check_readable, read_json, write_json
 from groundwork.wording import counted, some
-from utils import references_of, text_of, tokenize
+from word_rules import KARPATHY
 
 FEW = 3  # ids that stand for many in a message
 
@@ -29,14 +29,18 @@ class References(NamedTuple):
     elsewhere: dict[str, str]  # id -> split, of the images of the other splits
 
 
-def read_references(path, split):
+def read_references(path, split, rule=KARPATHY):
     """`References` of a split of a data set in any of the `formats`: of all of it where the format
-    has no splits, as COCO's. Raises UserError."""
+    has no splits, as COCO's; `rule` splits captions into words. Raises UserError."""
     found = References({}, {}, {})
     for image in formats.load(path):
         id_ = id_of(image.id)
         # where there are no splits, nothing has been left out of input files
-        texts = references_of(image) if image.split else list(map(text_of, image.captions))
+        texts = (
+            references_of(image, rule)
+            if image.split
+            else [text_of(caption, rule) for caption in image.captions]
+        )
         if not texts:
             continue
         if image.split in (None, split.upper()):
@@ -49,7 +53,7 @@ def read_references(path, split):
         of_split = f" of the {split} split, see --split: there are {there}" if there else ""
         raise UserError(f"{path} has no captions{of_split}")
     for id_, texts in found.captions.items():
-        if not any(map(tokenize, texts)):
+        if not any(map(rule.split, texts)):
             raise UserError(f"{path} has no words for image {id_}: leave it out")
     return found
 

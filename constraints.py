@@ -3,8 +3,9 @@
 A word that must come is found by constrained beam search (Anderson et al., 2017, *Guided Open
 Vocabulary Image Captioning with Constrained Beam Search*): a state machine, whose states are the
 sets of words that have come of those that must, with a beam for each of the 2^C; captions end in
-the last of them alone, where all have. Anderson et al.'s alternatives are there, as "dog|dogs"; of
-several words in a row, which they have, too, there is no such machine here.
+the last of them alone, where all have. Anderson et al.'s alternatives are there, as "dog|dogs", and
+so are several words in a row, where the vocabulary's rule makes several of what people call one, as
+characters: then the states tell, too, how many of them have come.
 """
 
 import itertools
@@ -15,10 +16,11 @@ import torch
 
 from groundwork.errors import UserError
 from groundwork.wording import counted
-from vocabulary import NEVER
+from word_rules import rule_of, unsayable
 
 MAX_LENGTH = 50  # of a caption
 MUST = 4  # words that must come, at most: their sets double with each
+STATES = 100  # of the search for them, at most
 EITHER = "|"  # between the alternatives of one
 
 
@@ -37,14 +39,16 @@ class Constraints:
     no_repeat_ngram: int | None = None
     must_include: tuple[str, ...] = ()
 
-    def needed(self, word_map):
-        """Index -> bits, of the words of `must_include`: bit i is set where the word is the i-th
-        or one of its alternatives."""
-        bits = {}
-        for i, words in enumerate(dict.fromkeys(self.must_include)):
-            for word in words.split(EITHER):
-                bits[word_map[word]] = bits.get(word_map[word], 0) | 1 << i
-        return bits
+    def machine(self, word_map):
+        """The `Machine` that finds the words of `must_include`."""
+        if not self.must_include:
+            return Machine([])
+        rule = rule_of(word_map)
+        phrases = [
+            [[word_map[piece] for piece in pieces_of(word, rule, word_map)] for word in words]
+            for words in (words.split(EITHER) for words in dict.fromkeys(self.must_include))
+        ]
+        return Machine(phrases)
 
     def check(self, word_map, max_words):
         """Raises UserError where no caption of `max_words` words of the vocabulary keeps to it."""
@@ -62,8 +66,8 @@ class Constraints:
             raise UserError(f"must_include takes {MUST} words at most, not {len(must)}")
         for words in must:
             for word in words.split(EITHER):
-                _check_known(word, words, vocabulary)
-        fewest = _fewest(self.needed(word_map).values(), len(must))
+                _check_known(word, words, vocabulary, word_map)
+        fewest = self.machine(word_map).fewest
         if fewest > max_words:
             raise UserError(
                 f"must_include needs {counted(fewest, 'word')}: max_words {max_words} is too few"
@@ -75,17 +79,26 @@ FREE = Constraints()
 
 def sayable(word_map):
     """The words that captions are made of, a set."""
-    return word_map.keys() - {*NEVER, "<end>"}
+    return word_map.keys() - {*unsayable(word_map), "<end>"}
 
 
-def _check_known(word, words, vocabulary):
+def pieces_of(word, rule, word_map):
+    """The words of a vocabulary that what people call a word is made of, mostly itself."""
+    if rule.whole and word in word_map:
+        return [word]
+    pieces = rule.split(word)
+    return [word] if rule.whole and len(pieces) == 1 else pieces
+
+
+def _check_known(word, words, vocabulary, word_map):
     """Raises UserError unless the word, one of the alternatives `words`, can be said."""
     if not word or len(word.split()) > 1:
         raise UserError(
             f"must_include {words!r} is not a word, nor words with {EITHER} between of which one "
             "must come"
         )
-    if word not in vocabulary:
+    pieces = pieces_of(word, rule_of(word_map), word_map)
+    if not pieces or not vocabulary.issuperset(pieces):
         near = get_close_matches(word.lower(), sorted(vocabulary), n=3)
         raise UserError(
             f"must_include {words!r}: the model has no word {word!r}"
@@ -93,33 +106,73 @@ def _check_known(word, words, vocabulary):
         )
 
 
-def _fewest(bits, count):
-    """Of how many words, each of which sets some bits, it takes to have all `count` bits set."""
-    reached, words, all_set = {0}, 0, (1 << count) - 1
-    while all_set not in reached:
-        reached, words = {state | own for state in reached for own in bits}, words + 1
-    return words
+class Machine:
+    """What has come of phrases that must come, each a list of alternatives, which are lists of
+    words: a state machine, whose first state is that nothing has, and the last that all have.
+
+    Attributes:
+        states: how many there are.
+        words: those that phrases are made of, indices, a list.
+        after: state -> for each of these words, and behind them for any other, the state after it.
+        fewest: words that it takes from the first state to the last.
+    """
+
+    def __init__(self, phrases):
+        # of each phrase how far it has come: the longest beginning of an alternative that the last
+        # words are, or None, when it has come
+        first, last = ((),) * len(phrases), (None,) * len(phrases)
+        self.words = list(dict.fromkeys(w for all_ in phrases for own in all_ for w in own))
+        depths, after, waiting = {first: 0}, {}, [first]
+        for state in waiting:
+            after[state] = [
+                tuple(map(_advance, phrases, state, itertools.repeat(word)))
+                for word in (*self.words, None)
+            ]
+            for found in after[state]:
+                if found not in depths:
+                    depths[found] = depths[state] + 1
+                    waiting.append(found)
+            if len(depths) > STATES:
+                raise UserError(
+                    "must_include is made of too many of the vocabulary's words to be searched "
+                    "for: name fewer, or shorter ones"
+                )
+        self.states, self.fewest = len(depths), depths[last]
+        order = [*(state for state in depths if state != last), last]
+        numbers = {state: number for number, state in enumerate(order)}
+        self.after = [[numbers[found] for found in after[state]] for state in order]
+
+
+def _advance(alternatives, seen, word):
+    """How far a phrase has come with one word more."""
+    if seen is None:
+        return None
+    seen = (*seen, word)
+    if any(seen[-len(own) :] == tuple(own) for own in alternatives):
+        return None
+    ends = (seen[i:] for i in range(len(seen) + 1))
+    return next(end for end in ends if any(end == tuple(own[: len(end)]) for own in alternatives))
 
 
 class Rules:
     """Which words may come at a step, of captions that keep to `Constraints`.
 
-    In a search a caption is in one of `states`, by which of the words have come that must: bit i of
-    the state's number is set where the i-th has. In the last of them alone it may end.
+    In a search a caption is in one of the `states` of a `Machine`, by which of the words have come
+    that must. In the last of them alone it may end.
     """
 
     ROWS = 32  # whose scores a CPU's cache holds
 
     def __init__(self, constraints, word_map, max_length, device):
-        never, self.end = [word_map[word] for word in NEVER], word_map["<end>"]
+        never, self.end = [word_map[word] for word in unsayable(word_map)], word_map["<end>"]
         self.never = torch.tensor(never, device=device)
         self.not_yet = torch.tensor([*never, self.end], device=device)
         self.max_length, self.min_words = max_length, constraints.min_words
         self.ngram = constraints.no_repeat_ngram
-        needed = constraints.needed(word_map)
-        self.states = 1 << len(dict.fromkeys(constraints.must_include))
-        self.needed = torch.tensor([*needed], dtype=torch.int64, device=device)
-        self.bits = torch.tensor([*needed.values()], dtype=torch.int64, device=device)
+        machine = constraints.machine(word_map)
+        self.states = machine.states
+        self.needed = torch.tensor(machine.words, dtype=torch.int64, device=device)
+        self.after = torch.tensor(machine.after, dtype=torch.int64, device=device)
 
     def begin(self, rows):
         """What is remembered of the words of so many captions: (rows, 0) int64, or None where it
@@ -180,8 +233,8 @@ class Rules:
         where there is one state."""
         if self.states == 1:
             return None
-        state = torch.arange(self.states, device=self.bits.device)
-        after = torch.cat([state[:, None].expand(-1, k), state[:, None] | self.bits], dim=1)
+        after = torch.cat([self.after[:, -1:].expand(-1, k), self.after[:, :-1]], dim=1)
+        state = torch.arange(self.states, device=after.device)
         return (after == state[:, None, None]).unsqueeze(2)
 
 

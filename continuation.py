@@ -9,7 +9,7 @@ import checkpoints
 from datasets import find_data
 from groundwork.errors import UserError
 from groundwork.wording import counted
-from utils import input_path
+from input_files import input_path
 
 KEYS = checkpoints.RUN_KEYS
 KINDS = {  # what stages are called
@@ -27,6 +27,7 @@ class Request:
     model: str | None = None  # path of the checkpoint to go on from, or of its folder
     resume: bool = False
     overwrite: bool = False
+    extend_vocabulary: bool = False
     stage: str | None = None
     data_folder: str | None = None
     data_name: str | None = None
@@ -40,8 +41,11 @@ class Start(NamedTuple):
     checkpoint: dict
     saved: int  # when, in ns
     begins: str | None = None  # the stage that begins there; None: it goes on in its own
+    extends: bool = False  # another run begins from its weights, with more words
 
     def __str__(self):
+        if self.extends:
+            return f"a new run starts from epoch {self.checkpoint['epoch']} of {self.path}"
         if self.begins:
             kind, epoch = KINDS[self.begins], self.checkpoint["epoch"]
             return f"{kind} starts from epoch {epoch} of {self.path}"
@@ -60,6 +64,11 @@ def find_start(request, folder):
     """
     if request.resume and (request.model is not None or request.overwrite):
         raise UserError("--resume goes without --model and --overwrite")
+    if request.extend_vocabulary:
+        if request.model is None:
+            raise UserError("--extend_vocabulary goes with --model, whose words it adds to")
+        start = _load(checkpoints.find_checkpoint(request.model))
+        return start._replace(extends=True)
     if request.model is not None:
         start = _load(checkpoints.find_checkpoint(request.model))
     elif request.resume or request.stage in LATER:
@@ -188,7 +197,7 @@ def check_nothing_is_lost(start, request, folder, base):
         UserError: what an earlier run left there would be lost, unasked.
     """
     newest, best = checkpoint_paths(folder, base)
-    if start is None or is_elsewhere(start, folder):
+    if start is None or start.extends or is_elsewhere(start, folder):
         if (newest.exists() or best.exists()) and not request.overwrite:
             raise UserError(
                 f"{folder} holds an earlier run on {base}: continue it with --resume, "

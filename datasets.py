@@ -1,26 +1,27 @@
 """Prepared data: images (or their cached features) together with all their captions."""
 
 import hashlib
-import re
 import sys
-from functools import cache
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
-from torchvision.transforms import v2
 
 from groundwork import distributed
 from groundwork.errors import UserError
-from groundwork.files import check_listable, read_json
-from groundwork.hdf5 import open_hdf5, read_item
+from groundwork.files import check_folder, check_listable, read_json
 from groundwork.images import unsqueeze
-from groundwork.options import MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
-from utils import are_boxes, check_word_map, input_path, is_size, read_split
+from input_files import input_path, input_paths
+from mirroring import mirrored_captions, mirrored_words
+from storage import StoredFeatures, StoredImages
+from utils import are_boxes, is_size, read_split
+from views import VIEWS, is_mirrored, make_view
+from word_maps import check_word_map
+from word_rules import rule_of
 
-VIEWS = ("crop", "mirror")  # what the numbered views of an image differ by
 FRESH = 2**31  # views to draw from where each epoch has its own
 
 
@@ -31,6 +32,8 @@ def find_data(data_folder, base=None):
         UserError: several are there and `base` does not say which, or `base` is not among them.
     """
     check_listable(data_folder)
+    if base is not None:
+        check_folder(data_folder, "--data_folder")
     bases = sorted(
         path.name.removeprefix("WORDMAP_").removesuffix(".json")
         for path in Path(data_folder).glob("WORDMAP_*.json")
@@ -69,7 +72,7 @@ class CaptionDataset(Dataset):
 
     Args:
         data_folder, base, split: which input files; split is TRAIN, VAL or TEST.
-        features: path from `cache_features`, or None for images.
+        features: paths from `cache_features`, or None for images.
         seed: of the views.
         karpathy_json: path of the data set's JSON, for the captions as written where there is no
             REFERENCES file.
@@ -89,17 +92,16 @@ class CaptionDataset(Dataset):
         karpathy_json=None,
         changes=VIEWS,
     ):
-        self.base, self.seed, self.changes, self.from_features = base, seed, changes, False
-        self.path = input_path(data_folder, base, "IMAGES", split)
-        images = open_images(self.path).shape
-        self.image_size = images[-1]
-        captions = _read_numbers(input_path(data_folder, base, "CAPTIONS", split), 2)
-        lengths = _read_numbers(input_path(data_folder, base, "CAPLENS", split), 1)
-        word_map = read_word_map(data_folder, base)
+        self.base, self.seed, self.changes, self.features = base, seed, changes, None
+        self.images = open_images(data_folder, base, split)
+        self.image_size, self.fit = self.images.side, self.images.fit
+        captions = _read_numbers(input_paths(data_folder, base, "CAPTIONS", split), 2)
+        lengths = _read_numbers(input_paths(data_folder, base, "CAPLENS", split), 1)
+        word_map, count = read_word_map(data_folder, base), len(self.images)
         if (
-            not images[0]
-            or len(captions) < images[0]
-            or len(captions) % images[0]
+            not count
+            or len(captions) < count
+            or len(captions) % count
             or len(captions) != len(lengths)
             or captions.min() < 0
             or captions.max() >= len(word_map)
@@ -108,49 +110,79 @@ class CaptionDataset(Dataset):
         ):
             raise UserError(
                 f"the {split} files of {base} in {data_folder} do not belong together "
-                f"({counted(images[0], 'image')}, {counted(len(captions), 'caption')}, "
+                f"({counted(count, 'image')}, {counted(len(captions), 'caption')}, "
                 f"{counted(len(lengths), 'length')}): run "
                 "create_input_files.py again"
             )
-        self.captions = captions.view(images[0], -1, captions.shape[1])
-        self.mirrored = mirrored_words(word_map)
-        self.lengths = lengths.view(images[0], -1)
-        path = input_path(data_folder, base, "REFERENCES", split)
-        if path.exists():
-            self.references = read_references(path)
-        else:
-            self.references = references_without_file(self, path, split, word_map, karpathy_json)
-        if len(self.references) != images[0]:
-            raise UserError(
-                f"{path} has references of {counted(len(self.references), 'image')}, not of "
-                f"{images[0]}: run create_input_files.py again"
-            )
-        self._data = None
+        self.captions = captions.view(count, -1, captions.shape[1])
+        self.lengths = lengths.view(count, -1)
+        self.mirrored, self.sided, self.rule = mirrored_words(word_map), {}, rule_of(word_map)
+        self._read_references = partial(
+            read_references_of, data_folder, base, split, self, word_map, karpathy_json
+        )
+        if not self.has_shards:  # else they are many, and most processes need none of them
+            self.references  # noqa: B018 -- so that what is wrong with them is known
+        if not self.rule.whole:
+            self.sided = mirrored_captions(self.captions, self.lengths, word_map, self.rule)
+            longer = max(map(len, self.sided.values()), default=0) - self.captions.shape[2]
+            self.captions = torch.nn.functional.pad(self.captions, (0, max(longer, 0)))
         if features is not None:
             self.use_features(features)
 
-    def use_features(self, path):
-        """Takes features in the place of images, from a file of `cache_features`."""
-        if not _are_features(path, len(self)):
-            raise UserError(f"{path} is damaged: delete it, and it is made again")
-        self.path, self.from_features, self._data = path, True, None
+    @cached_property
+    def references(self):
+        """Of each image its entry of the REFERENCES. Raises UserError."""
+        return self._read_references()
+
+    @property
+    def has_shards(self):
+        return len(self.images.paths) > 1
+
+    def use_features(self, paths):
+        """Takes features in the place of images, from the files of `cache_features`."""
+        self.features = StoredFeatures(paths)
+        if len(self.features) != len(self):
+            raise UserError(f"{paths[0]} is damaged: delete it, and it is made again")
+
+    def own_images(self, rank, world_size):
+        """The images of the shards that a process takes, bool (I,): every `world_size`-th shard;
+        None where there are no shards. Raises UserError where there are fewer than processes."""
+        if not self.has_shards:
+            return None
+        shards = len(self.images.paths)
+        if shards < world_size:
+            raise UserError(
+                f"{counted(shards, 'shard')} of {self.base} cannot be shared by {world_size} "
+                "processes: start fewer, or make more by create_input_files.py --shards"
+            )
+        numbers = np.repeat(np.arange(shards), np.diff(self.images.starts))
+        return numbers % world_size == rank
 
     def __len__(self):
         return len(self.captions)
 
     def __getitem__(self, item):
         i, view = item if isinstance(item, tuple) else (item, 0)
-        if self._data is None:  # here, not in __init__: each worker process opens its own
-            self._data = open_hdf5(self.path, "features" if self.from_features else "images")
-        if self.from_features:
-            source = torch.from_numpy(read_item(self._data, (i, view)))
+        if self.features is not None:
+            source = torch.from_numpy(self.features[i, view])
         else:
-            image = torch.from_numpy(read_item(self._data, i))
+            image = torch.from_numpy(self.images[i])
             source = make_view(image, view, (self.seed, i), self.changes)
-        captions = self.captions[i]
+        captions, lengths = self.captions[i], self.lengths[i]
         if is_mirrored(view, self.changes):
-            captions = self.mirrored[captions]
-        return source, captions, self.lengths[i]
+            captions, lengths = self._mirror(i)
+        return source, captions, lengths
+
+    def _mirror(self, i):
+        """Captions and lengths of the mirror image of image i."""
+        if self.rule.whole:
+            return self.mirrored[self.captions[i]], self.lengths[i]
+        captions, lengths = self.captions[i].clone(), self.lengths[i].clone()
+        for k in range(len(captions)):
+            if own := self.sided.get((i, k)):
+                captions[k, : len(own)], captions[k, len(own) :] = torch.tensor(own), 0
+                lengths[k] = len(own)
+        return captions, lengths
 
 
 def count_targets(data, words):
@@ -178,6 +210,9 @@ class LengthSampler(Sampler):
         batch_size: images, at most; batches differ by one image at most, `total` an epoch.
         views: number of views to choose from.
         rank, world_size: take every `world_size`-th item of each batch, from item `rank` on.
+        own: of images in shards, those that this process has, bool (I,): its batches are of them
+            alone, as many as the others', and those of all processes together as long as those
+            without shards. One process has them all, and so the same batches.
 
     Raises:
         UserError: a batch has fewer images than there are processes.
@@ -185,17 +220,19 @@ class LengthSampler(Sampler):
 
     POOL = 16
 
-    def __init__(self, lengths, batch_size, views=1, seed=0, rank=0, world_size=1):
+    def __init__(self, lengths, batch_size, views=1, seed=0, rank=0, world_size=1, own=None):
         self.longest = lengths.amax(dim=1).numpy()
         self.batch_size = batch_size
         self.total = -(-len(lengths) // batch_size)
-        if len(lengths) // self.total < world_size:
+        shared = len(lengths) // world_size if own is None else int(own.sum())
+        if shared < self.total:
             raise UserError(
                 f"{counted(len(lengths), 'image')} in batches of {batch_size} at most leave some "
                 f"of {world_size} processes without one: use a larger --batch_size"
             )
         self.views, self.seed, self.epoch, self.start = views, seed, 0, 0
-        self.share = slice(rank, None, world_size)
+        self.own = own
+        self.share = slice(rank, None, world_size) if own is None else slice(None)
 
     def set_epoch(self, epoch, start=0):
         """The epoch whose order comes next, from its batch `start` on."""
@@ -208,6 +245,8 @@ class LengthSampler(Sampler):
         rng = np.random.default_rng([self.seed % 2**32, self.epoch])
         order = rng.permutation(len(self.longest))
         views = rng.integers(self.views, size=len(order))
+        if self.own is not None:
+            order = order[self.own[order]]
         batches = np.array_split(order, self.total)
         pools = np.repeat(np.arange(self.total) // self.POOL, [len(batch) for batch in batches])
         order = order[np.lexsort((self.longest[order], pools))]
@@ -217,42 +256,49 @@ class LengthSampler(Sampler):
             yield list(zip(images.tolist(), views[images].tolist(), strict=True))
 
 
-def open_images(path):
-    """The images of an input file, uint8 (I, 3, S, S), opened. Raises UserError."""
-    images = open_hdf5(path, "images")
-    shape = images.shape
-    if images.dtype != "uint8" or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise UserError(f"{path} holds no square images: run create_input_files.py again")
-    if not 0 < shape[2] <= MAX_IMAGE_SIZE:
-        raise UserError(f"{path} holds images of {shape[2]} × {shape[3]} pixels: make it again")
-    return images
+def open_images(data_folder, base, split):
+    """The `StoredImages` of a split. Raises UserError."""
+    return StoredImages(input_paths(data_folder, base, "IMAGES", split))
 
 
-def _are_features(path, count):
-    """Whether a file holds the features of `count` images."""
-    try:
-        features = open_hdf5(path, "features")
-    except UserError:
-        return False
-    shape = features.shape
-    return (
-        features.dtype == "float16"
-        and len(shape) == 5
-        and shape[0] == count
-        and shape[2] == shape[3]
-        and min(shape) > 0
-    )
+def _read_numbers(paths, dimensions):
+    """The whole numbers of JSON files, one behind the other, int64. Raises UserError if one holds
+    something else."""
+    found = []
+    for path in paths:
+        try:
+            numbers = torch.tensor(read_json(path))
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{path} does not hold lists of numbers of equal length") from error
+        if numbers.dtype != torch.int64 or numbers.dim() != dimensions:
+            raise UserError(f"{path} does not hold whole numbers in {dimensions} dimensions")
+        if found and numbers.shape[1:] != found[0].shape[1:]:
+            raise UserError(f"{path} has longer or shorter lists than {paths[0]}: make them again")
+        found.append(numbers)
+    return torch.cat(found)
 
 
-def _read_numbers(path, dimensions):
-    """The whole numbers of a JSON file, int64. Raises UserError if it holds something else."""
-    try:
-        numbers = torch.tensor(read_json(path))
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{path} does not hold lists of numbers of equal length") from error
-    if numbers.dtype != torch.int64 or numbers.dim() != dimensions:
-        raise UserError(f"{path} does not hold whole numbers in {dimensions} dimensions")
-    return numbers
+def read_references_of(data_folder, base, split, data, word_map, karpathy_json=None):
+    """Of each image of a `CaptionDataset` its entry of the REFERENCES. Raises UserError."""
+    [path, *others] = input_paths(data_folder, base, "REFERENCES", split)
+    if path.exists():
+        references = [entry for own in (path, *others) for entry in read_references(own)]
+    else:
+        references = references_without_file(data, path, split, word_map, karpathy_json)
+    return of_images(references, data.images, path)
+
+
+def of_images(references, images, path):
+    """The references of images, each with the images' fit unless they are squeezed. Raises
+    UserError unless there is one for each image."""
+    if len(references) != len(images):
+        raise UserError(
+            f"{path} has references of {counted(len(references), 'image')}, not of "
+            f"{len(images)}: run create_input_files.py again"
+        )
+    if images.fit == "squeeze":
+        return references
+    return [reference | {"fit": images.fit} for reference in references]
 
 
 def read_references(path, may_lack_captions=False):
@@ -281,7 +327,7 @@ def references_without_file(data, path, split, word_map, karpathy_json=None):
     Raises:
         UserError: the JSON is of other images.
     """
-    words = {index: word for word, index in word_map.items()}
+    words, rule = {index: word for word, index in word_map.items()}, rule_of(word_map)
     encoded = [
         [[words[i] for i in caption[1 : n - 1]] for caption, n in zip(rows, ends, strict=True)]
         for rows, ends in zip(data.captions.tolist(), data.lengths.tolist(), strict=True)
@@ -295,11 +341,11 @@ def references_without_file(data, path, split, word_map, karpathy_json=None):
             {
                 "filename": f"{split} {i}",
                 "id": i,
-                "captions": list(dict.fromkeys(map(" ".join, captions))) or [""],
+                "captions": list(dict.fromkeys(map(rule.join, captions))) or [""],
             }
             for i, captions in enumerate(encoded)
         ]
-    images = read_split(karpathy_json, split, data.captions.shape[2] - 2)
+    images = read_split(karpathy_json, split, data.captions.shape[2] - 2, rule)
     if len(images) != len(encoded):
         raise UserError(
             f"{karpathy_json} is of other images than {path.parent}: its {split} split has "
@@ -310,7 +356,7 @@ def references_without_file(data, path, split, word_map, karpathy_json=None):
         if captions[0] not in known:
             raise UserError(
                 f"{karpathy_json} is of other images than {path.parent}: its "
-                f"{reference['filename']} has no caption {' '.join(captions[0])!r}"
+                f"{reference['filename']} has no caption {rule.join(captions[0])!r}"
             )
     return [reference for reference, _ in images]
 
@@ -337,63 +383,18 @@ def _is_reference(value):
 
 
 def proportions(reference):
-    """Width and height of a photograph, pixels, by its entry of the REFERENCES; (1, 1) where it
-    does not tell, as in older files."""
+    """Width and height, pixels, of what a square shows of its photograph, by its entry of the
+    REFERENCES: of all of it, where it is squeezed; (1, 1) of what has its proportions, and where
+    it does not tell, as in older files."""
+    if reference.get("fit", "squeeze") != "squeeze":
+        return 1, 1
     return reference.get("width", 1), reference.get("height", 1)
 
 
 def as_photographed(square, reference):
     """An image of the input files, uint8 (3, S, S), as an RGB PIL.Image in the proportions of its
-    photograph, by its entry of the REFERENCES."""
+    photograph, by its entry of the REFERENCES: what a square shows of it."""
     return unsqueeze(square, *proportions(reference))
-
-
-def is_mirrored(view, changes=VIEWS):
-    """Whether a view of `make_view` is a mirror image: every second is."""
-    return bool(view % 2) and "mirror" in changes
-
-
-def make_view(image, view, seed=(), changes=VIEWS):
-    """View 0 is the image (3, S, S) itself, every second a mirror image, from 2 on they are changed
-    otherwise, too.
-
-    A crop keeps half of the area or more and is squeezed back to S × S. Colours are changed mildly,
-    in brightness, contrast and saturation, but not in hue, which captions name. How, follows from
-    the view and the seed, a tuple of ints.
-
-    Args:
-        changes: of "crop", "mirror" and "colour", those that there are.
-    """
-    if view > 1:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.default_rng((*seed, view)).integers(2**32)))
-            if "crop" in changes:
-                size = image.shape[-2:]
-                image = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)(image)
-            if "colour" in changes:
-                image = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)(image)
-    return image.flip(-1) if is_mirrored(view, changes) else image
-
-
-# left and right, and what is made of them: "leftmost", "left-hand", "lefthanded", "topright". Words
-# that only look so, as "leftover", "upright", "bright" or "rightful", are not among them.
-SIDED = re.compile(
-    r"((?:top|bottom|upper|lower|far|front|back|rear|center|mid)-?)?(left|right)"
-    r"(-?(?:most|hand|handed|hander|side|ward|wards|wing|foot|footed|facing))?"
-)
-
-
-def mirrored_words(word_map):
-    """The word that stands for each in the captions of a mirror image: int64 (V,), right for left
-    and left for right, and itself for all others; `<unk>` where the vocabulary has but one of a
-    pair."""
-    words = torch.arange(1 + max(word_map.values()))
-    for word, index in word_map.items():
-        if parts := SIDED.fullmatch(word):
-            before, side, after = parts.groups(default="")
-            other = before + {"left": "right", "right": "left"}[side] + after
-            words[index] = word_map.get(other, word_map["<unk>"])
-    return words
 
 
 def describe_data(data_folder, base):
@@ -402,13 +403,16 @@ def describe_data(data_folder, base):
     digest = hashlib.sha256()
     for split in (None, "TRAIN", "VAL", "TEST"):
         for kind in ("WORDMAP",) if split is None else ("CAPTIONS", "CAPLENS", "REFERENCES"):
-            path = input_path(data_folder, base, kind, split)
-            if path.exists():
-                digest.update(path.read_bytes())
-        path = split and input_path(data_folder, base, "IMAGES", split)
-        if path and path.exists():
-            images = open_images(path)
+            for path in (
+                [input_path(data_folder, base, kind)]
+                if split is None
+                else input_paths(data_folder, base, kind, split)
+            ):
+                if path.exists():
+                    digest.update(path.read_bytes())
+        if split and input_paths(data_folder, base, "IMAGES", split)[0].exists():
+            images = open_images(data_folder, base, split)
             digest.update(str(images.shape).encode())
             for i in np.linspace(0, len(images) - 1, min(64, len(images)), dtype=int):
-                digest.update(images[i].tobytes())
+                digest.update(images[int(i)].tobytes())
     return f"{base}, {digest.hexdigest()[:16]}"

@@ -21,7 +21,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from groundwork.files import atomic_write, make_folder, os_errors_as_user_errors
 from groundwork.progress import progress
-from utils import create_input_files, tokenize
+from utils import create_input_files
+from word_rules import tokenize
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond")
 COLOURS = {
@@ -368,14 +369,19 @@ def prepare(output_folder: str | Path, **options) -> str:
 
     `options` are those of `utils.create_input_files`. Returns the data set's base name.
     """
+    summary = create_input_files(
+        "demo", *find_or_draw(output_folder), output_folder=output_folder, **options
+    )
+    return summary["base"]
+
+
+def find_or_draw(output_folder):
+    """The demo data's JSON and the folder of its pictures, drawn where they are missing."""
     folder = Path(output_folder) / "demo"
     karpathy_json = folder / "dataset_demo.json"
     if not karpathy_json.exists():
         make_demo(folder)
-    summary = create_input_files(
-        "demo", karpathy_json, folder / "images", output_folder=output_folder, **options
-    )
-    return summary["base"]
+    return karpathy_json, folder / "images"
 
 
 def entry(scene: Scene, texts: list[str], filename: str, split: str, imgid: int) -> dict:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from groundwork.crawling import Crawl
 from groundwork.errors import UserError
-from groundwork.files import check_space, make_folder, sole_writer
+from groundwork.files import check_space, folder_for, sole_writer
 from groundwork.transfers import Published, fetch_file
 from groundwork.unpacking import unpack
 from groundwork.wording import counted
@@ -123,8 +123,10 @@ def fetch(name, folder, web=None, **options):
         SystemExit: a signal has stopped it, with 128 and the signal's number.
     """
     folder = Path(folder)
-    own = make_folder(folder / name)
-    with sole_writer(folder / "downloads", "wait for it, or choose another --download_folder"):
+    with (
+        folder_for(folder / name) as own,
+        sole_writer(folder / "downloads", "wait for it, or choose another --download_folder"),
+    ):
         if name == "conceptual":
             return _conceptual(own, web, **options)
         archives, images = IMAGES[name]

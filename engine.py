@@ -220,7 +220,8 @@ def validate(network, batches, objective, word_map, with_alphas=()):
             features = network.encode(source)
             with network.decoder.prepared(features):
                 read = objective.read(network, features, *truth)
-                decoded = decoding.greedy(network.decoder, features, word_map)
+                longest = max(decoding.MAX_LENGTH, truth[0].shape[2] - 2)  # as people's are
+                decoded = decoding.greedy(network.decoder, features, word_map, max_length=longest)
             sums += objective.sums(*read[:3])
         right += objective.measured(read).item()
         for caption in decoded:

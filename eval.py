@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config import SearchConfig
 from groundwork.errors import UserError, run
-from groundwork.files import check_writable, names
+from groundwork.files import check_folder, check_writable, names
 from groundwork.options import (
     SEVERAL,
     Parser,
@@ -37,7 +37,11 @@ def parse_arguments():
         "--data_folder or data/",
         **SEVERAL,
     )
-    add("--word_map", help="WORDMAP file, for a checkpoint that holds no word map")
+    add(
+        "--word_map",
+        help="WORDMAP file, for a checkpoint that holds no word map; for --results, the one or a "
+        "checkpoint, by whose rule captions are split",
+    )
     add("--data_folder", help="with the input files; None: the one that the model was trained on")
     add("--data_name", help="base name of the data set; None: the model's own, or the only one")
     add("--karpathy_json", help="the data set's, where the input files have no REFERENCES")
@@ -163,8 +167,9 @@ def evaluate(options):
     if not data.has_captions:
         return
     attention = attention_report.measure(
-        captions, data.references, regions, asked_for_attention, model.look, model.decoder.blind
-    )
+        captions, data.references, regions, asked_for_attention, model.look, model.decoder.blind,
+        model.rule,
+    )  # fmt: skip
     tables = attention.tables + draw_captions(options, model, data, search)
     if distributed.is_main:
         about, scores = print_scores(
@@ -208,7 +213,7 @@ def draw_captions(options, model, data, search):
         return []
     samples = evaluation.sample_split(model, data, options.diversity, search)
     people = [reference["captions"] for reference in data.references]
-    return [diversity.table(samples, people, metrics.are_english(people))]
+    return [diversity.table(samples, people, metrics.are_english(people), model.rule.split)]
 
 
 def change_images(options, model, data, captions, with_attention, picture, search, write_page):
@@ -256,6 +261,8 @@ def find_models(options):
         return list(map(checkpoints.find_checkpoint, options.model))
     if options.output_folder is not None and checkpoints.best_checkpoints(options.output_folder):
         return [checkpoints.find_checkpoint(options.output_folder)]
+    if options.data_folder is not None:
+        check_folder(options.data_folder, "--data_folder")
     return [checkpoints.newest_best_checkpoint(options.data_folder or "data")]
 
 
@@ -369,7 +376,8 @@ def print_scores(paths, model, data, captions, attention, search):
         f"{data.description}; {search.search.description}"
         + ("" if model.look is None else f"; hard attention, look: {model.look}")
     )
-    scores = evaluation.score(texts, [reference["captions"] for reference in data.references])
+    people = [reference["captions"] for reference in data.references]
+    scores = evaluation.score(texts, people, model.rule)
     scores = scores._replace(
         tables=scores.tables + attention.tables, left_out=scores.left_out + attention.notes
     )
@@ -415,8 +423,14 @@ def score_results(options):
     """Prints the scores of captions that another system made."""
     import evaluation
     from coco_results import choose, match, read_references, read_results, read_subset
+    from word_rules import KARPATHY, rule_of
 
-    references = read_references(options.references, options.split)
+    rule = KARPATHY
+    if options.word_map is not None:
+        import transfer  # takes seconds
+
+        rule = rule_of(transfer.read_word_map(options.word_map))
+    references = read_references(options.references, options.split, rule)
     captions = read_results(options.results)
     wanted = list(references.captions)
     if options.subset is not None:
@@ -425,7 +439,7 @@ def score_results(options):
     pairs = match(captions, references, wanted, (options.results, options.references))
     print(f"{options.results} against {options.references}")
     texts, people = zip(*pairs, strict=True)
-    scores = evaluation.score({"results": list(texts)}, list(people))
+    scores = evaluation.score({"results": list(texts)}, list(people), rule)
     print_tables(scores.references, scores.tables, scores.left_out)
 
 

@@ -12,6 +12,7 @@ from groundwork import distributed
 from groundwork.devices import loader_options
 from groundwork.progress import progress
 from groundwork.wording import counted
+from word_rules import KARPATHY
 
 
 @torch.inference_mode()
@@ -83,42 +84,45 @@ class Scores(NamedTuple):
     each: dict[str, dict[str, list[float]]]  # list of captions -> score -> its value of each image
 
 
-def score(captions, references):
+def score(captions, references, rule=KARPATHY):
     """`Scores` of captions.
 
     Args:
         captions: name -> a caption for each image, text.
         references: for each image the list of its human captions.
+        rule: `word_rules.Rule` whose words are compared; of English captions the COCO scores have
+            those of their own tokenizer.
     """
     count, rows, english = sum(map(len, references)), [], metrics.are_english(references)
+    split = rule.split
     for name, texts in captions.items():
-        bleu, description = metrics.bleu(references, texts), metrics.describe(texts)
+        bleu, description = metrics.bleu(references, texts, split), metrics.describe(texts, split)
         row = {"": name}
         row |= {f"BLEU-{n}": f"{100 * s:.1f}" for n, s in enumerate(bleu.scores, start=1)}
         row |= {f"B-{n} no BP": f"{100 * s:.1f}" for n, s in enumerate(bleu.unpenalised, start=1)}
         row["words each"] = f"{description['mean_length']:.1f}"
         row["distinct words"] = str(description["distinct_words"])
-        row["used twice"] = f"{metrics.repeated(texts)[0]:.1%}"  # or more often
+        row["used twice"] = f"{metrics.repeated(texts, rule=rule)[0]:.1%}"  # or more often
         if english:
             row["dangling ends"] = f"{diversity.dangling(texts):.1%}"
         rows.append(row)
     tables = [
         (
-            "nltk corpus_bleu on lower-cased words without punctuation; the last four without "
-            "brevity penalty",
+            f"nltk corpus_bleu on {rule.about}; the last four without brevity penalty",
             rows,
         )
     ]
-    coco = metrics.coco_scores(references, captions)
+    coco = metrics.coco_scores(references, captions, split=None if english else split)
     if any(coco.corpus.values()):
         rows = [
             {"": name} | {kind: f"{100 * score:.1f}" for kind, score in found.items()}
             for name, found in coco.corpus.items()
         ]
-        tables.append(("COCO's caption evaluation, pycocoevalcap with its PTB tokenizer", rows))
+        words = "with its PTB tokenizer" if english else f"on {rule.about}"
+        tables.append((f"COCO's caption evaluation, pycocoevalcap {words}", rows))
     left_out = coco.left_out
     if any(coco.corpus.values()) and not english:
-        left_out = [*left_out, "COCO's tokenizer and METEOR are for English, these words are not"]
+        left_out = [*left_out, "METEOR is for English, these words are not"]
     images, texts = counted(len(references), "image"), counted(count, "human caption")
     against = f"{images}, {texts}, all of them references"
     return Scores(f"{against}; in per cent", tables, left_out, coco.each)

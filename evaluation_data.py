@@ -9,13 +9,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from coco_results import choose, id_of
-from datasets import CaptionDataset, open_images, read_references, read_word_map
+from datasets import CaptionDataset, of_images, open_images, read_references, read_word_map
 from groundwork.errors import UserError
-from groundwork.files import check_listable
-from groundwork.hdf5 import open_hdf5, read_item
+from groundwork.files import check_folder, check_listable
 from groundwork.images import squeeze
 from groundwork.wording import counted, some
-from utils import encode_caption, input_path, tokenize
+from input_files import input_path, input_paths
+from storage import shard_name, shard_of
+from word_maps import encode_caption
+from word_rules import rule_of
 
 
 class EvaluationData(Dataset):
@@ -40,26 +42,28 @@ class EvaluationData(Dataset):
     """
 
     def __init__(self, folder, base, split, model, karpathy_json=None):
-        self.base, self.word_map = base, model.word_map
+        self.base, self.word_map, self.rule = base, model.word_map, rule_of(model.word_map)
         self.split, self.about = split.lower(), model.about
         self.path = input_path(folder, base, "IMAGES", split)
-        count, _, side, _ = open_images(self.path).shape
-        self.image_size = model.side_for(side)
-        path = input_path(folder, base, "REFERENCES", split)
-        if path.exists():
-            self.references = read_references(path, may_lack_captions=True)
+        self.images = open_images(folder, base, split)
+        if self.images.fit != model.fit:
+            raise UserError(
+                f"{self.path} holds images made by --fit {self.images.fit}, and the model is for "
+                f"--fit {model.fit}: make the input files so, by create_input_files.py"
+            )
+        self.image_size = model.side_for(self.images.side)
+        paths = input_paths(folder, base, "REFERENCES", split)
+        if paths[0].exists():
+            found = [r for own in paths for r in read_references(own, may_lack_captions=True)]
+            self.references = of_images(found, self.images, paths[0])
         else:
             whole = CaptionDataset(folder, base, split, karpathy_json=karpathy_json)
             self.references = whole.references
-        if len(self.references) != count:
-            raise UserError(
-                f"{path} has references of {counted(len(self.references), 'image')}, not of "
-                f"{count}: run create_input_files.py again"
-            )
-        self.places, self.count, self._images = list(range(count)), count, None
+        self.count = len(self.images)
+        self.places = list(range(self.count))
         texts = [reference["captions"] for reference in self.references]
         self.per_image = max(map(len, texts))
-        self.longest = max((len(tokenize(text)) for own in texts for text in own), default=0)
+        self.longest = max((len(self.rule.split(t)) for own in texts for t in own), default=0)
 
     def keep(self, subset, value):
         """Keeps those images alone that a subset from `coco_results.read_subset` takes; `value` is
@@ -104,14 +108,12 @@ class EvaluationData(Dataset):
         return len(self.places)
 
     def __getitem__(self, i):
-        if self._images is None:  # here, not in __init__: each worker process opens its own
-            self._images = open_hdf5(self.path, "images")
-        image = read_item(self._images, self.places[i])
+        image = self.images[self.places[i]]
         if image.shape[-1] != self.image_size:
             image = squeeze(Image.fromarray(image.transpose(1, 2, 0)), self.image_size)
         texts = self.references[i]["captions"]
         encoded = [
-            encode_caption(tokenize(texts[k % len(texts)]), self.word_map, self.longest)
+            encode_caption(self.rule.split(texts[k % len(texts)]), self.word_map, self.longest)
             for k in range(self.per_image)
         ]
         captions = torch.tensor([caption for caption, _ in encoded], dtype=torch.int64)
@@ -134,9 +136,11 @@ def find_data_set(path, about, folder, name, split):
     own, trained_in = about["base"], about["options"]["data_folder"]
     where = Path(folder or trained_in)
     check_listable(where)
+    if folder is not None or name is not None:
+        check_folder(where, "--data_folder")
     bases = sorted(
         {p.stem.removeprefix("WORDMAP_") for p in where.glob("WORDMAP_*.json")}
-        | {p.stem.partition("_IMAGES_")[2] for p in where.glob("*_IMAGES_*.hdf5")}
+        | {_base_of(path) for path in where.glob("*_IMAGES_*.hdf5")}
     )
     base = name or (own if own in bases or (folder is None and own) else None)
     if base is not None and base not in bases:
@@ -156,8 +160,14 @@ def find_data_set(path, about, folder, name, split):
             f"{where} holds {len(bases)} data sets, {some(bases)}: choose one with --data_name"
         )
     base = base or bases[0]
-    if not input_path(where, base, "IMAGES", split).exists():
+    if not input_paths(where, base, "IMAGES", split)[0].exists():
         raise UserError(
             f"{base} in {where} has no {split.lower()} split: choose another with --split"
         )
     return where, base
+
+
+def _base_of(path):
+    """The base name in the name of a file of images."""
+    name = path.stem.removesuffix(shard_name(*shard)) if (shard := shard_of(path)) else path.stem
+    return name.partition("_IMAGES_")[2]

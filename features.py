@@ -9,26 +9,41 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import torch
 
-from datasets import make_view, open_images
+from datasets import open_images
+from groundwork import distributed
 from groundwork.errors import UserError
 from groundwork.files import flush, os_errors_as_user_errors, reserve, temporary_path
 from groundwork.hdf5 import new_hdf5, open_hdf5, read_item
 from groundwork.progress import progress
 from groundwork.wording import counted, size_of
-from utils import input_path
+from input_files import shard_paths
+from views import make_view
+
+
+class Caching(NamedTuple):
+    """How features are made and kept."""
+
+    views: int = 1  # of each image
+    seed: int = 0  # of the views
+    amp: bool = False  # compute in bfloat16
+    batch_size: int = 32
 
 
 def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False, batch_size=32):
-    """Runs a frozen encoder over a split once and keeps its features in an HDF5 file.
+    """Runs a frozen encoder over a split once and keeps its features in HDF5 files, one for each
+    file of images.
 
-    The file's name carries a hash of the encoder's name and weights, of the images' file, the
+    The files' names carry a hash of the encoder's name and weights, of the images' files, the
     views and the precision, so that a changed encoder or data set never meets old features; and
     the first image's are compared with what the encoder gives now, for its code may have changed.
-    What an interrupted call has computed is kept, and the next one goes on from there.
+    What an interrupted call has computed is kept, and the next one goes on from there. Of several
+    processes that call it together each makes those of the shards that it takes, every n-th; where
+    there are no shards, the main one makes them, and the others wait.
 
     Args:
         encoder: on the device it is to run on.
@@ -37,49 +52,66 @@ def cache_features(encoder, data_folder, base, split, views=1, seed=0, amp=False
         amp: compute in bfloat16.
 
     Returns:
-        the path: data set `features`, float16 (I, views, g, g, D); None where the disk has no
-        room for it.
+        the paths: in each the data set `features`, float16 (I, views, g, g, D); None where a disk
+        has no room for them.
 
     Raises:
-        UserError: the file cannot be written, or another process is at it.
+        UserError: a file cannot be written, or another process is at it.
     """
-    images = input_path(data_folder, base, "IMAGES", split)
-    source = open_images(images)
-    key = _features_key(encoder, images, views, seed, amp)
-    path = Path(data_folder) / f"{split}_FEATURES_{base}_{key}.hdf5"
-    partial = path.with_suffix(".part")
-    first = _compute(encoder, [torch.from_numpy(read_item(source, 0))], amp)
-    shape = (len(source), views, *first.shape[1:])
+    images = open_images(data_folder, base, split)
+    key = _features_key(encoder, images.paths, views, seed, amp)
+    whole = Path(data_folder) / f"{split}_FEATURES_{base}_{key}.hdf5"
+    count = len(images.paths)
+    paths = shard_paths(whole, count) if count > 1 else [whole]
+    caching, missing = Caching(views, seed, amp, batch_size), 0
+    for i in distributed.share(count):
+        missing += not _cache(encoder, images, i, paths[i], caching)
+    missing = distributed.add_up(torch.tensor(missing, device=encoder.mean.device))
+    return None if missing else paths
+
+
+def _cache(encoder, images, number, path, caching):
+    """Keeps the features of the images in a file of theirs, by its number, at a path. Whether it
+    can: the disk may have no room, or be read-only."""
+    partial, (start, end) = path.with_suffix(".part"), images.starts[number : number + 2]
+    first = _compute(encoder, [torch.from_numpy(images[start])], caching.amp)
+    shape = (end - start, caching.views, *first.shape[1:])
     if path.exists():
         if _agrees(path, first):
-            return path
+            return True
         print(f"{path} is damaged, or the encoder computes something else: made anew")
     size = 2 * math.prod(shape)
-    free = shutil.disk_usage(data_folder).free
     print(
-        f"caching {split} features, {counted(len(source), 'image')} × {counted(views, 'view')}: "
+        f"caching features, {counted(shape[0], 'image')} × {counted(caching.views, 'view')}: "
         f"{size_of(size)} in {path}"
     )
     if partial.exists() and not _can_go_on(partial, shape, first):
         print(f"{partial} is damaged or of another encoder: starting anew")
         partial.unlink()
-    if not partial.exists():
-        if free < 1.1 * size:
-            print(f"not cached, as only {size_of(free)} are free: the encoder runs in every epoch")
-            return None
-        try:
-            with os_errors_as_user_errors(partial):
-                _allocate(partial, shape)
-        except UserError as error:
-            read_only = (errno.EACCES, errno.EPERM, errno.EROFS)
-            if getattr(error.__cause__, "errno", None) not in read_only:
-                raise
-            print(f"not cached ({error}): the encoder runs in every epoch")
-            return None
+    if not partial.exists() and not _make_room(partial, shape):
+        return False
     with os_errors_as_user_errors(partial):
-        _fill(partial, encoder, source, seed, amp, batch_size)
+        _fill(partial, encoder, images, start, caching)
         os.replace(partial, path)
-    return path
+    return True
+
+
+def _make_room(partial, shape):
+    """Makes the unfinished file of features, whether it could."""
+    size, free = 2 * math.prod(shape), shutil.disk_usage(partial.parent).free
+    if free < 1.1 * size:
+        print(f"not cached, as only {size_of(free)} are free: the encoder runs in every epoch")
+        return False
+    try:
+        with os_errors_as_user_errors(partial):
+            _allocate(partial, shape)
+    except UserError as error:
+        read_only = (errno.EACCES, errno.EPERM, errno.EROFS)
+        if getattr(error.__cause__, "errno", None) not in read_only:
+            raise
+        print(f"not cached ({error}): the encoder runs in every epoch")
+        return False
+    return True
 
 
 def other_features(data_folder, base, paths):
@@ -88,7 +120,8 @@ def other_features(data_folder, base, paths):
     Those that another process is making are left out.
     """
     key = "[0-9a-f]" * 12  # not *, which would match other data sets' names that begin like this
-    found = Path(data_folder).glob(f"*_FEATURES_{glob.escape(base)}_{key}.*")
+    name = f"*_FEATURES_{glob.escape(base)}_{key}"
+    found = {path for end in (".*", "_*-of-*.*") for path in Path(data_folder).glob(name + end)}
     return [
         path
         for path in sorted(found)
@@ -153,15 +186,21 @@ def _allocate(path, shape):
         temporary.unlink(missing_ok=True)
 
 
-def _fill(path, encoder, images, seed, amp, batch_size):
+def _fill(path, encoder, images, first, caching):
+    """Computes what is missing of the features in a file, of the images from number `first` on."""
     with h5py.File(path, "r+") as file:
         features, done = file["features"], int(file["done"][()])
-        bar = progress(total=len(images), initial=done, desc="features", unit="image")
-        for start in range(done, len(images), batch_size):
-            batch = torch.from_numpy(read_item(images, slice(start, start + batch_size)))
+        total, size = len(features), caching.batch_size
+        bar = progress(total=total, initial=done, desc="features", unit="image")
+        for start in range(done, total, size):
+            numbers = range(first + start, first + min(start + size, total))
+            batch = [torch.from_numpy(images[i]) for i in numbers]
             for view in range(features.shape[1]):
-                seen = [make_view(image, view, (seed, start + i)) for i, image in enumerate(batch)]
-                out = _compute(encoder, seen, amp)
+                seen = [
+                    make_view(image, view, (caching.seed, i))
+                    for i, image in zip(numbers, batch, strict=True)
+                ]
+                out = _compute(encoder, seen, caching.amp)
                 features[start : start + len(batch), view] = out.half().numpy()
             file.flush()
             flush(path)
@@ -183,8 +222,8 @@ def _features_key(encoder, images, views, seed, amp):
     digest = hashlib.sha256()
     for tensor in encoder.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    file = images.stat()
-    rest = [encoder.name, file.st_size, file.st_mtime_ns, views, amp, seed if views > 2 else None]
+    files = [value for path in images for value in (path.stat().st_size, path.stat().st_mtime_ns)]
+    rest = [encoder.name, *files, views, amp, seed if views > 2 else None]
     if encoder.stages != ("last",):
         rest.append(encoder.stages)
     digest.update(json.dumps(rest).encode())

@@ -17,9 +17,10 @@ import formats_archives as archives
 import formats_json as documents
 import formats_parquet as parquet
 import formats_tables as tables
-from captioned import SPLITS, CaptionedImage, Reading, splits_in_names
+from captioned import SPLITS, Reading, splits_in_names
+from gathered import Gathered
 from groundwork.errors import UserError
-from groundwork.files import check_listable, check_readable
+from groundwork.files import check_folder, check_listable, check_readable
 from groundwork.wording import counted, some
 
 HEAD = 2**16  # bytes that a format is told by
@@ -31,7 +32,7 @@ class Format(NamedTuple):
     fits: Callable[
         [Path, str], bool
     ]  # whether a path, and the first of what it holds, look like it
-    read: Callable[[list[Path], Reading], list[CaptionedImage]]
+    read: Callable[[list[Path], Reading, Gathered], None]
     holds_images: bool = False  # or names their files, in a folder
 
 
@@ -68,7 +69,7 @@ class Options:
 class DataSet:
     """What `read` gives."""
 
-    images: list[CaptionedImage]  # each with a split and an id
+    images: Gathered  # each with a split and an id
     source: str  # its files, for messages
     left_out: dict[str, int]
     notes: list[str]  # lines on how it was read, for people
@@ -91,26 +92,24 @@ def read(files, folder=None, asked=None, seed=0):
     name = asked.format or find_format(files)
     if folder is None and not FORMATS[name].holds_images:
         raise UserError(f"{some(files)} names images, it does not hold them: give --image_folder")
-    if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"there is no folder {folder}: check --image_folder")
+    if folder is not None:
+        check_folder(folder, "--image_folder")
     columns = asked.image_column, asked.caption_column, asked.split_column
     reading = Reading(Path(folder or files[0]), *columns)
     images = _read(name, files, reading)
     notes = [f"format: {name}" + ("" if asked.format else ", by its look (see --format)")]
     notes += reading.notes
     give_ids(images, some(files))
-    told = any(image.split for image in images)
+    told = images.splits().keys() - {None}
     if not told:
-        captioned = [image for image in images if image.captions]
-        reading.left_out["images without captions"] += len(images) - len(captioned)
-        images = captioned
+        reading.left_out["images without captions"] += images.keep()
     elif asked.split_sizes is not None:
         raise UserError(f"{some(files)} has splits of its own: leave out --split_sizes")
-    if not any(image.captions for image in images):
+    if not images.have_captions():
         raise UserError(f"{some(files)} has no image with captions")
     rng = random.Random(seed)
     if asked.max_images is not None:
-        images = choose(images, asked.max_images, rng)
+        choose(images, asked.max_images, rng)
     if not told:
         notes.append(share_out(images, asked.split_sizes or SIZES, rng, seed))
     notes += _in_several(images)
@@ -126,8 +125,8 @@ def check(asked):
 
 
 def load(files, asked=None):
-    """The images of a data set with captions and ids, to be compared with and not opened; their
-    splits are None where the data tell none. Raises UserError."""
+    """The images of a data set, `Gathered`, with captions and ids, to be compared with and not
+    opened; their splits are None where the data tell none. Raises UserError."""
     asked, files = asked or Options(), _paths(files)
     columns = asked.image_column, asked.caption_column, asked.split_column
     images = _read(asked.format or find_format(files), files, Reading(None, *columns))
@@ -140,12 +139,13 @@ def _read(name, files, reading):
     if FORMATS[name].holds_images:
         files = [inner for path in files for inner in _shards(name, path)]
     reading.file_splits = splits_in_names(files)
-    images = FORMATS[name].read(list(reading.file_splits) or files, reading)
-    without = [image for image in images if image.split is None]
-    if without and len(without) < len(images):
+    images = Gathered()
+    FORMATS[name].read(list(reading.file_splits) or files, reading, images)
+    without = images.splits().get(None, 0)
+    if without and without < len(images):
         raise UserError(
-            f"{without[0].where} has no split and others have one"
-            f" ({counted(len(without), 'image')}): give all of them one, or none"
+            f"{next(images.of_split(None)).where} has no split and others have one"
+            f" ({counted(without, 'image')}): give all of them one, or none"
         )
     return images
 
@@ -197,25 +197,14 @@ def _head(path):
 
 
 def give_ids(images, source):
-    """Gives each image an id of its own within its split: the one that it has, or its place, or
-    where that is another's id, its file name. Raises UserError for an id that two have."""
-    taken, without = {}, []
-    for i, image in enumerate(images):
-        if image.id is None:
-            without.append(i)
-            continue
-        if isinstance(image.id, float):
-            image.id = int(image.id)
-        key = image.split, str(image.id)  # 1 and "1" are one
-        if key in taken:
-            raise UserError(
-                f"{source} has the id {image.id!r} twice, of {taken[key].where} and {image.where}: "
-                "give each image its own, which results are told apart by"
-            )
-        taken[key] = image
-    for i in without:
-        image = images[i]
-        image.id = image.name if (image.split, str(i)) in taken else i
+    """Gives each image an id of its own within its split. Raises UserError for an id that two
+    have."""
+    if twice := images.give_ids():
+        one, other = twice
+        raise UserError(
+            f"{source} has the id {other.id!r} twice, of {one.where} and {other.where}: "
+            "give each image its own, which results are told apart by"
+        )
 
 
 def shares(total, weights):
@@ -232,34 +221,31 @@ def shares(total, weights):
 
 
 def choose(images, count, rng):
-    """So many of the images, drawn at random, in their order; splits keep their proportions."""
+    """Keeps so many of the images, drawn at random; splits keep their proportions."""
     if count >= len(images):
-        return images
-    by_split = {}
-    for i, image in enumerate(images):
-        by_split.setdefault(image.split, []).append(i)
-    sizes = shares(count, list(map(len, by_split.values())))
-    places = zip(by_split.values(), sizes, strict=True)
-    kept = [i for own, size in places for i in rng.sample(own, size)]
-    return [images[i] for i in sorted(kept)]
+        return
+    by_split = list(images.places().values())
+    sizes = shares(count, list(map(len, by_split)))
+    pairs = zip(by_split, sizes, strict=True)
+    images.keep(sorted(place for own, size in pairs for place in rng.sample(own, size)))
 
 
 def share_out(images, sizes, rng, seed):
     """Gives images splits at random, and returns a line about it."""
     counts = shares(len(images), sizes)
-    splits = [s for s, n in zip(SPLITS, counts, strict=True) for _ in range(n)]
+    splits = bytearray(i for i, count in enumerate(counts) for _ in range(count))
     rng.shuffle(splits)
-    for image, split in zip(images, splits, strict=True):
-        image.split = split
+    images.give_splits(SPLITS[i] for i in splits)
     return f"splits: drawn at random, {counts[0]}, {counts[1]} and {counts[2]} images, seed {seed}"
 
 
 def _in_several(images):
     """A line about images that stand in several splits, as the data have it."""
-    splits = {}
-    for image in images:
-        splits.setdefault(str(image.source), (image.name, set()))[1].add(image.split)
-    several = [name for name, found in splits.values() if len(found) > 1]
+    several, first = 0, []
+    for name in images.in_several_splits():
+        several += 1
+        first = [*first, name][:3]
     if several:
-        are = counted(len(several), "image stands", "images stand")
-        yield f"{are} in several splits ({some(several, 3)})"
+        are = counted(several, "image stands", "images stand")
+        more = f" and {several - 3} more" if several > 3 else ""
+        yield f"{are} in several splits ({', '.join(first)}{more})"

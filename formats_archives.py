@@ -33,7 +33,7 @@ def texts_of(contents):
         lines = contents.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise Fault("a text with other bytes than UTF-8") from None
-    return [Caption(written(line.strip())) for line in lines if line.strip()]
+    return [Caption(written(line.strip())) for line in lines if line.strip()] or [written("")]
 
 
 # --------------------------------------------------------------------------------------- folder
@@ -43,11 +43,10 @@ def is_folder(path, head):
     return path.is_dir()
 
 
-def read_folder(files, reading):
-    """The images in folders and the folders in them, in the order of their names, each with the
-    lines of the text file of its name. Where all of them lie in folders named as splits, these are
-    their splits."""
-    images = []
+def read_folder(files, reading, images):
+    """Gathers the images in folders and the folders in them, in the order of their names, each with
+    the lines of the text file of its name. Where all of them lie in folders named as splits, these
+    are their splits."""
     for folder in files:
         found = sorted(
             path.relative_to(folder)
@@ -67,15 +66,14 @@ def read_folder(files, reading):
                 split = _split(path) if splits else None
                 name = path.relative_to(path.parts[0]) if splits else path
                 image = CaptionedImage(name.as_posix(), folder / path, [], split, str(path))
-                images.append(image)
                 if (text := texts.get(path.with_suffix(""))) is not None:
                     try:
                         image.captions += texts_of(_contents(folder / text))
                     except Fault as fault:
                         faults.add(str(text), fault)
+                images.add(image)
         alone = texts.keys() - {path.with_suffix("") for path in paths}
         reading.left_out["texts without an image"] += len(alone)
-    return images
 
 
 def _split(path):
@@ -115,10 +113,12 @@ def is_webdataset(path, head):
     return path.name.lower().endswith((".tar", ".tar.gz", ".tgz")) or head[257:262] == "ustar"
 
 
-def read_webdataset(files, reading):
-    """The images of shards, in the order of their members: `key.jpg`, with the captions in
+def read_webdataset(files, reading, images):
+    """Gathers the images of shards, in the order of their members: `key.jpg`, with the captions in
     `key.txt`, one a line, or those of `key.json`, by its columns."""
-    return [image for path in files for image in _shard(path, reading)]
+    for path in files:
+        for image in _shard(path, reading):
+            images.add(image)
 
 
 def _shard(path, reading):
@@ -145,9 +145,11 @@ def _shard(path, reading):
             if key not in known:
                 faults.add(f"{key}.{kind}", "no image beside it")
                 continue
+            if captions is None and split != "TEST" and (key, "txt") not in texts:
+                faults.add(f"{key}.json", f"no {reading.caption_column!r} (see --caption_column)")
             known[key].split = known[key].split if split is None else split
             if kind == "txt" or (key, "txt") not in texts:
-                known[key].captions += captions
+                known[key].captions += captions or []
     return known.values()
 
 
@@ -158,7 +160,8 @@ def _key(path):
 
 
 def _text(kind, contents, path, reading):
-    """Captions and split of a text beside an image. Raises Fault."""
+    """Captions, None where there is no column of them, and split of a text beside an image. Raises
+    Fault."""
     if kind == "txt":
         return texts_of(contents), None
     try:
@@ -167,8 +170,11 @@ def _text(kind, contents, path, reading):
         raise Fault(f"no valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise Fault("no keys")
-    value = row.get(reading.caption_column, [])
-    return captions_of(value), row_split(row, path, reading)
+    if reading.split_column is not None and reading.split_column not in row:
+        raise Fault(f"no {reading.split_column!r} (see --split_column)")
+    there = reading.caption_column in row
+    captions = captions_of(row[reading.caption_column]) if there else None
+    return captions, row_split(row, path, reading)
 
 
 def _members(path):

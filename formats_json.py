@@ -1,11 +1,12 @@
 """Readers of data sets that are one JSON document: Karpathy's splits, and COCO's annotations."""
 
+import json
 import os
 import re
+import zlib
 from pathlib import Path
 
 from captioned import (
-    SPECIAL_WORDS,
     Caption,
     CaptionedImage,
     Fault,
@@ -16,14 +17,29 @@ from captioned import (
     split_of,
     written,
 )
+from formats_tables import name_of, open_text
 from groundwork.errors import UserError
-from groundwork.files import read_json
+from groundwork.files import check_readable
+from word_rules import is_special
+
+
+def read_document(path):
+    """The contents of a JSON file, gzipped or not. Raises UserError."""
+    check_readable(path)
+    try:
+        with open_text(path) as file:
+            return json.loads(file.read())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    except (ValueError, RecursionError) as error:  # bad syntax, encoding, or endless nesting
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
 
 # ------------------------------------------------------------------------------------ Karpathy's
 
 
 def is_karpathy(path, head):
-    return (_is_document(head) or path.suffix == ".json") and not is_coco(path, head)
+    return (_is_document(head) or name_of(path).endswith(".json")) and not is_coco(path, head)
 
 
 def _is_document(head):
@@ -31,21 +47,19 @@ def _is_document(head):
     return head.lstrip()[:1] in ("{", "[")
 
 
-def read_karpathy(files, reading):
-    """The images of files in Karpathy's format, in their order."""
-    images = []
+def read_karpathy(files, reading, images):
+    """Gathers the images of files in Karpathy's format, in their order."""
     for path in files:
-        contents = read_json(path)
+        contents = read_document(path)
         entries = contents.get("images") if isinstance(contents, dict) else None
         if not isinstance(entries, list):
             raise UserError(f'{path} is not in Karpathy\'s format: it has no list "images"')
         with Faults(path, "is not in Karpathy's format") as faults:
             for i, entry in enumerate(entries):
                 try:
-                    images.append(_entry(entry, f"images[{i}]", reading.folder))
+                    images.add(_entry(entry, f"images[{i}]", reading.folder))
                 except Fault as fault:
                     faults.add(f"images[{i}]", fault)
-    return images
 
 
 def _entry(entry, where, folder):
@@ -80,7 +94,7 @@ def _sentence(sentence):
         raise Fault('a sentence without a list "tokens" of words')
     if not isinstance(raw, str | None):
         raise Fault('a sentence whose "raw" is no text')
-    if reserved := set(tokens).intersection(SPECIAL_WORDS):
+    if reserved := set(filter(is_special, tokens)):
         raise Fault(f"a sentence with the reserved word {min(reserved)}")
     check_length(tokens, " ".join(tokens))
     written(raw or "-")
@@ -94,12 +108,12 @@ def is_coco(path, head):
     return _is_document(head) and bool(re.search(r'"(annotations|file_name|image_id)"\s*:', head))
 
 
-def read_coco(files, reading):
-    """The images of files of COCO's format, in their order, with the captions that any of the files
-    has for them."""
-    images, annotations = {}, []
+def read_coco(files, reading, images):
+    """Gathers the images of files of COCO's format, in their order, with the captions that any of
+    the files has for them."""
+    annotations = []
     for path in files:
-        contents = read_json(path)
+        contents = read_document(path)
         if not isinstance(contents, dict) or contents.keys().isdisjoint({"images", "annotations"}):
             raise UserError(f'{path} is not in COCO\'s format: no "images", no "annotations"')
         with Faults(path, "is not in COCO's format") as faults:
@@ -116,7 +130,6 @@ def read_coco(files, reading):
                     _add_caption(images, entry, reading)
                 except Fault as fault:
                     faults.add(f"annotations[{i}]", fault)
-    return list(images.values())
 
 
 def _list(entries):
@@ -128,10 +141,11 @@ def _add_image(images, entry, path, where, reading):
         raise Fault('no text "file_name"')
     id_, split = _whole(entry.get("id")), reading.file_splits.get(path)
     place = _place(reading.folder, path, entry["file_name"])
-    known = images.setdefault(
-        id_, CaptionedImage(entry["file_name"], place, [], split, f"{path.name}, {where},", id_)
-    )
-    if (known.name, known.split) != (entry["file_name"], split):
+    known = images.find(str(id_))
+    if known is None:
+        where = f"{path.name}, {where},"
+        images.add(CaptionedImage(entry["file_name"], place, [], split, where, id_), str(id_))
+    elif (known.name, known.split) != (entry["file_name"], split):
         raise Fault(
             f"the id {id_!r} for {entry['file_name']}, split {said(split)}, and {known.where} has "
             f"it for {known.name}, split {said(known.split)}"
@@ -141,7 +155,7 @@ def _add_image(images, entry, path, where, reading):
 def _place(folder, path, name):
     """Path of an image, in the folder itself, or in the one that is named as its annotations."""
     place = place_in(folder, name)
-    part = Path(path).stem.rpartition("_")[2]  # captions_train2014
+    part = Path(path).name.partition(".")[0].rpartition("_")[2]  # captions_train2014
     if folder is not None and part and not os.path.exists(place):
         deeper = place_in(folder, part, name)
         return deeper if os.path.exists(deeper) else place
@@ -152,11 +166,13 @@ def _add_caption(images, entry, reading):
     if not isinstance(entry, dict):
         raise Fault("no keys")
     id_ = _whole(entry.get("image_id"))
-    if reading.folder is None:  # captions alone are wanted
-        images.setdefault(id_, CaptionedImage(str(id_), None, [], None, "", id_))
-    if id_ not in images:
+    known, captions = images.find(str(id_)), [Caption(written(entry.get("caption")))]
+    if known is not None:
+        images.add_captions(known.place, captions)
+    elif reading.folder is None:  # captions alone are wanted
+        images.add(CaptionedImage(str(id_), None, captions, None, "", id_), str(id_))
+    else:
         raise Fault(f"the image_id {id_!r}, which no image has")
-    images[id_].captions.append(Caption(written(entry.get("caption"))))
 
 
 def _whole(id_):

@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -30,14 +31,13 @@ def is_huggingface(path, head):
     return path.name.endswith((".parquet", ".arrow"))
 
 
-def read_huggingface(files, reading):
-    """The images of folders that `datasets` has saved, or of Parquet files, in their order: rows
-    with an image column and one of captions, texts or lists of them."""
-    images = {}
+def read_huggingface(files, reading, images):
+    """Gathers the images of folders that `datasets` has saved, or of Parquet files, in their order:
+    rows with an image column and one of captions, texts or lists of them."""
+    open_table.cache_clear()  # a file may be another than before
     for path in files:
         for table, split in _tables(Path(path), reading):
             _add_rows(images, table, split, reading)
-    return list(images.values())
 
 
 def _tables(path, reading):
@@ -82,12 +82,12 @@ def _named(path, key, name_of):
 class Cell(NamedTuple):
     """An image in a table, as `open_image` takes it."""
 
-    table: "Table"
+    path: Path
     column: str
     row: int
 
     def read(self):
-        value = self.table.value(self.column, self.row)
+        value = open_table(self.path).value(self.column, self.row)
         value = value["bytes"] if isinstance(value, dict) else value
         if value is None:
             raise ValueError("only the name of an image, save the data set with the images in it")
@@ -96,17 +96,17 @@ class Cell(NamedTuple):
     def digest(self):
         """Of its bytes; where there are none, another than all others'."""
         try:
-            return hashlib.sha256(self.read()).digest()
+            return hashlib.sha256(self.read()).hexdigest()
         except ValueError:  # which opening it tells
-            return self
+            return str(self)
 
     def __str__(self):
-        return f"row {self.row} of {self.table.path}"
+        return f"row {self.row} of {self.path}"
 
 
 def _add_rows(images, path, split, reading):
     """Adds those of a table to the images by what tells one from another."""
-    table = Table(path)
+    table = open_table(path)
     check_columns(path, table.names, reading)
     table.check_images(reading.image_column)
     columns = [reading.caption_column, reading.split_column or "split"]
@@ -127,7 +127,7 @@ def _image(table, number, name, reading):
     from others: a hash of its bytes, as rows may name none, or the file's path."""
     where = f"{table.path.name}, row {number},"
     if table.holds_images(reading.image_column):
-        cell = Cell(table, reading.image_column, number)
+        cell = Cell(table.path, reading.image_column, number)
         name = Path(name).name if name else f"{table.path.stem}_{number}"
         return CaptionedImage(name, cell, [], None, where), cell.digest()
     if not isinstance(name, str) or not name.strip():
@@ -138,12 +138,18 @@ def _image(table, number, name, reading):
 
 def _merge(images, key, image):
     """Adds an image to those by key: to its own other row, where there is one."""
-    known = images.setdefault(key, image)
-    if known is image:
-        return
-    if known.split != image.split:
+    if (known := images.find(key)) is None:
+        images.add(image, key)
+    elif known.split != image.split:
         raise Fault(f"another split than {known.where} for {image.name}")
-    known.captions += image.captions
+    else:
+        images.add_captions(known.place, image.captions)
+
+
+@lru_cache(maxsize=8)
+def open_table(path):
+    """The `Table` at a path, kept for its next rows."""
+    return Table(path)
 
 
 class Table:

@@ -14,7 +14,6 @@ from captioned import (
     Caption,
     Fault,
     Faults,
-    Rows,
     captions_of,
     place_in,
     said,
@@ -63,7 +62,7 @@ def lines_of(path):
         raise UserError(f"{path} is damaged after line {number}: {error}") from error
 
 
-def _name(path):
+def name_of(path):
     """A file's name in lower case, without the ending of gzip."""
     return path.name.lower().removesuffix(".gz")
 
@@ -76,17 +75,18 @@ def _first(head):
 
 
 def is_csv(path, head):
-    return _name(path).endswith((".csv", ".txt")) and any(d in _first(head) for d in ",;\t")
+    return name_of(path).endswith((".csv", ".txt")) and any(d in _first(head) for d in ",;\t")
 
 
 def is_tsv(path, head):
-    return _name(path).endswith((".tsv", ".tab"))
+    return name_of(path).endswith((".tsv", ".tab"))
 
 
-def read_csv(files, reading):
-    """The images of tables with a line of columns' names, in their order; commas, semicolons or
-    tabs stand between columns. Rows of the same image are its captions, and so are lists."""
-    return _read_rows(files, reading, _csv_rows)
+def read_csv(files, reading, images):
+    """Gathers the images of tables with a line of columns' names, in their order; commas,
+    semicolons or tabs stand between columns. Rows of the same image are its captions, and so are
+    lists."""
+    _read_rows(files, reading, images, _csv_rows)
 
 
 def _csv_rows(path, reading, faults):
@@ -153,15 +153,15 @@ def _cell(text):
 
 
 def is_jsonl(path, head):
-    if _name(path).endswith((".jsonl", ".ndjson")):
+    if name_of(path).endswith((".jsonl", ".ndjson")):
         return True
     first, _, rest = head.partition("\n")
     return first.strip().startswith("{") and first.strip().endswith("}") and rest[:1] == "{"
 
 
-def read_jsonl(files, reading):
-    """The images of files with a JSON object a line, as in `read_csv`."""
-    return _read_rows(files, reading, _json_rows)
+def read_jsonl(files, reading, images):
+    """Gathers the images of files with a JSON object a line, as in `read_csv`."""
+    _read_rows(files, reading, images, _json_rows)
 
 
 def _json_rows(path, reading, faults):
@@ -179,16 +179,15 @@ def _json_rows(path, reading, faults):
             faults.add(f"line {number}", "no keys")
 
 
-def _read_rows(files, reading, rows_of):
-    rows = Rows(reading.folder)
+def _read_rows(files, reading, images, rows_of):
     for path in files:
         with Faults(path) as faults:
             for where, row in rows_of(path, reading, faults):
                 try:
-                    rows.add(f"{path.name}, {where},", *_parts(row, path, reading))
+                    parts = _parts(row, path, reading)
+                    images.add_row(reading.folder, f"{path.name}, {where},", *parts)
                 except Fault as fault:
                     faults.add(where, fault)
-    return list(rows)
 
 
 def _parts(row, path, reading):
@@ -222,14 +221,14 @@ def is_flickr8k(path, head):
 
 
 def is_flickr30k(path, head):
-    tokens = re.match(r"[^\t|#]+#\d+\t", _first(head)) and _name(path).startswith("results")
+    tokens = re.match(r"[^\t|#]+#\d+\t", _first(head)) and name_of(path).startswith("results")
     return bool(tokens or _BARS.fullmatch(_first(head)))
 
 
-def read_flickr(files, reading):
-    """The images of Flickr8k.token.txt, or results_20130124.token, or results.csv, in their order.
-    Files with other lines list the images of a split, which their names tell; without any, those
-    that lie beside Flickr8k.token.txt are taken."""
+def read_flickr(files, reading, images):
+    """Gathers the images of Flickr8k.token.txt, or results_20130124.token, or results.csv, in their
+    order. Files with other lines list the images of a split, which their names tell; without any,
+    those that lie beside Flickr8k.token.txt are taken."""
     numbered = [path for path in files if _NUMBERED.match(next(lines_of(path), (0, ""))[1])]
     numbered += [path for path in files if _BARS.match(next(lines_of(path), (0, ""))[1])]
     lists = [path for path in files if path not in numbered]
@@ -238,25 +237,23 @@ def read_flickr(files, reading):
         lists = [path for path in beside if split_in_name(path) is not None]
         if lists:
             reading.notes.append(f"splits by {some(path.name for path in lists)} beside it")
-    splits = _read_lists(lists)
-    rows = Rows(reading.folder)
+    splits, seen = _read_lists(lists), set()
     for path in numbered:
         with Faults(path) as faults:
             for number, line in lines_of(path):
                 try:
                     if found := _numbered(line, number):
                         split = splits.get(found[0]) if lists else reading.file_splits.get(path)
-                        rows.add(f"{path.name}, line {number},", *found, split)
+                        if lists:
+                            seen.add(found[0])
+                        if split is not None or not lists:
+                            where = f"{path.name}, line {number},"
+                            images.add_row(reading.folder, where, *found, split)
                 except Fault as fault:
                     faults.add(f"line {number}", fault)
-    images = list(rows)
-    if not lists:
-        return images
-    if absent := splits.keys() - {image.name for image in images}:
+    if absent := splits.keys() - seen:
         raise UserError(f"{some(numbered)} has no captions of {some(sorted(absent), 3)}, listed")
-    listed = [image for image in images if image.split is not None]
-    reading.left_out["images of no split"] = len(images) - len(listed)
-    return listed
+    reading.left_out["images of no split"] += len(seen - splits.keys())
 
 
 def _numbered(line, number):
@@ -295,11 +292,10 @@ def is_conceptual(path, head):
     return bool(re.fullmatch(r"[^\t]+\thttps?://\S+", _first(head)))
 
 
-def read_conceptual(files, reading):
-    """The images of Conceptual Captions' lines, caption<tab>address, in their order, whose files
-    `downloads.file_name` names. What is not there could not be fetched, and is left out, as is what
-    another split has: the addresses come from the web, and may come twice."""
-    rows = Rows(reading.folder)
+def read_conceptual(files, reading, images):
+    """Gathers the images of Conceptual Captions' lines, caption<tab>address, in their order, whose
+    files `downloads.file_name` names. What is not there could not be fetched, and is left out, as
+    is what another split has: the addresses come from the web, and may come twice."""
     for path in files:
         with Faults(path) as faults:
             for number, line in lines_of(path):
@@ -311,17 +307,16 @@ def read_conceptual(files, reading):
                     captions = [Caption(written(caption))]
                     name, split = file_name(address), reading.file_splits.get(path)
                     path_of_image = place_in(reading.folder, name)
-                    known = rows.images.get(str(path_of_image))
+                    known = images.find(str(path_of_image))
                     if reading.folder is not None and not path_of_image.exists():
                         reading.left_out["images not fetched"] += 1
                     elif known is not None and known.split != split:
                         reading.left_out["images of an earlier file's split"] += 1
                     else:
-                        rows.add(where, name, captions, split)
+                        images.add_row(reading.folder, where, name, captions, split)
                 except Fault as fault:
                     faults.add(f"line {number}", fault)
-    if reading.left_out["images not fetched"] and not rows.images:
+    if reading.left_out["images not fetched"] and not len(images):
         raise UserError(
             f"none of the images of {some(files)} is in {reading.folder}: check --image_folder"
         )
-    return list(rows)

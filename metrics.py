@@ -1,7 +1,8 @@
 """Scores of captions against people's: nltk's BLEU, the official COCO scores; its attention.
 
-nltk's BLEU compares words as written, lower-cased and without punctuation (`utils.tokenize`);
-the COCO scores have a tokenizer of their own. Neither ever compares with `<unk>`.
+What is compared are words, those of both by one rule: `split` is that of a `word_rules.Rule`, by
+default karpathy's. The COCO scores have a tokenizer of their own, for English. Neither ever
+compares with `<unk>`.
 """
 
 import importlib
@@ -14,6 +15,7 @@ import tempfile
 import warnings
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout, suppress
+from itertools import filterfalse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ from nltk.translate.bleu_score import (
 
 from groundwork.errors import UserError
 from rewards import CiderD
-from utils import tokenize
+from word_rules import KARPATHY, is_special, rule_of, tokenize
 
 NGRAM_WEIGHTS = [(1.0,), (1 / 2,) * 2, (1 / 3,) * 3, (1 / 4,) * 4]
 
@@ -39,15 +41,16 @@ class Bleu(NamedTuple):
     unpenalised: list[float]  # without, as the paper reports its own (§5.3)
 
 
-def bleu(references, captions):
+def bleu(references, captions, split=tokenize):
     """Corpus BLEU of nltk.
 
     Args:
         references: for each image the list of its human captions, as written.
         captions: for each image one caption, text.
+        split: a text into its words.
     """
-    references = [[tokenize(text) for text in texts] for texts in references]
-    captions = [tokenize(text) for text in captions]
+    references = [list(map(split, texts)) for texts in references]
+    captions = list(map(split, captions))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no common 4-gram: the score is 0 and says so itself
         scores = corpus_bleu(references, captions, NGRAM_WEIGHTS)
@@ -60,16 +63,16 @@ def bleu(references, captions):
     )
 
 
-def cider(references, captions):
-    """CIDEr-D of the corpus, on lower-cased words without punctuation, as in `bleu`: without Java.
+def cider(references, captions, split=tokenize):
+    """CIDEr-D of the corpus, on the words of `bleu`: without Java.
 
     Args:
-        references, captions: as in `bleu`.
+        references, captions, split: as in `bleu`.
     """
-    references = [[tokenize(text) for text in texts] for texts in references]
+    references = [list(map(split, texts)) for texts in references]
     score = CiderD(references)
     pairs = zip(captions, references, strict=True)
-    return sum(score([tokenize(text)], own)[0] for text, own in pairs) / len(references)
+    return sum(score([split(text)], own)[0] for text, own in pairs) / len(references)
 
 
 def are_english(references):
@@ -78,18 +81,16 @@ def are_english(references):
     return sum(word.isascii() for word in words) >= 0.9 * len(words)
 
 
-def smoothed_bleu(references, captions):
+def smoothed_bleu(references, captions, split=tokenize):
     """BLEU-4 of each caption by itself, with one added to counts of n-grams from 2 on (nltk's
     method 2; Lin and Och, 2004), without which most would be 0.
 
     Args:
-        references, captions: as in `bleu`.
+        references, captions, split: as in `bleu`.
     """
     smooth = SmoothingFunction().method2
     return [
-        float(
-            sentence_bleu([tokenize(t) for t in texts], tokenize(text), smoothing_function=smooth)
-        )
+        float(sentence_bleu(list(map(split, texts)), split(text), smoothing_function=smooth))
         for texts, text in zip(references, captions, strict=True)
     ]
 
@@ -114,19 +115,20 @@ class CocoScores(NamedTuple):
     left_out: list[str]  # a line for what cannot be computed, with the reason
 
 
-def coco_scores(references, captions, only=None):
-    """The scores of the official implementation, pycocoevalcap, after its PTB tokenizer.
+def coco_scores(references, captions, only=None, split=None):
+    """The scores of the official implementation, pycocoevalcap.
 
     Args:
         references: as in `bleu`.
         captions: name -> captions as in `bleu`. Several lists cost the starts of Java of one.
         only: the one score that is wanted; None: all.
+        split: a text into its words; None: its PTB tokenizer does, which is for English.
     """
     corpus, each = ({name: {} for name in captions} for _ in range(2))
     with redirect_stdout(io.StringIO()), _java_aside() as said:  # they tell what they are doing
         try:
             kinds, left_out = _coco_scorers(only)
-            truth, found = _tokenize(references, captions, said)
+            truth, found = _tokenize(references, captions, said, split)
         except (UserError, OSError) as error:
             return CocoScores(
                 corpus, each, [f"no COCO scores (BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE): {error}"]
@@ -214,12 +216,13 @@ def _coco_scorers(only):
     return kinds, left_out
 
 
-def _tokenize(references, captions, said):
-    """References and named lists of captions by the PTB tokenizer: image's number -> list of
-    texts, of the references and of each list.
+def _tokenize(references, captions, said, split=None):
+    """References and named lists of captions in words with blanks between: image's number -> list
+    of texts, of the references and of each list.
 
     Args:
         said: gives what Java has written on stderr.
+        split: as in `coco_scores`.
 
     Raises:
         OSError: there is no Java that runs, or no writing in the package's own folder, as it needs
@@ -230,7 +233,10 @@ def _tokenize(references, captions, said):
     if shutil.which("java") is None:
         raise OSError("their tokenizer needs Java")
 
-    def tokenize(lists):  # line breaks of any kind would shift what it gives
+    def tokenize(lists):
+        if split is not None:
+            return {key: [" ".join(split(t)) for t in texts] for key, texts in lists.items()}
+        # line breaks of any kind would shift what it gives
         one_line = {
             key: [{"caption": " ".join(text.split())} for text in texts]
             for key, texts in lists.items()
@@ -249,9 +255,9 @@ def _tokenize(references, captions, said):
     return tokenize(dict(enumerate(references))), found
 
 
-def describe(captions):
+def describe(captions, split=tokenize):
     """How many captions, their mean length in words, how many distinct words: a dict."""
-    words = [tokenize(text) for text in captions]
+    words = list(map(split, captions))
     return {
         "captions": len(captions),
         "mean_length": sum(map(len, words)) / max(len(words), 1),
@@ -274,25 +280,25 @@ def vocabulary_use(captions, references, word_map):
 
     Args:
         captions, references: as in `bleu`.
-        word_map: word -> index; words in angle brackets are no words.
+        word_map: word -> index.
     """
-    vocabulary = {word for word in word_map if not word.startswith("<")}
-    said = {word for text in captions for word in tokenize(text)}
-    human = Counter(word for texts in references for text in texts for word in tokenize(text))
+    vocabulary, split = set(filterfalse(is_special, word_map)), rule_of(word_map).split
+    said = {word for text in captions for word in split(text)}
+    human = Counter(word for texts in references for text in texts for word in split(text))
     known = human.keys() & vocabulary
     covered = sum(human[word] for word in known) / max(human.total(), 1)
     return VocabularyUse(len(said & vocabulary), len(vocabulary), len(human), len(known), covered)
 
 
-def repeated(captions, most=3):
+def repeated(captions, most=3, rule=KARPATHY):
     """The share of captions that are another image's, too, and the `most` frequent of these with
     their counts."""
-    counts = Counter(" ".join(tokenize(text)) for text in captions)
+    counts = Counter(rule.join(rule.split(text)) for text in captions)
     several = [(text, count) for text, count in counts.most_common() if count > 1]
     return sum(count for _, count in several) / max(len(captions), 1), several[:most]
 
 
-def novelty(captions, training):
+def novelty(captions, training, split=tokenize):
     """The share of captions that are, word for word, none of the training captions."""
-    known = {tuple(tokenize(text)) for text in training}
-    return sum(tuple(tokenize(text)) not in known for text in captions) / max(len(captions), 1)
+    known = {tuple(split(text)) for text in training}
+    return sum(tuple(split(text)) not in known for text in captions) / max(len(captions), 1)

@@ -13,6 +13,7 @@ import numpy as np
 import demo
 from groundwork.errors import UserError
 from groundwork.files import read_json
+from groundwork.images import frame
 from groundwork.wording import counted
 
 
@@ -42,6 +43,21 @@ class Region(NamedTuple):
         """The ones of a mask (R, C) of even rows and columns."""
         mask = np.asarray(mask, bool)
         return cls(*(np.linspace(0, 1, count + 1) for count in mask.shape), mask)
+
+    def framed(self, reference):
+        """The part of it that a square shows of the picture, by its entry of the REFERENCES, in
+        fractions of the square."""
+        fit = reference.get("fit", "squeeze")
+        if fit == "squeeze" or "width" not in reference:
+            return self
+        left, top, right, bottom = frame(reference["width"], reference["height"], fit)
+        rows, columns = self.rows - top, self.columns - left
+        rows, columns = rows / (bottom - top), columns / (right - left)
+        covered = np.pad(self.covered, 1)  # the ground
+        rows, columns = (np.array([0, *edges.clip(0, 1), 1]) for edges in (rows, columns))
+        seen = np.diff(rows) > 0, np.diff(columns) > 0
+        edges = (own[:-1][part] for own, part in zip((rows, columns), seen, strict=True))
+        return Region(*(np.append(own, 1.0) for own in edges), covered[np.ix_(*seen)])
 
     def shares(self, size):
         """The share of each place of a size × size grid that is in the region, row by row."""
@@ -106,7 +122,10 @@ def complete(references, names):
     boxes = [reference.get("boxes") for reference in references]
     if not boxes or not all(boxes):
         return None
-    own = [{word: Region.of_boxes([box]) for word, box in found.items()} for found in boxes]
+    own = [
+        _framed({word: Region.of_boxes([box]) for word, box in found.items()}, reference)
+        for found, reference in zip(boxes, references, strict=True)
+    ]
     return Regions(own, frozenset(names), "in the object's box")
 
 
@@ -120,7 +139,7 @@ def of_split(references, found, path):
     Raises:
         UserError: it knows none of the images.
     """
-    own = [found.get(reference["filename"]) for reference in references]
+    own = [_framed(found.get(reference["filename"]), reference) for reference in references]
     regions = Regions(own, about=f"in its region of {path}")
     if not regions.known:
         raise UserError(
@@ -129,6 +148,14 @@ def of_split(references, found, path):
             "are those of the data set's JSON, without folders"
         )
     return regions
+
+
+def _framed(found, reference):
+    """An image's regions, word -> `Region`, as a square shows them; None where none is known."""
+    if found is None:
+        return None
+    framed = {word: region.framed(reference) for word, region in found.items()}
+    return {word: region for word, region in framed.items() if region.covered.any()}
 
 
 # --------------------------------------------------------------------------------------- files

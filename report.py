@@ -16,7 +16,8 @@ from attention_metrics import at_places, away
 from datasets import as_photographed, read_references
 from groundwork.files import atomic_write, make_folder
 from groundwork.wording import counted
-from utils import input_path, tokenize
+from input_files import input_paths
+from word_rules import rule_of
 
 WEB = Path(__file__).parent / "web"
 VIEWER = WEB / "attention_view.js"  # the element <attention-view>
@@ -51,11 +52,13 @@ def write(path, word_map, data, captions, beams, about, scores, logs, trained=Tr
     Raises:
         UserError: it cannot be written.
     """
+    rule = rule_of(word_map)
     name = dict(zip(captions, scores.each, strict=True))[max(captions)]
     captions = captions[max(captions)]
     references = [reference["captions"] for reference in data.references]
     texts = [caption.text for caption in captions]
-    each = scores.each[name] | {"smoothed BLEU-4": metrics.smoothed_bleu(references, texts)}
+    smoothed = metrics.smoothed_bleu(references, texts, rule.split)
+    each = scores.each[name] | {"smoothed BLEU-4": smoothed}
     rank = "CIDEr-D" if "CIDEr-D" in each else "smoothed BLEU-4"
     columns = [name for name in ("CIDEr-D", "METEOR", "ROUGE-L", "SPICE") if name in each]
     columns.append("smoothed BLEU-4")
@@ -64,7 +67,8 @@ def write(path, word_map, data, captions, beams, about, scores, logs, trained=Tr
         for i in range(len(data))
     ]
     order = sorted(range(len(data)), key=lambda i: each[rank][i], reverse=True)
-    page = _template().render(
+    page = render(
+        "report.html",
         viewer=VIEWER.read_text(encoding="utf-8"),
         title=f"{data.base}: {counted(len(data), 'caption')}, {name}",
         about=about,
@@ -75,7 +79,7 @@ def write(path, word_map, data, captions, beams, about, scores, logs, trained=Tr
         language=language(
             texts, references, training_captions(data) if trained else None, word_map
         ),
-        lengths=draw_lengths(texts, references),
+        lengths=draw_lengths(texts, references, rule.split),
         changed=changed,
         changed_picture=changed and _data_url("image/png", changed.picture.read_bytes()),
         rank=rank,
@@ -96,7 +100,8 @@ def groups(order):
     }
 
 
-def _template():
+def render(template, **values):
+    """A page of a template in `web/`, text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(WEB),
         autoescape=True,
@@ -105,7 +110,7 @@ def _template():
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["picture"] = _picture
-    return environment.get_template("report.html")
+    return environment.get_template(template).render(**values)
 
 
 def totals(columns):
@@ -137,8 +142,9 @@ def attention_view(image, captions, size):
 
     Args:
         image: RGB PIL.Image.
-        captions: with `words`, T strings, `log_prob`, and `alphas`, a (T, L) array or tensor of
-            non-negative numbers, L = places², rows that sum to one or less; or None.
+        captions: with `words`, T strings, `text`, which they make, `log_prob`, and `alphas`, a
+            (T, L) array or tensor of non-negative numbers, L = places², rows that sum to one or
+            less; or None.
         size: pixels along the image's longer side, at most.
     """
     image, picture = image.copy(), io.BytesIO()
@@ -149,6 +155,7 @@ def attention_view(image, captions, size):
         "captions": [
             {
                 "words": list(caption.words),
+                "text": caption.text,
                 "alphas": None if caption.alphas is None else _encode(caption.alphas),
                 "away": None if caption.alphas is None else _away(caption.alphas),
                 "log_prob": round(caption.log_prob, 2),
@@ -187,16 +194,16 @@ def _picture(figure):
 
 def training_captions(data):
     """All human captions of the training split; None where its files are missing."""
-    path = input_path(data.path.parent, data.base, "REFERENCES", "TRAIN")
-    if not path.exists():
+    paths = input_paths(data.path.parent, data.base, "REFERENCES", "TRAIN")
+    if not paths[0].exists():
         return None
-    return [text for r in read_references(path) for text in r["captions"]]
+    return [text for path in paths for r in read_references(path) for text in r["captions"]]
 
 
 def language(captions, references, training, word_map):
     """Lines, (what, figure, note), on the words of captions and on how they repeat each other."""
-    use = metrics.vocabulary_use(captions, references, word_map)
-    repeated, most = metrics.repeated(captions)
+    use, rule = metrics.vocabulary_use(captions, references, word_map), rule_of(word_map)
+    repeated, most = metrics.repeated(captions, rule=rule)
     lines = [
         ("Words of the vocabulary that the captions use", _share(use.said, use.known), ""),
         ("Distinct words of the human captions that the vocabulary has",
@@ -206,7 +213,7 @@ def language(captions, references, training, word_map):
     ]  # fmt: skip
     if training is None:
         return [*lines, ("Captions that are new", "unknown", "no training split at hand")]
-    novel = metrics.novelty(captions, training)
+    novel = metrics.novelty(captions, training, rule.split)
     return [*lines, ("Captions that are new", f"{novel:.1%}", "not among the training captions")]
 
 
@@ -214,8 +221,9 @@ def _share(part, whole):
     return f"{part:,} of {whole:,}, {part / max(whole, 1):.1%}"
 
 
-def draw_lengths(captions, references):
-    """A matplotlib figure: the share of captions of each length, the model's and people's."""
+def draw_lengths(captions, references, split):
+    """A matplotlib figure: the share of captions of each length, the model's and people's, in the
+    words that `split` makes of a text."""
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axes = figure.subplots()
     human = [text for texts in references for text in texts]
@@ -223,7 +231,7 @@ def draw_lengths(captions, references):
         ("human captions", human, {"color": "0.8"}),
         ("the model's", captions, {"color": "#1f77b4", "width": 0.4}),
     ):
-        lengths = np.bincount([len(tokenize(text)) for text in texts])
+        lengths = np.bincount([len(split(text)) for text in texts])
         axes.bar(range(len(lengths)), 100 * lengths / lengths.sum(), label=name, **options)
     axes.set_xlabel("words in a caption")
     axes.set_ylabel("% of captions")

@@ -7,7 +7,6 @@ control.
 """
 
 import io
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +27,11 @@ from groundwork.devices import loader_options
 from groundwork.files import atomic_write
 from groundwork.progress import progress
 from groundwork.tables import print_table
+from groundwork.wording import columns, wrap
+from mirroring import mirrored
 from objectives import caption_loss
 from pictures import show_pixels, write_text
-from utils import tokenize
+from word_rules import KARPATHY, tokenize
 
 # Images whose gradient is taken together: the encoder keeps all their feature maps for it.
 TOGETHER = 8
@@ -183,12 +184,12 @@ def report(model, data, count, split, beam_size, search, path):
         return None
     references = [reference["captions"] for reference in data.references[:count]]
     protocol = _protocol(model, data, references, split, beam_size)
-    rows = table(outcome, references)
+    rows = table(outcome, references, model.rule)
     print("", *protocol, sep="\n")
     print_table(rows)
     if path is None:
         return None
-    index = choose(outcome.captions, references)
+    index = choose(outcome.captions, references, model.rule.split)
     source = prepare(model, *(tensor[None] for tensor in data[index]), [index])
     captions = {name: texts[index] for name, texts in outcome.captions.items()}
     own = data.references[index]
@@ -227,17 +228,19 @@ def caption(model, data, count, beam_size, search):
     )
 
 
-def table(outcome, references):
+def table(outcome, references, rule=KARPATHY):
     """The rows of the table: a dict of column -> text for each perturbation.
 
     Args:
         outcome: an `Outcome`.
         references: for each image the list of its human captions.
+        rule: as in `evaluation.score`.
     """
-    captions = outcome.captions
-    bleu = {name: metrics.bleu(references, texts).scores for name, texts in captions.items()}
+    captions, split = outcome.captions, rule.split
+    bleu = {name: metrics.bleu(references, texts, split).scores for name, texts in captions.items()}
     scores = {f"BLEU-{n}": {name: bleu[name][n - 1] for name in captions} for n in (1, 4)}
-    coco = metrics.coco_scores(references, captions, only="CIDEr-D").corpus
+    english = metrics.are_english(references)
+    coco = metrics.coco_scores(references, captions, "CIDEr-D", None if english else split).corpus
     scores["CIDEr-D"] = {name: found["CIDEr-D"] for name, found in coco.items() if found}
     rows = []
     for name, texts in captions.items():
@@ -253,8 +256,8 @@ def table(outcome, references):
 
 def _protocol(model, data, references, split, beam_size):
     """Lines on what the table's numbers are."""
-    texts = [tokenize(text) for texts in references for text in texts]
-    sided = sum("left" in words or "right" in words for words in texts)
+    texts = [text for texts in references for text in texts]
+    sided = sum(mirrored(text) != text for text in texts)
     return [
         f"robustness: the first {len(references)} of {len(data)} images of the {split} split, "
         f"{data.image_size}×{data.image_size} pixels, {name_of(beam_size, model.look)}, "
@@ -278,16 +281,17 @@ SHOWN = ("none", ATTACK, "random signs, ε = 0.02", "JPEG, quality 10", "blur, �
 SHOWN += ("noise, σ = 0.1", "crop, 0.75 of the side", "mirror image", "grayscale")
 
 
-def choose(captions, references):
+def choose(captions, references, split=tokenize):
     """The index of the image to draw: whose caption loses most BLEU-4 by the attack.
 
     Args:
         captions: of an `Outcome`.
         references: for each image the list of its human captions.
+        split: a text into its words.
     """
 
     def bleu4(name, i):
-        return metrics.bleu([references[i]], [captions[name][i]]).scores[3]
+        return metrics.bleu([references[i]], [captions[name][i]], split).scores[3]
 
     return max(range(len(references)), key=lambda i: bleu4("none", i) - bleu4(ATTACK, i))
 
@@ -314,8 +318,8 @@ def draw(source, captions, reference, path):
     Raises:
         UserError: the PNG cannot be written.
     """
-    texts = [textwrap.wrap(captions[name], 42) for name in SHOWN]
-    people = textwrap.wrap(f"human: {reference['captions'][0]}", 42)
+    texts = [wrap(captions[name], 42, columns) for name in SHOWN]
+    people = wrap(f"human: {reference['captions'][0]}", 42, columns)
     sides = proportions(reference)
     width, height = (_SIDE * side / max(sides) for side in sides)  # of an image
     lines = [len(text) for text in texts]

@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
@@ -19,6 +20,7 @@ from groundwork.devices import random_state, set_random_state
 from groundwork.errors import UserError
 from groundwork.files import atomic_write, write_json
 from optimization import Updates, same_form
+from word_rules import rule_of
 
 # Options with the learning rates of a stage: the decoder's, and the encoder's where it learns, too
 RATES = {
@@ -92,6 +94,7 @@ class RunState:
     log: list[dict] = field(default_factory=list)  # a record an epoch, of all stages
     best: dict | None = None  # the record of the best epoch
     image_size: int | None = None  # of the data set, pixels; not before its first stage
+    fit: str | None = None  # of its images, likewise
     stage: str | None = None
     epoch: int = 0  # whole epochs done in the stage
     step: int = 0  # steps done in the epoch after them
@@ -118,6 +121,11 @@ class RunState:
             self.schedule = ReduceLROnPlateau(
                 self.optimizer, mode="max", factor=0.8, patience=config.patience - 1, threshold=0
             )
+
+    @cached_property
+    def rule(self):
+        """The `word_rules.Rule` of its words."""
+        return rule_of(self.word_map)
 
     @property
     def judged(self):
@@ -200,6 +208,7 @@ class RunState:
             "encoder_stages": encoder.stages,
             "encoded_image_size": decoder.config.encoded_image_size,
             "image_size": self.image_size,
+            "fit": self.fit,
             "encoder": encoder.state_dict(),
             "decoder_name": decoder.name,
             "decoder_config": dataclasses.asdict(decoder.config),

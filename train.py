@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 from config import ModelConfig, TrainingConfig
 from groundwork.errors import UserError, run
-from groundwork.files import folder_for, make_folder, sole_writer
+from groundwork.files import check_folder, folder_for, make_folder, sole_writer
 from groundwork.options import as_arguments, as_flags
 from training_options import (
     DEMO_DEFAULTS,
@@ -25,8 +25,8 @@ from training_options import (
 
 # What says which run it is, and where; all other options are the run's own, until others are typed
 APART = {
-    "model", "resume", "overwrite", "prune_features", "data_folder", "data_name", "output_folder",
-    "regions", "region_words",
+    "model", "resume", "overwrite", "extend_vocabulary", "prune_features", "data_folder",
+    "data_name", "output_folder", "regions", "region_words",
 }  # fmt: skip
 
 
@@ -118,6 +118,7 @@ def find_or_make_data(parser, options, typed, start):
             )
         if base is None:
             if folder != default:
+                check_folder(folder, "--data_folder")
                 raise UserError(f"no data set in {folder}: run create_input_files.py")
             if start is None:  # before it is drawn
                 usual = settle(parser, typed, start, DEMO_DEFAULTS)
@@ -141,7 +142,8 @@ def run_stages(options, typed, base, start, device):
 
     checkpoint = start and start.checkpoint
     state = make_state(options, typed, base, checkpoint, device)
-    reached = checkpoint["stage"] if checkpoint else checkpoints.STAGES[0]
+    extends = start is not None and start.extends
+    reached = checkpoint["stage"] if checkpoint and not extends else checkpoints.STAGES[0]
     stages = ["decoder", "finetune"] if options.stage == "both" else [options.stage]
     stages = stages[stages.index(reached) if reached in stages else 0 :]
     files = RunFiles(options.output_folder, base)
@@ -158,8 +160,9 @@ def run_stages(options, typed, base, start, device):
             karpathy_json=options.karpathy_json,
             prune=options.prune_features,
         )
-        anew = start is None or is_elsewhere(start, options.output_folder)
-        training.run(stages, checkpoint, start and start.path, anew)
+        anew = start is None or extends or is_elsewhere(start, options.output_folder)
+        goes_on = None if extends else checkpoint
+        training.run(stages, goes_on, start and start.path, anew)
 
 
 def make_state(options, typed, base, checkpoint, device):
@@ -167,6 +170,7 @@ def make_state(options, typed, base, checkpoint, device):
     import torch
 
     import choices
+    import transfer
     from datasets import describe_data, read_word_map
     from engine import Network
     from groundwork import distributed, provenance
@@ -174,8 +178,9 @@ def make_state(options, typed, base, checkpoint, device):
     from run_state import RunState, best_record
 
     folder, word_map = options.data_folder, read_word_map(options.data_folder, base)
-    if checkpoint and checkpoint["word_map"] != word_map:
-        raise UserError(f"the checkpoint is of another vocabulary than {base}'s word map")
+    extends = options.extend_vocabulary
+    if checkpoint:
+        transfer.check_words(checkpoint["word_map"], word_map, base, extends)
     data = describe_data(folder, base)
     record = provenance.describe(data, options.seed, device)
     encoder, decoder = make_models(options, checkpoint, base, word_map)
@@ -195,14 +200,15 @@ def make_state(options, typed, base, checkpoint, device):
         word_map,
         plain(options) | in_force | {"data_name": base},
         [*(checkpoint.get("records", []) if checkpoint else []), record],
-        log=checkpoint["log"] if checkpoint else [],
-        best=best_record(checkpoint) if checkpoint else None,
+        log=checkpoint["log"] if checkpoint and not extends else [],
+        best=best_record(checkpoint) if checkpoint and not extends else None,
     )
 
 
 def make_models(options, checkpoint, base, word_map):
     """Encoder and decoder: of the checkpoint, or new."""
     import checkpoints
+    import transfer
     import vocabulary
     from choices import DROPOUTS
 
@@ -210,6 +216,8 @@ def make_models(options, checkpoint, base, word_map):
         dropouts = {name: getattr(options, name) for name in DROPOUTS}
         changes = {name: value for name, value in dropouts.items() if value is not None}
         encoder, decoder = checkpoints.build_models(checkpoint, **changes)
+        if len(word_map) > len(checkpoint["word_map"]):
+            decoder = transfer.extend(decoder, checkpoint["word_map"], word_map)
     else:
         encoder, decoder = new_models(options, base, word_map)
     if options.freeze_embeddings:

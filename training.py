@@ -26,6 +26,7 @@ from run_state import RunFiles, RunState
 from sampling import ScheduledSampling, own_share
 from training_data import TrainingData
 from training_report import MEASURES, Reports, describe_means
+from word_rules import unsayable
 
 SKIPS = 5  # steps without finite gradients, in a row, after which training stops
 
@@ -123,7 +124,7 @@ class Training:
             self.karpathy_json,
             self.prune,
         )
-        state.image_size = self.data.image_size
+        state.image_size, state.fit = self.data.image_size, self.data.fit
         self.objective, self.grad_clip = _objective_of(state, self.data)
 
     def _go_on(self, checkpoint, source):
@@ -258,8 +259,9 @@ class Training:
         loss, top5, captions = engine.validate(
             state.judged, batches(), _likelihood(state), state.word_map, self.reports.measured()
         )
-        texts = [" ".join(caption.words) for caption in captions]
-        return {"val_loss": loss, "val_top5": top5} | _scores(self.data.references, texts), captions
+        texts = [state.rule.join(caption.words) for caption in captions]
+        scores = _scores(self.data.references, texts, state.rule.split)
+        return {"val_loss": loss, "val_top5": top5} | scores, captions
 
     def _save(self, improved=False):
         self.reports.flush()
@@ -318,15 +320,15 @@ def _with_own_words(state, truth):
         since = state.updates.count - config.sampling_start
         return own_share(config.scheduled_sampling, since, k, config.sampling_max)
 
-    never = [state.word_map[word] for word in (*vocabulary.NEVER, "<end>")]
+    never = [state.word_map[word] for word in (*unsayable(state.word_map), "<end>")]
     never = torch.tensor(never, device=state.network.device)
     return ScheduledSampling(**vars(truth), share=share, never=never)
 
 
-def _scores(references, captions):
+def _scores(references, captions, split):
     """What the log has of an epoch's greedy captions, texts, by name."""
     references = [reference["captions"] for reference in references]
-    bleu = metrics.bleu(references, captions).scores
+    bleu = metrics.bleu(references, captions, split).scores
     scores = {f"bleu{n}": score for n, score in enumerate(bleu, start=1)}
-    scores["cider"] = metrics.cider(references, captions)
-    return scores | diversity.of_greedy(captions, metrics.are_english(references))
+    scores["cider"] = metrics.cider(references, captions, split)
+    return scores | diversity.of_greedy(captions, metrics.are_english(references), split)

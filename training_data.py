@@ -30,6 +30,8 @@ class TrainingData:
         prune: whether to remove cached features of other encoders and views, where it caches.
     """
 
+    shards = None  # how many files the training images are in, where these are several
+
     def __init__(
         self,
         folder,
@@ -51,18 +53,11 @@ class TrainingData:
             CaptionDataset(folder, base, split, None, config.seed, karpathy_json, changes)
             for split in ("TRAIN", "VAL")
         )
-        for data, split, views in ((train, "TRAIN", config.views), (val, "VAL", 1)):
-            if cache and frozen:
-                with distributed.main_first():
-                    features = cache_features(
-                        network.encoder, folder, base, split, views, config.seed, network.amp
-                    )
-                if features is not None:
-                    data.use_features(features)
-        if train.from_features and val.from_features:
-            network.encoder.cpu()
-        if distributed.is_main and cache and frozen:
-            _prune(other_features(folder, base, (train.path, val.path)), folder, prune)
+        own = train.own_images(distributed.rank, distributed.world_size)
+        if cache and frozen:
+            used = _cache(network, folder, base, config, {"TRAIN": train, "VAL": val})
+            if distributed.is_main:
+                _prune(other_features(folder, base, used), folder, prune)
         self.sized_by, per_image = _sizes(stage, config, train.captions.shape[1])
         self.captions_per_image = per_image
         self.views, self.changes = config.views, " ".join(changes) if fresh else None
@@ -74,7 +69,10 @@ class TrainingData:
             config.seed,
             distributed.rank,
             distributed.world_size,
+            own,
         )
+        if train.has_shards:
+            self.shards = len(train.images.paths)
         # a generator of their own: making an iterator draws a number
         common = loader_options(network.device, workers) | {"generator": torch.Generator()}
         # spawned workers take seconds to start: once a stage, not once an epoch
@@ -85,7 +83,7 @@ class TrainingData:
         self.references = val.references
         self.image_count, self.caption_count = len(train), train.lengths.numel()
         self.epoch_captions = len(train) * per_image  # that an epoch's steps are of
-        self.image_size = val.image_size  # pixels
+        self.image_size, self.fit = val.image_size, val.fit  # pixels
         # batches of a step; of captions that are drawn their words are not known before
         self.accumulate = 1 if stage == "scst" else config.accumulate
         self.steps = -(-self.sampler.total // self.accumulate)  # of an epoch
@@ -103,6 +101,8 @@ class TrainingData:
             "accumulate": self.accumulate,
             "seed": self.sampler.seed,
             "processes": distributed.world_size,
+            # which of them has which images
+            "shards": self.shards if distributed.world_size > 1 else None,
         }
 
     def differences(self, order, options):
@@ -125,11 +125,30 @@ class TrainingData:
         parts = [as_flags(wanted), "no --augment" if without else ""]
         if (count := order.get("processes")) and "processes" in differ:
             parts.append(f"{counted(count, 'process')} (torchrun --nproc_per_node {count})")
+        if "shards" in differ:
+            parts.append(f"the images in {counted(order.get('shards') or 1, 'file')}")
         return " and ".join(filter(None, parts)) or ("the options of its run" if differ else "")
 
     def captions_in(self, steps):
         """Captions of so many steps of an epoch."""
         return self.caption_count * steps // self.steps
+
+
+def _cache(network, folder, base, config, splits):
+    """Has the splits, `CaptionDataset`s by their names, take cached features where there is room,
+    and returns the files' paths."""
+    used = []
+    for split, data in splits.items():
+        views = config.views if split == "TRAIN" else 1
+        features = cache_features(
+            network.encoder, folder, base, split, views, config.seed, network.amp
+        )
+        if features is not None:
+            data.use_features(features)
+            used += features
+    if all(data.features is not None for data in splits.values()):
+        network.encoder.cpu()
+    return used
 
 
 def _sizes(stage, config, per_image):

@@ -82,6 +82,11 @@ def make_parser(description=None):
     )
     add("--overwrite", action="store_true", help="start anew over an earlier run's files")
     add(
+        "--extend_vocabulary",
+        action="store_true",
+        help="begin a new run from --model, on data with its words and new ones: docs/words.md",
+    )
+    add(
         "--tensorboard",
         action=SWITCH,
         help="scalars, captions with attention and hyperparameters for TensorBoard, in the "

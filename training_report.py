@@ -12,8 +12,6 @@ from datasets import as_photographed, open_images
 from groundwork import distributed, tensorboard_log
 from groundwork.files import check_writable
 from groundwork.logs import write_log
-from metrics import are_english
-from utils import input_path
 
 
 class Reports:
@@ -44,7 +42,7 @@ class Reports:
         if self.with_events:
             known = references()
             self.regions = regions.find(known, *self.regions_file)
-            self.english = are_english([reference["captions"] for reference in known])
+            self.english = attention_report.tells_nouns(known, self.state.rule)
 
     def open(self, data, data_folder):
         """Begins to follow a stage, whose `TrainingData` it takes, from where the run stands."""
@@ -54,7 +52,7 @@ class Reports:
         # Later points are of steps that will be done again, and, between an epoch's last step and
         # its validation, so are the scores.
         start = self._captions_seen(state.step) + (state.step < data.steps)
-        self.images = open_images(input_path(data_folder, state.base, "IMAGES", "VAL"))
+        self.images = open_images(data_folder, state.base, "VAL")
         self.events = tensorboard_log.EventLog(
             self.files.events, start, hyperparameters(state), state.records[-1]
         )
@@ -80,7 +78,7 @@ class Reports:
         print(describe_epoch(record, self.state.best, improved, measure), flush=True)
         references = self.data.references
         for i in self.shown():
-            print(f"  {references[i]['filename']}: {' '.join(captions[i].words)}")
+            print(f"  {references[i]['filename']}: {self.state.rule.join(captions[i].words)}")
             print(f"    human: {references[i]['captions'][0]}", flush=True)
         self.log()
         pictures.draw_curves(self.files.log)
@@ -119,8 +117,9 @@ class Reports:
         for i in self.shown():
             reference, (words, alphas) = self.data.references[i], captions[i]
             image = as_photographed(self.images[i], reference)
-            picture = draw_attention(image, words, alphas)
-            yield reference["filename"], reference["captions"][0], " ".join(words), picture
+            text = self.state.rule.join(words)
+            picture = draw_attention(image, words, alphas, text=text)
+            yield reference["filename"], reference["captions"][0], text, picture
 
 
 def hyperparameters(state):

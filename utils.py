@@ -5,103 +5,28 @@ import json
 import os
 import random
 import re
-import string
 import sys
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, tee
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 import formats
-from captioned import SPECIAL_WORDS, SPLITS
+from captioned import SPLITS, Captions, has_words, is_split_by_rule, references_of, words_of
 from groundwork.errors import UserError
-from groundwork.files import (
-    check_readable,
-    check_space,
-    flush,
-    make_folder,
-    sole_writer,
-    temporaries,
-)
-from groundwork.hdf5 import new_hdf5
+from groundwork.files import check_readable, check_space
 from groundwork.images import MAX_ASPECT, read_images
 from groundwork.wording import Complaints, counted
-
-# ------------------------------------------------------------------------------------ captions
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def tokenize(sentence):
-    """The words of a sentence as Karpathy's data sets split it: lower case, no punctuation."""
-    return sentence.lower().translate(_NO_PUNCTUATION).split()
-
-
-def make_word_map(captions, min_word_freq):
-    """Word -> index over captions (lists of words): words seen more than `min_word_freq` times
-    from 1 in order of first appearance, then <unk>, <start>, <end>; <pad> is 0."""
-    counts = Counter(word for caption in captions for word in caption)
-    words = [word for word, count in counts.items() if count > min_word_freq]
-    word_map = {word: i for i, word in enumerate([*words, "<unk>", "<start>", "<end>"], start=1)}
-    return word_map | {"<pad>": 0}
-
-
-def encode_caption(words, word_map, max_len):
-    """Indices of <start>, the words and <end>, padded to max_len + 2, and the unpadded length."""
-    known = [word_map.get(word, word_map["<unk>"]) for word in words]
-    caption = [word_map["<start>"], *known, word_map["<end>"]]
-    return caption + [word_map["<pad>"]] * (max_len + 2 - len(caption)), len(caption)
-
-
-def check_word_map(word_map, source):
-    """Raises UserError unless `word_map` is a dict that numbers its words, the special ones
-    among them, from 0 without gaps."""
-    if (
-        not isinstance(word_map, dict)
-        or not all(word in word_map for word in SPECIAL_WORDS)
-        or not all(isinstance(word, str) for word in word_map)
-        or not all(type(index) is int for index in word_map.values())
-        or sorted(word_map.values()) != list(range(len(word_map)))
-    ):
-        raise UserError(f"{source} is no word map: make it with create_input_files.py")
-
-
-def sample_captions(captions, count, rng):
-    """`count` of an image's captions: all of them and repeats where it has too few, otherwise
-    a sample without repetition."""
-    if len(captions) <= count:
-        return captions + rng.choices(captions, k=count - len(captions))
-    return rng.sample(captions, count)
-
+from input_files import KINDS, all_or_nothing, base_name, new_part
+from word_maps import Wanted, choose, describe, encode_caption
+from word_rules import KARPATHY, rule_of
 
 # --------------------------------------------------------------------------------- input files
 
-_KINDS = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json", "REFERENCES": "json"}
-
-
-def base_name(dataset, captions_per_image, min_word_freq):
-    """The part that the names of a data set's input files have in common."""
-    return f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
-
-
-def input_path(folder, base, kind, split=None):
-    """Path of an input file: WORDMAP, or IMAGES, CAPTIONS, CAPLENS or REFERENCES of a split."""
-    if split is None:
-        return Path(folder) / f"{kind}_{base}.json"
-    return Path(folder) / f"{split}_{kind}_{base}.{_KINDS[kind]}"
-
-
-@dataclass
-class _Sample:
-    """An image that has captions to learn from."""
-
-    source: object  # as `groundwork.images.open_image` takes it
-    captions: list[list[str]]  # words; wordless and too long captions left out
-    reference: dict  # its entry in the REFERENCES file, to which reading adds width and height
+SMALLER = 8  # times, that JPEGs are than pixels, or more
 
 
 def create_input_files(
@@ -117,52 +42,52 @@ def create_input_files(
     seed=0,
     skip_bad_images=False,
     reading=None,
+    fit="squeeze",
+    store="raw",
+    shards=None,
+    wanted=None,
 ):
     """Turns images and their captions, of any of the `formats`, into the files that training reads.
 
     Writes to `output_folder`, for each split that has images (TRAIN and VAL must, TEST may):
-    IMAGES (uint8 (I, 3, image_size, image_size)), CAPTIONS and CAPLENS (captions_per_image
-    entries per image), REFERENCES (one entry per image); and one WORDMAP. They appear all
-    together at the end or, after an error, not at all; a WORDMAP marks a complete data set. A TEST
-    without any captions has IMAGES and REFERENCES alone.
+    IMAGES (`storage.ImageWriter`), CAPTIONS and CAPLENS (captions_per_image entries per
+    image), REFERENCES (one entry per image); and one WORDMAP. They appear all together at the end
+    or, after an error, not at all; a WORDMAP marks a complete data set. A TEST without any captions
+    has IMAGES and REFERENCES alone. However many images there are, it takes no more memory.
 
     `dataset` names them. `captions`, `image_folder` and `reading` are as `formats.read` takes them.
-    `workers` threads read the images: None takes all cores.
-    Prints a summary and returns it as a dict. Raises UserError if the captions or the folder are
-    unusable, if an image is (the first are named on stderr; skip_bad_images leaves them out),
-    or if a file cannot be written.
+    `wanted` is which words there are to be, a `word_maps.Wanted`, beside that they are frequent.
+    `workers` threads read the images, None: all cores. `fit` is of `groundwork.options.FITS`,
+    `store` raw or jpeg, `shards` the number of files that the TRAIN split is cut into. Prints a
+    summary and returns it as a dict. Raises UserError if the captions or the folder are unusable,
+    if an image is (the first are named on stderr; skip_bad_images leaves them out), or if a file
+    cannot be written.
     """
     check_name(dataset)
     data = formats.read(captions, image_folder, reading, seed)
     print("\n".join(data.notes))
-    samples, left_out = _collect_samples(data.images, max_len)
-    left_out.update(data.left_out)
-    for split in ("TRAIN", "VAL"):
-        if split not in samples:
-            raise UserError(f"{data.source} has no {split} image with captions to learn from")
-    captions = [caption for image in data.images for caption in image.captions]
-    word_map = make_word_map(map(words_of, captions), min_word_freq)
-    if len(word_map) == len(SPECIAL_WORDS):
-        raise UserError(
-            f"{data.source} has no word more than {counted(min_word_freq, 'time')}, so there is "
-            "nothing to say: lower --min_word_freq, to 0 for all words"
-        )
-    output_folder, base = Path(output_folder), base_name(dataset, captions_per_image, min_word_freq)
-    summary = {"base": base, "splits": {}, "vocabulary": len(word_map), "left_out": dict(left_out)}
-    summary["by_tokens"] = sum(bool(c.raw) and not is_split_by_rule(c) for c in captions)
-    _check_folder(samples, data.source)
-    with _all_or_nothing(output_folder, base, samples) as temporary:
-        size = sum(map(len, samples.values())) * 3 * image_size**2
+    wanted = wanted or Wanted()
+    rule, word_map = choose(Captions(data.images), min_word_freq, wanted, data.source)
+    samples = Samples(data.images, max_len, rule)
+    samples.check(data.source, shards)
+    base, rng = base_name(dataset, captions_per_image, min_word_freq), random.Random(seed)
+
+    def encode(captions):
+        chosen = sample_captions(captions, captions_per_image, rng) if captions else []
+        return [encode_caption(words, word_map, max_len) for words in chosen]
+
+    cut = {"TRAIN": shards} if shards else {}
+    with all_or_nothing(output_folder, base, samples.kinds, cut) as (parts, path):
+        size = samples.counts.total() * 3 * image_size**2 // (SMALLER if store == "jpeg" else 1)
         check_space(output_folder, size, "the images", "another --output_folder")
-        readable = _write_splits(temporary, samples, image_size, captions_per_image, workers)
-        summary["left_out"]["unreadable images"] = _unreadable(samples, readable, skip_bad_images)
-        rng = random.Random(seed)
-        for split, items in readable.items():
-            summary["splits"][split] = _write_captions(
-                temporary, split, items, captions_per_image, word_map, max_len, rng
-            )
-        _write_json(temporary["WORDMAP", None], word_map)
-    _print_summary(summary)
+        pictures = partial(read_images, size=image_size, workers=workers, fit=fit)
+        form = store, image_size, fit, captions_per_image
+        written = _write_splits(parts, samples, pictures, encode, form)
+        unreadable = _unreadable(samples, written, skip_bad_images)
+        path.write_text(json.dumps(word_map), encoding="utf-8")
+    summary = {"base": base, "vocabulary": len(word_map), "keeps_more": wanted.keeps_more}
+    summary |= _summarise(data, samples, written, unreadable, word_map["<unk>"])
+    _print_summary(summary, word_map)
     return summary
 
 
@@ -192,182 +117,199 @@ def is_size(width, height):
     )
 
 
-def words_of(caption):
-    """The words of a `captioned.Caption`."""
-    return tokenize(caption.raw) if caption.tokens is None else caption.tokens
+class Sample(NamedTuple):
+    """An image as the input files have it."""
+
+    source: object  # as `groundwork.images.open_image` takes it
+    captions: list[list[str]]  # words; wordless and too long captions left out
+    reference: dict  # its entry in the REFERENCES file, to which reading adds width and height
 
 
-def references_of(image):
-    """What an image of `formats` is scored by: all of its captions with words, as texts."""
-    return [text_of(caption) for caption in image.captions if any(words_of(caption))]
+class Samples:
+    """The images of a data set that have captions to learn from, by split, and counts of what is
+    left out. A TEST whose captions are not published, none of any image, is kept: to be captioned.
 
+    Args:
+        images: a `gathered.Gathered`.
+        max_len: words of a caption, at most.
+        rule: by which captions are split, a `word_rules.Rule`.
+    """
 
-def text_of(caption):
-    """A caption as written, or its tokens, where the rule does not split the one into the other:
-    words are to be compared with words."""
-    return caption.raw if is_split_by_rule(caption) else " ".join(caption.tokens)
+    def __init__(self, images, max_len, rule):
+        self.images, self.max_len, self.rule = images, max_len, rule
+        found, bare, self.left_out = Counter(), 0, Counter()
+        for image in images:
+            _, captions, _ = self._sample(image)
+            wordless = sum(not has_words(caption, rule) for caption in image.captions)
+            self.left_out["wordless captions"] += wordless
+            self.left_out["too long captions"] += len(image.captions) - wordless - len(captions)
+            self.left_out["images without captions"] += not captions
+            found[image.split] += bool(captions)
+            bare += image.split == "TEST" and not image.captions
+        self.bare = {"TEST"} if bare and not found["TEST"] else set()
+        if self.bare:
+            found["TEST"] = bare
+            self.left_out["images without captions"] -= bare
+        self.counts = Counter({split: found[split] for split in SPLITS if found[split]})
 
+    @property
+    def kinds(self):
+        """Split -> the kinds of its files."""
+        return {
+            split: [kind for kind in KINDS if not (split in self.bare and kind.startswith("CAP"))]
+            for split in self.counts
+        }
 
-def is_split_by_rule(caption):
-    """Whether `tokenize` makes the words of what was written."""
-    return tokenize(caption.raw or "") == words_of(caption)
+    def of(self, split):
+        """Yields the `Sample`s of a split, in order."""
+        for image in self.images.of_split(split):
+            sample = self._sample(image)
+            if not image.captions if split in self.bare else sample.captions:
+                yield sample
 
-
-def _collect_samples(images, max_len):
-    """The images that have captions to learn from, by split, and counts of what is left out."""
-    samples, bare = {split: [] for split in SPLITS}, []
-    left_out = Counter()
-    for image in images:
-        worded = [words for words in map(words_of, image.captions) if any(words)]
-        captions = [words for words in worded if len(words) <= max_len]
-        left_out["wordless captions"] += len(image.captions) - len(worded)
-        left_out["too long captions"] += len(worded) - len(captions)
-        left_out["images without captions"] += not captions
-        reference = {"filename": image.name, "id": image.id, "captions": references_of(image)}
+    def _sample(self, image):
+        rule = self.rule
+        captions = [words_of(c, rule) for c in image.captions if has_words(c, rule)]
+        captions = [words for words in captions if len(words) <= self.max_len]
+        reference = {"filename": image.name, "id": image.id, "captions": references_of(image, rule)}
         if are_boxes(image.boxes):  # of the demo; COCO's are of another form
             reference["boxes"] = image.boxes
-        sample = _Sample(image.source, captions, reference)
-        if captions:
-            samples[image.split].append(sample)
-        elif image.split == "TEST" and not image.captions:
-            bare.append(sample)
-    if bare and not samples["TEST"]:  # a test whose captions are not published: to be captioned
-        samples["TEST"] = bare
-        left_out["images without captions"] -= len(bare)
-    return {split: items for split, items in samples.items() if items}, left_out
+        return Sample(image.source, captions, reference)
 
-
-def _check_folder(samples, source):
-    """Raises UserError where no image at all is there: one line, not one for each."""
-    paths = [sample.source for items in samples.values() for sample in items]
-    if all(isinstance(path, Path) and not os.path.exists(path) for path in paths):
+    def check(self, source, shards):
+        """Raises UserError where training or validation have no image, or fewer than there are to
+        be shards, or where no image at all is there: one line, not one for each."""
+        for split in ("TRAIN", "VAL"):
+            if split not in self.counts:
+                raise UserError(f"{source} has no {split} image with captions to learn from")
+        if shards is not None and shards > self.counts["TRAIN"]:
+            few = counted(self.counts["TRAIN"], "training image")
+            raise UserError(f"--shards {shards}: there are {few}, give fewer")
+        paths = (sample.source for split in self.counts for sample in self.of(split))
+        first = next(paths)
+        if any(not isinstance(p, Path) or os.path.exists(p) for p in chain([first], paths)):
+            return
         try:
-            check_readable(paths[0], f"the first is {paths[0]}")
+            check_readable(first, f"the first is {first}")
         except UserError as error:
+            total = counted(self.counts.total(), "image")
             raise UserError(
-                f"none of the {counted(len(paths), 'image')} of {source} is there ({error}): check "
-                "--image_folder"
+                f"none of the {total} of {source} is there ({error}): check --image_folder"
             ) from error
 
 
-def read_split(path, split, max_len):
+def read_split(path, split, max_len, rule=KARPATHY):
     """(reference, captions) of each image of a split of Karpathy's JSON that has captions of
     `max_len` words or fewer, in its order: as the input files have them. Raises UserError."""
-    samples, _ = _collect_samples(formats.load(path, formats.Options("karpathy")), max_len)
-    return [(sample.reference, sample.captions) for sample in samples.get(split, [])]
+    samples = Samples(formats.load(path, formats.Options("karpathy")), max_len, rule)
+    return [(reference, captions) for _, captions, reference in samples.of(split)]
 
 
-@contextmanager
-def _all_or_nothing(folder, base, samples):
-    """Yields temporary paths by (kind, split) for the input files of `samples` and the WORDMAP,
-    (WORDMAP, None). All take their places when the block succeeds, else none does."""
-    keys = [(kind, split) for split in samples for kind in kinds_of(samples[split])]
-    paths = {key: input_path(folder, base, *key) for key in [*keys, ("WORDMAP", None)]}
-    make_folder(folder)
-    with (
-        sole_writer(paths["WORDMAP", None], "wait for it, or choose another --output_folder"),
-        temporaries(paths.values(), f"to {folder}") as beside,
-    ):
-        yield dict(zip(paths, beside, strict=True))
-        for temporary in beside:
-            flush(temporary)
-        # Only renames are left. The WORDMAP goes first and comes last, so that if they are cut
-        # short none vouches for a mixture of old and new files.
-        paths["WORDMAP", None].unlink(missing_ok=True)
-        for kind, split in set(product(_KINDS, SPLITS)).difference(keys):  # an older data set's
-            input_path(folder, base, kind, split).unlink(missing_ok=True)
-        for temporary, path in zip(beside, paths.values(), strict=True):
-            os.replace(temporary, path)
+def _write_splits(parts, samples, pictures, encode, form):
+    """Reads the images and writes the files of each split, or of its shards. The images that cannot
+    be read are left out, and the first named on stderr.
 
+    Args:
+        parts: from `all_or_nothing`.
+        pictures: what `read_images` makes of the images' sources.
+        encode: what `encode_caption` makes of those of an image's captions that are chosen.
+        form: as `new_part` takes it.
 
-def _write_splits(temporary, samples, size, captions_per_image, workers):
-    """Reads the images and writes those of each split to its HDF5 file, the path by (kind, split).
-    The first that cannot be read are named on stderr. Returns the samples that are there."""
-    sources = [sample.source for items in samples.values() for sample in items]
-    pictures = read_images(sources, size, workers)
+    Returns:
+        split -> a Counter of images, captions, words, and of the words by their indices.
+    """
+    own, ahead = tee(sample for split in samples.counts for sample in samples.of(split))
+    pictures = pictures((s.source for s in ahead), total=samples.counts.total())
+    pairs, written = zip(own, pictures, strict=True), {}
     with Complaints(partial(tqdm.write, file=sys.stderr)) as complaints:
-        return {
-            split: _write_images(
-                temporary["IMAGES", split], items, pictures, size, captions_per_image, complaints
-            )
-            for split, items in samples.items()
-        }
+        for split, total in samples.counts.items():
+            written[split], n = Counter(images=0), len(parts[split])
+            for i, paths in enumerate(parts[split]):
+                count = total * (i + 1) // n - total * i // n
+                with new_part(paths, count, form) as add:
+                    found = _write_part(add, islice(pairs, count), encode, complaints)
+                if n > 1 and not found["images"]:
+                    raise UserError(
+                        f"none of the {counted(count, 'image')} of shard {i} can be read (named "
+                        "above): mend them, or give fewer --shards"
+                    )
+                written[split].update(found)
+        next(pairs, None)  # the bar is done
+    return written
 
 
-def _write_images(path, samples, pictures, size, captions_per_image, complaints):
-    """Writes the next len(samples) of `pictures` to a new HDF5 file, without those that are error
-    lines, which are `complaints`. Returns the samples whose picture is in the file."""
-    readable = []
-    with new_hdf5(path) as file:
-        file.attrs["captions_per_image"] = captions_per_image
-        images = file.create_dataset(
-            "images",
-            shape=(len(samples), 3, size, size),
-            maxshape=(len(samples), 3, size, size),
-            chunks=(1, 3, size, size),
-            dtype="uint8",
-        )
-        for sample, picture in zip(samples, islice(pictures, len(samples)), strict=True):
-            if isinstance(picture, str):
-                complaints.add(picture)
-            else:
-                images[len(readable)], width, height = picture
-                sample.reference |= {"width": width, "height": height}
-                readable.append(sample)
-        images.resize(len(readable), axis=0)
-    return readable
+def _write_part(add, pairs, encode, complaints):
+    """Adds those of (sample, picture) whose picture is no line that says why there is none, and
+    counts as `_write_splits` does."""
+    found = Counter(images=0)
+    for sample, picture in pairs:
+        if isinstance(picture, str):
+            complaints.add(picture)
+            continue
+        square, width, height = picture
+        encoded = encode(sample.captions)
+        add(square, sample.reference | {"width": width, "height": height}, encoded)
+        found.update(images=1, captions=len(encoded))
+        for caption, length in encoded:
+            found.update(caption[1 : length - 1])
+    return found
 
 
-def kinds_of(samples):
-    """The kinds of input files of a split, by whether its images have captions."""
-    return [kind for kind in _KINDS if samples[0].captions or not kind.startswith("CAP")]
+def sample_captions(captions, count, rng):
+    """`count` of an image's captions: all of them and repeats where it has too few, otherwise
+    a sample without repetition."""
+    if len(captions) <= count:
+        return captions + rng.choices(captions, k=count - len(captions))
+    return rng.sample(captions, count)
 
 
-def _write_captions(paths, split, samples, per_image, word_map, max_len, rng):
-    """Writes the JSON files of a split, at paths by (kind, split); counts for the summary."""
-    chosen = [sample_captions(s.captions, per_image, rng) for s in samples if s.captions]
-    encoded = [encode_caption(words, word_map, max_len) for own in chosen for words in own]
-    captions, lengths = [caption for caption, _ in encoded], [length for _, length in encoded]
-    contents = {"CAPTIONS": captions, "CAPLENS": lengths}
-    contents["REFERENCES"] = [sample.reference for sample in samples]
-    for kind in kinds_of(samples)[1:]:
-        _write_json(paths[kind, split], contents[kind])
-    return {
-        "images": len(samples),
-        "captions": len(captions),
-        "unknown": _share_unknown(captions, lengths, word_map),
-    }
-
-
-def _unreadable(samples, readable, skip_bad_images):
+def _unreadable(samples, written, skip_bad_images):
     """The number of images that are left out. Raises UserError if that must not or cannot be."""
-    total = sum(map(len, samples.values()))
-    count = total - sum(map(len, readable.values()))
+    total = samples.counts.total()
+    count = total - sum(found["images"] for found in written.values())
     if count and not skip_bad_images:
         raise UserError(
             f"{count} of {counted(total, 'image')} cannot be read (named above), so nothing was "
             "written: mend them or leave them out with --skip_bad_images"
         )
-    for split, items in readable.items():
-        if not items:
+    for split, found in written.items():
+        if not found["images"]:
             raise UserError(f"no image of the {split} split can be read (named above)")
     return count
 
 
-def _share_unknown(captions, lengths, word_map):
-    """The share of <unk> among the captions' words, <start> and <end> not counted."""
-    unknown = sum(caption.count(word_map["<unk>"]) for caption in captions)
-    return unknown / max(1, sum(lengths) - 2 * len(lengths))
+def _summarise(data, samples, written, unreadable, unknown):
+    """What the summary has of a `formats.DataSet` and of what `_write_splits` has counted.
+
+    Args:
+        unreadable: images, left out.
+        unknown: index of <unk>.
+    """
+    left_out = samples.left_out.copy()  # with its zeros, which + would leave out
+    left_out.update(data.left_out)
+    people, rule = Captions(data.images), samples.rule
+    return {
+        "left_out": {**left_out, "unreadable images": unreadable},
+        "splits": {split: _numbers(found, unknown) for split, found in written.items()},
+        "by_tokens": sum(bool(c.raw) and not is_split_by_rule(c, rule) for c in people),
+    }
 
 
-def _write_json(path, contents):
-    path.write_text(json.dumps(contents), encoding="utf-8")
+def _numbers(found, unknown):
+    """What the summary has of what `_write_splits` has counted: unknown is the share of <unk> among
+    the captions' words, <start> and <end> not counted."""
+    words = sum(count for word, count in found.items() if isinstance(word, int))
+    return {
+        "images": found["images"],
+        "captions": found["captions"],
+        "unknown": found[unknown] / max(1, words),
+    }
 
 
 MANY = 0.2  # share of <unk>, from which on a hint is given
 
 
-def _print_summary(summary):
+def _print_summary(summary, word_map):
     for split in SPLITS:
         counts = summary["splits"].get(split)
         if counts and not counts["captions"]:
@@ -382,17 +324,16 @@ def _print_summary(summary):
             )
         else:
             print(f"{split}: no images, so no {split} files")
-    print(f"vocabulary: {summary['vocabulary']} words, the {len(SPECIAL_WORDS)} special included")
+    print(describe(word_map))
     if summary["by_tokens"]:
         print(
             counted(
                 summary["by_tokens"], "caption is scored by its", "captions are scored by their"
             )
-            + " tokens: splitting the lower-cased text at blanks, without punctuation, does not "
-            "give them"
+            + f" tokens: splitting the text into {rule_of(word_map).about} does not give them"
         )
     if any(counts["unknown"] > MANY for counts in summary["splits"].values()):
-        print(f"more than {MANY:.0%} of the words are <unk>: a lower --min_word_freq keeps more")
+        print(f"more than {MANY:.0%} of the words are <unk>: {summary['keeps_more']}")
     one = {
         what: re.sub(r"(image|caption|text)s\b", r"\1", what, count=1)
         for what in summary["left_out"]

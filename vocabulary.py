@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from groundwork.errors import UserError
+from word_rules import unsayable
 
-NEVER = ("<pad>", "<start>", "<unk>")  # words that no caption is made of
 # The bias of a word that is barred. Its probability is 0 in float32, and so is its gradient:
 # training leaves the bias as it is. All precisions have the number exactly.
 BARRED = -(2.0**14)
@@ -60,11 +60,11 @@ def set_frequencies(decoder, counts):
 
 @torch.no_grad()
 def bar(decoder, word_map):
-    """Takes all probability from the words `NEVER`, as the last layer of TensorFlow's tutorial
-    «Image captioning with visual attention» does. Raises UserError where the decoder has no such
-    bias."""
+    """Takes all probability from the words that no caption is made of, as the last layer of
+    TensorFlow's tutorial «Image captioning with visual attention» does. Raises UserError where the
+    decoder has no such bias."""
     bias = _layer(decoder, "bar_special").bias
-    bias[[word_map[word] for word in NEVER]] = BARRED
+    bias[[word_map[word] for word in unsayable(word_map)]] = BARRED
 
 
 def barred(decoder):

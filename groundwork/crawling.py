@@ -94,16 +94,18 @@ class Crawl:
     def _outcomes(self, pool, addresses, failures, stop):
         """Yields what became of each address: a kind, the address, and the FetchError or None."""
         pending = {}  # future -> address
-        names = set()  # of what is on its way
+        names = {}  # of what is on its way -> the same address, that came again
         for address in addresses:
             name = self.name_of(address)
             path = self.folder / name
             if name in failures:
                 yield "failed before", address, None
-            elif path.exists() or name in names:
+            elif name in names:
+                names[name].append(address)  # what becomes of it, the first one tells
+            elif path.exists():
                 yield "there", address, None
             else:
-                names.add(name)
+                names[name] = []
                 pending[pool.submit(self._fetch, address, path)] = address
             while len(pending) >= 2 * self.connections and not stop.signal:
                 yield from self._done(pending, names)
@@ -119,12 +121,14 @@ class Crawl:
         done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in done:
             address = pending.pop(future)
-            names.discard(self.name_of(address))
+            again = names.pop(self.name_of(address))
             try:
                 error = future.result()
             except _Stopped:
                 continue
             yield "failed" if error else "fetched", address, error
+            for other in again:
+                yield "failed before" if error else "there", other, None
 
     def _note(self, failures, address, error):
         """Lists a failure. Where nobody answers any more, the last ones are not the addresses'."""

@@ -207,6 +207,13 @@ def check_listable(folder):
         pass
 
 
+def check_folder(folder, option):
+    """Raises UserError where there is no folder of that path, which the option names: nothing is to
+    be called missing in it."""
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}: check {option}")
+
+
 def write_new(path, contents):
     """Writes bytes to a new file, whole or not at all, and returns its path: where a file of the
     name is there, the next free one of `name_2.png`, `name_3.png` and so on."""

@@ -31,11 +31,14 @@ def new_hdf5(path):
         raise OSError(str(error)) from error
 
 
-def open_hdf5(path, name):
-    """The data set `name` of an HDF5 file, opened for reading. Raises UserError if it cannot be."""
+def open_hdf5(path, name, other=None):
+    """The data set `name` of an HDF5 file, or where it has none, `other`, opened for reading.
+    Raises UserError if it cannot be."""
     check_readable(path, f"{path} is missing: run create_input_files.py")
     try:
-        data = h5py.File(path, "r")[name]
+        file = h5py.File(path, "r")
+        name = other if other and other in file and name not in file else name
+        data = file[name]
         if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
             raise TypeError(f"{name} is no data set of its own")
         if math.prod(data.chunks or ()) * data.dtype.itemsize > MAX_CHUNK:

@@ -35,6 +35,10 @@ MAX_ASPECT = 100  # longer side / shorter side
 
 MAX_PIXELS = 2**26  # of an image; decoded, turned upright and made RGB it takes under a gigabyte
 
+GROUND = 124, 116, 104  # the mean colour of ImageNet, which encoders take away
+
+FRAME = 2048  # pixels
+
 # Greatest values of pixels that are no bytes: shares, 8 bits, cameras' 12 bits, 16 bits
 RANGES = 1, 255, 4095, 65535
 
@@ -145,6 +149,59 @@ def read_image(path, size):
     return squeeze(open_image(path), size)
 
 
+def square(image, size, fit="squeeze"):
+    """An RGB PIL.Image made a square: np.uint8 (3, size, size).
+
+    Args:
+        fit: of `FITS`: the whole of it squeezed; its middle, cropped to a square; or the whole of
+            it in its proportions, on a ground of `GROUND`.
+    """
+    if fit == "crop":
+        return squeeze(image.crop(_middle(image)), size)
+    if fit == "pad":
+        scale = size / max(image.size)
+        sides = [max(1, round(scale * side)) for side in image.size]
+        image = _on_ground(image.resize(sides, Image.Resampling.BILINEAR))
+    return squeeze(image, size)
+
+
+def framed(image, fit="squeeze"):
+    """What a `square` shows of an RGB PIL.Image, in its proportions: itself, its middle, or itself
+    on the ground, then at most `FRAME` pixels wide."""
+    if fit == "crop":
+        return image.crop(_middle(image))
+    if fit == "pad":
+        image = image.copy()
+        image.thumbnail((FRAME, FRAME))  # a line of many pixels would be a very large square
+        return _on_ground(image)
+    return image
+
+
+def frame(width, height, fit="squeeze"):
+    """Where the edges of a `square` are in a picture of that width and height: left, top, right,
+    bottom, fractions of width and height, which are below 0 and above 1 where there is ground."""
+    if fit == "squeeze":
+        return 0.0, 0.0, 1.0, 1.0
+    side = (min if fit == "crop" else max)(width, height)
+    x, y = (0.5 * (1 - side / length) for length in (width, height))
+    return x, y, 1 - x, 1 - y
+
+
+def _middle(image):
+    """The largest square in the middle: left, top, right, bottom, pixels."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return left, top, left + side, top + side
+
+
+def _on_ground(image):
+    """The image in the middle of the smallest square that holds it."""
+    side = max(image.size)
+    ground = Image.new("RGB", (side, side), GROUND)
+    ground.paste(image, [(side - length) // 2 for length in image.size])
+    return ground
+
+
 def squeeze(image, size):
     """An RGB PIL.Image made a square: np.uint8 (3, size, size)."""
     # Pillow widens the filter's support when it shrinks: no aliasing.
@@ -160,22 +217,24 @@ def unsqueeze(square, width, height):
     return image.resize([max(1, round(scale * side)) for side in (width, height)])
 
 
-def read_images(paths, size, workers):
-    """Yields each path's picture, `squeeze`d, with its width and height as it stands upright, or
+def read_images(paths, size, workers, fit="squeeze", total=None):
+    """Yields each path's picture as a `square`, with its width and height as it stands upright, or
     the line that says why it cannot be read, in order.
 
     Args:
+        total: how many paths there are, where they are no list.
         workers: threads that read ahead; None: as many as there are cores.
     """
 
     def read(path):
         try:
             image = open_image(path)
-            return squeeze(image, size), *image.size
+            return square(image, size, fit), *image.size
         except UserError as error:
             return str(error)
 
-    with progress(total=len(paths), desc="reading images", unit="image") as bar:
+    total = len(paths) if total is None else total
+    with progress(total=total, desc="reading images", unit="image") as bar:
         for image in in_threads(read, paths, workers):
             yield image
             bar.update()

@@ -9,6 +9,8 @@ from groundwork import __version__
 # Pixels and places along a side, at most, of options and of files: memory grows with the square.
 MAX_IMAGE_SIZE, MAX_GRID = 2048, 64
 
+FITS = "squeeze", "crop", "pad"  # how a picture is made a square
+
 
 class Parser(argparse.ArgumentParser):
     """Shows the defaults, and answers a wrong option with one line."""

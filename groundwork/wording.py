@@ -2,8 +2,20 @@
 
 import math
 import sys
+from unicodedata import category, east_asian_width
+
+import regex
 
 MOST = 10  # of a list that is shown
+
+# Scripts whose words stand side by side; those of the first write no blanks at all
+IDEOGRAPHS = r"\p{Han}\p{Hiragana}\p{Katakana}ー"
+SIDE_BY_SIDE = rf"{IDEOGRAPHS}\p{{Thai}}\p{{Lao}}\p{{Khmer}}\p{{Myanmar}}"
+# what a line may end with: a word, or a character of these scripts, with what closes it
+PIECE = regex.compile(
+    rf" *(?:(?=[{SIDE_BY_SIDE}])\X|(?:(?![{SIDE_BY_SIDE}])[^ ])+)"
+    r"(?:(?![\x00-\x7f])[\p{Po}\p{Pe}])*"
+)
 
 
 def counted(number, noun, plural=None):
@@ -30,6 +42,28 @@ def some(items, most=MOST):
     """The items with commas between, of many the first ones and how many more there are."""
     items = list(map(str, items))
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if items[most:] else "")
+
+
+def wrap(text, room, width):
+    """A text in lines that are `room` wide, or a word long.
+
+    Args:
+        width: of a text, in the unit of `room`.
+    """
+    lines = []
+    for piece in PIECE.findall(text):
+        if lines and width(lines[-1] + piece) <= room:
+            lines[-1] += piece
+        else:
+            lines.append(piece.lstrip(" "))
+    return lines
+
+
+def columns(text):
+    """How wide a text is, in letters: characters of Chinese and its like take two."""
+    return sum(
+        1 + (east_asian_width(c) in "WF") for c in text if category(c) not in ("Mn", "Me", "Cf")
+    )
 
 
 class Complaints:

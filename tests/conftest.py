@@ -17,6 +17,7 @@ from hypothesis import settings
 from playwright.sync_api import Error, sync_playwright
 
 import checkpoints
+import decoding
 import demo
 import utils
 from encoders import Encoder
@@ -44,6 +45,7 @@ def tiny_checkpoint(**changes):
         "encoder_stages": ("last",),
         "encoded_image_size": 3,
         "image_size": 64,
+        "fit": "squeeze",
         "encoder": {"weight": torch.arange(6.0).view(2, 3)},
         "decoder_name": "lstm",
         "decoder_config": None,
@@ -150,6 +152,16 @@ def failure(process):
     line = process.stderr.strip().splitlines()[-1]
     assert "error: " in line, process.stderr
     return line
+
+
+def short_captions(patch, words):
+    """Validation's captions end after so many words: those of a model that has learned little
+    seldom end, and fifty words take their time."""
+
+    def short(*arguments, max_length=decoding.MAX_LENGTH, search=decoding.greedy, **options):
+        return search(*arguments, max_length=min(max_length, words), **options)
+
+    patch.setattr(decoding, "greedy", short)
 
 
 @pytest.fixture(autouse=True)

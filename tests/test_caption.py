@@ -240,8 +240,9 @@ def test_drawn_captions_follow_the_seed(caption, photographs):
 # ------------------------------------------------------------------------------------ results
 
 
-def test_results_are_scored_by_evaluation(caption, scenes, photographs):
+def test_results_are_scored_by_evaluation(caption, scenes, photographs, monkeypatch):
     """A Karpathy JSON gives the ids that its references have."""
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
     process = caption(
         "--img", scenes / "images", "--no_pictures", "--results", "results.json",
         "--ids", scenes / "karpathy.json",

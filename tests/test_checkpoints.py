@@ -210,7 +210,8 @@ def test_load_model(tmp_path, checkpoint):
     assert model.device.type == "cpu" and not model.amp
     assert list(model.word_map.items()) == list(WORDS.items())  # in the order of the indices
     caption = decoding.Caption([1, 2], -1.0, None)
-    assert _in_words(caption, list(model.word_map)).words == ["a", "dog"]
+    found = _in_words(caption, list(model.word_map), model.rule, "pad")
+    assert found.words == ["a", "dog"] and found.text == "a dog" and found.fit == "pad"
     with pytest.raises(UserError, match="bare.pth.tar .*--word_map"):
         Captioner.load(bare, "cpu")
     named = tmp_path / "WORDMAP.json"

@@ -305,7 +305,9 @@ def test_a_script_refuses_what_cannot_be_before_it_reads_a_model(arguments, word
     assert words in failure(process)
 
 
-def test_the_scores_of_what_is_chosen(checkpoint, tiny_data, tmp_path):
+def test_the_scores_of_what_is_chosen(checkpoint, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
+
     def evaluate(*arguments):
         return run_here(
             "eval.py", "--model", checkpoint, "--data_folder", tiny_data[0], "--device", "cpu",

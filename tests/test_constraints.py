@@ -90,6 +90,37 @@ def test_a_wide_beam_finds_all_that_keeps_to_it_and_the_best_first(name):
     assert len({text for _, text in firsts}) > 3  # they make a difference
 
 
+@pytest.mark.parametrize(
+    "must", [("ab",), ("aab",), ("ab", "bc"), ("ab|cc", "a"), ("aba|bc",), ("abc", "c")]
+)
+def test_words_of_several_characters_come_as_they_are_written(must):
+    """Of a vocabulary of characters, which makes several of its words of one of people's."""
+    word_map = TINY | {"<rule:characters>": len(TINY)}
+    decoder = build(("lstm", {}), 1.0, vocab_size=len(word_map))
+    images = make_batch([2] * 2, 1, grid=2)[0]
+    constraints = Constraints(must_include=must)
+    constraints.check(word_map, LONGEST)
+    expected = {
+        "".join(words)
+        for words in ALL
+        if all(any(own in "".join(words) for own in either.split("|")) for either in must)
+    }
+    for captions in finished_beams(decoder, images, word_map, len(ALL), LONGEST, 0.7, constraints):
+        texts = ["".join("?abc"[word] for word in caption.words) for caption in captions]
+        assert len(texts) == len(set(texts)) and set(texts) == expected
+
+
+def test_too_many_characters_are_one_line():
+    special = ["<pad>", "<unk>", "<start>", "<end>", "<rule:characters>"]
+    word_map = {word: i for i, word in enumerate([*special, *"abcdefgh"])}
+    with pytest.raises(UserError, match="made of too many of the vocabulary's words"):
+        Constraints(must_include=("abcdefg", "hgfedcba", "acegbdfh", "hbd")).check(word_map, 50)
+    with pytest.raises(UserError, match="must_include needs 8 words: max_words 7 is too few"):
+        Constraints(must_include=("hgfedcba",)).check(word_map, 7)
+    with pytest.raises(UserError, match="the model has no word 'xyz'"):
+        Constraints(must_include=("xyz",)).check(word_map, 7)
+
+
 # ----------------------------------------------------------------------------------- by hand
 
 

@@ -3,12 +3,11 @@ resumes, decodes and is evaluated without a change outside its class."""
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import OFFLINE, close, failure, run_here
+from conftest import OFFLINE, close, failure, run_here, short_captions
 from PIL import Image
 from test_scripts import tables
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import checkpoints
 import contract
-import decoding
 from attentions import ATTENTIONS, Attention
 from captioner import Captioner
 from choosing import Search
@@ -97,8 +95,7 @@ class Blind(Decoder):
 def registered():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DECODERS, "blind", Blind)
-        # one that has learned nothing says fifty words, which takes its time
-        patch.setattr(decoding, "greedy", partial(decoding.greedy, max_length=8))
+        short_captions(patch, 8)
         yield
 
 

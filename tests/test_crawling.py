@@ -92,6 +92,22 @@ def test_images_are_fetched_once_and_as_they_are(crawling):
         assert headers["User-Agent"].startswith("show-attend-and-tell/")
 
 
+def test_an_address_that_comes_twice_at_once_has_what_becomes_of_it(crawling):
+    """The second comes while the first is on its way, which the server's answer waits for."""
+    second = threading.Event()
+    crawling.serve("/0", lambda handler: (second.wait(10), handler.give(status=404)))
+    crawling.serve("/1", lambda handler: (second.wait(10), handler.give(JPEG)))
+
+    def addresses():
+        yield from map(crawling.server.address, ("/0", "/1", "/0", "/1"))
+        second.set()
+
+    crawl = Crawl(crawling.folder, name_of, web=WEB, patience=PATIENCE, connections=4)
+    counts = crawl.run(addresses(), 4)
+    assert counts == {"fetched": 1, "there": 1, "failed": 1, "failed before": 1}
+    assert len(crawling.server.requests) == 2 and crawling.failed().keys() == {"0"}
+
+
 BAD = {
     "missing": (lambda h: h.give(status=404), "the answer is 404 Not Found"),
     "page": (lambda h: h.give(b"<html>", Content_Type="text/html"), "it is text/html and no image"),

@@ -17,7 +17,9 @@ from PIL import Image
 
 import create_input_files as create_input_files_script
 import demo
+import input_files
 import utils
+import word_rules
 from groundwork.errors import UserError
 from groundwork.files import read_json, sole_writer
 from utils import create_input_files
@@ -247,7 +249,7 @@ def test_captions_that_the_rule_does_not_split_are_scored_by_their_tokens(source
     (reference,) = source.read("REFERENCES", "VAL")
     texts = ["一个 黄色 方块", "a dog", "a cat", "the cat", "Well-known, the dog!"]
     assert reference["captions"] == texts
-    assert [utils.tokenize(text) for text in texts] == [s["tokens"] for s in sentences]
+    assert [word_rules.tokenize(text) for text in texts] == [s["tokens"] for s in sentences]
     assert "2 captions are scored by their tokens" in capsys.readouterr().out
 
 
@@ -528,7 +530,7 @@ def test_missing_image_folder(source):
 def test_a_second_run_into_the_folder_is_refused(source):
     source.create()
     before = source.listing()
-    wordmap = utils.input_path(source.output, BASE, "WORDMAP")
+    wordmap = input_files.input_path(source.output, BASE, "WORDMAP")
     with (
         sole_writer(wordmap, "wait"),
         pytest.raises(UserError, match=f"another run is writing .*{wordmap.name}"),

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE, ROOT
+from conftest import OFFLINE, ROOT, failure, run_here
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 import datasets
 import features
-import utils
+import input_files
+import mirroring
 from config import TrainingConfig
 from datasets import CaptionDataset, LengthSampler, find_data, make_view, read_references
 from encoders import Encoder
@@ -55,13 +56,14 @@ def images(tiny_data):
 def cache(tiny_data, tmp_path):
     """Calls cache_features on a copy of the tiny data set's training images."""
     folder, base = tiny_data
-    path = utils.input_path(tmp_path, base, "IMAGES", "TRAIN")
-    path.write_bytes(utils.input_path(folder, base, "IMAGES", "TRAIN").read_bytes())
+    path = input_files.input_path(tmp_path, base, "IMAGES", "TRAIN")
+    path.write_bytes(input_files.input_path(folder, base, "IMAGES", "TRAIN").read_bytes())
 
     def call(encoder, **options):
         found = cache_features(encoder, tmp_path, base, "TRAIN", batch_size=3, **options)
         if found is None:
             return None
+        [found] = found
         with h5py.File(found) as file:
             return found, torch.from_numpy(file["features"][:])
 
@@ -139,7 +141,7 @@ def test_features_of_views_come_with_their_images_captions(tiny_data, workers, t
     with h5py.File(features, "w") as file:  # 10 × image + view, everywhere
         values = (10 * np.arange(8)[:, None] + np.arange(3)).astype(np.float16)
         file["features"] = np.broadcast_to(values[:, :, None, None, None], (8, 3, 2, 2, 5))
-    data = CaptionDataset(folder, base, "TRAIN", features)
+    data = CaptionDataset(folder, base, "TRAIN", [features])
     sampler = LengthSampler(data.lengths, 3, views=3)
     seen = []
     for epoch in range(8):
@@ -214,7 +216,7 @@ def test_damaged_features_are_refused_by_name(tiny_data, tmp_path, values):
         if values is not None:
             file["features"] = values
     with pytest.raises(UserError, match=r"features.hdf5 is damaged: delete it"):
-        CaptionDataset(*tiny_data, "TRAIN", path)
+        CaptionDataset(*tiny_data, "TRAIN", [path])
 
 
 def test_in_a_read_only_folder_nothing_is_cached(cache, capsys, monkeypatch, tmp_path):
@@ -271,7 +273,7 @@ def test_a_pipe_in_the_place_of_an_input_file_is_refused(tiny_data, tmp_path, ki
     folder, base = tiny_data
     for path in folder.glob(f"*_{base}*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    path = utils.input_path(tmp_path, base, kind, None if kind == "WORDMAP" else "TRAIN")
+    path = input_files.input_path(tmp_path, base, kind, None if kind == "WORDMAP" else "TRAIN")
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(UserError, match=rf"{path.name}.* no file"):
@@ -457,6 +459,17 @@ def test_the_only_data_set_is_found(tiny_data, tmp_path):
     assert find_data(tmp_path) is None
     with pytest.raises(UserError, match=f"'coco'.*{base}"):
         find_data(folder, "coco")
+    nowhere = tmp_path / "nowhere"
+    assert find_data(nowhere) is None
+    with pytest.raises(UserError, match="there is no folder .*nowhere: check --data_folder"):
+        find_data(nowhere, base)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_a_folder_that_is_not_there_is_called_so(script, tmp_path):
+    line = failure(run_here(script, "--data_folder", tmp_path / "nowhere"))
+    assert f"there is no folder {tmp_path / 'nowhere'}: check --data_folder" in line
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_captions_of_another_vocabulary_are_refused(tiny_data, tmp_path):
@@ -473,7 +486,7 @@ def test_an_hdf5_file_of_something_else_is_refused(tiny_data, tmp_path):
     folder, base = tiny_data
     for path in folder.glob(f"*{base}*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    path = utils.input_path(tmp_path, base, "IMAGES", "VAL")
+    path = input_files.input_path(tmp_path, base, "IMAGES", "VAL")
     with h5py.File(path, "w") as file:
         file["weights"] = np.zeros(3)
     with pytest.raises(UserError, match=path.name):
@@ -491,7 +504,7 @@ def test_left_and_right_change_places_and_nothing_else_does():
     special = ["<unk>", "<start>", "<end>", "<pad>"]
     words = [word for pair in pairs for word in pair] + same + alone + special
     word_map = {word: i for i, word in enumerate(words[:-1], start=1)} | {"<pad>": 0}
-    mirrored = datasets.mirrored_words(word_map)
+    mirrored = mirroring.mirrored_words(word_map)
     names = {index: word for word, index in word_map.items()}
     found = {word: names[int(mirrored[index])] for word, index in word_map.items()}
     expected = dict(pairs) | {right: left for left, right in pairs}
@@ -508,7 +521,7 @@ def test_captions_of_mirror_images_say_the_other_side(tiny_data, tmp_path, from_
         path = tmp_path / "features.hdf5"
         with h5py.File(path, "w") as file:
             file["features"] = np.zeros((8, 4, 1, 1, 2), "float16")
-    data = CaptionDataset(folder, base, "TRAIN", path)
+    data = CaptionDataset(folder, base, "TRAIN", path and [path])
     word_map = json.loads((folder / f"WORDMAP_{base}.json").read_text())
     names = {index: word for word, index in word_map.items()}
     other = {"left": "right", "right": "left"}

@@ -4,13 +4,12 @@ Beside that, `transformer` and `merge` are checked against PyTorch's own layers.
 """
 
 import json
-from functools import partial
 from itertools import islice, product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import OFFLINE, WORDS, close, run_here
+from conftest import OFFLINE, WORDS, close, run_here, short_captions
 from test_scripts import tables
 from torch import nn
 from torch.nn.utils.rnn import pad_packed_sequence
@@ -432,7 +431,7 @@ def train_on(encoder, decoder, checkpoint, epochs, files):
     record = dict.fromkeys(provenance.KEYS, "x") | {"seconds": 0.0}
     options = {"data_folder": "", "decoder_lr": config.decoder_lr}
     log = checkpoint["log"] if checkpoint else []
-    state = RunState(network, config, "tiny", WORDS, options, [record], log, image_size=96)
+    state = RunState(network, config, "tiny", WORDS, options, [record], log, None, 96, "squeeze")
     state.begin("decoder")
     if checkpoint:
         state.restore(checkpoint, data=None)
@@ -484,8 +483,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint_exactly(variant, enc
 def test_every_decoder_goes_through_all_scripts(name, tiny_data, scenes, tmp_path, monkeypatch):
     """Both stages, in one run and stopped between them; evaluation, report, captions, viewer."""
     monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
-    # nor does one that has learned little end its captions
-    monkeypatch.setattr(decoding, "greedy", partial(greedy, max_length=8))
+    short_captions(monkeypatch, 8)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
 
     def train(output, *arguments):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import demo
 import draw_demo
-import utils
+import word_rules
 
 COUNTS = {"train": 60, "val": 5, "test": 3}
 
@@ -194,7 +194,7 @@ def test_captions_are_five_distinct_grammatical_sentences_of_few_words():
         texts = demo.captions(demo.compose(rng), rng)
         assert len(texts) == len(set(texts)) == 5
         for text in texts:
-            tokens = utils.tokenize(text)
+            tokens = word_rules.tokenize(text)
             assert 5 <= len(tokens) <= 16
             vocabulary.update(tokens)
             for article, following in pairwise(tokens):

@@ -119,6 +119,19 @@ def test_a_data_set_is_fetched_once(server, tmp_path, name, images):
     assert len(server.requests) == asked == 1 + len(downloads.IMAGES[name][0])
 
 
+def test_a_refused_download_leaves_no_folder(server, tmp_path):
+    """Where it is refused before anything has come, and where an earlier folder is in use."""
+    for name in ("coco", "flickr8k", "flickr30k"):
+        server.answers.clear()
+        with pytest.raises(UserError):
+            fetch(name, tmp_path / "new" / "downloads")
+        assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(UserError):
+        fetch("flickr30k", tmp_path / "old")
+    assert list(tmp_path.iterdir()) == [tmp_path / "old"] and not list((tmp_path / "old").iterdir())
+
+
 def test_what_is_unpacked_needs_its_archive_no_more(server, tmp_path):
     fetch("coco", tmp_path)
     (tmp_path / "coco" / "train2014.zip").unlink()
@@ -156,7 +169,7 @@ def test_flickr30k_says_where_its_form_is_and_goes_on_with_the_images(server, tm
     images = tmp_path / "flickr30k" / "flickr30k-images"
     assert downloads.FLICKR30K_FORM in str(error.value) and str(images) in str(error.value)
     assert server.requests == []
-    images.mkdir()
+    images.mkdir(parents=True)
     (images / "0.jpg").write_bytes(picture(0))
     found = fetch("flickr30k", tmp_path)
     assert found == ([tmp_path / "dataset_flickr30k.json"], images) and found.captions[0].exists()

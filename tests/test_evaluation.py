@@ -15,8 +15,8 @@ import attention_report
 import checkpoints
 import demo
 import evaluation
+import input_files
 import regions
-import utils
 from captioner import Captioner
 from coco_results import read_subset
 from evaluation_data import EvaluationData, find_data_set
@@ -33,29 +33,29 @@ def other_data(tiny_data, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
     for kind in ("IMAGES", "REFERENCES"):
-        path = utils.input_path(*tiny_data, kind, "TEST")
-        shutil.copy(path, utils.input_path(folder, OTHER, kind, "TEST"))
+        path = input_files.input_path(*tiny_data, kind, "TEST")
+        shutil.copy(path, input_files.input_path(folder, OTHER, kind, "TEST"))
     return folder
 
 
 def fake_model(tiny_data, size=96, words=("<pad>", "a", "red", "<unk>", "<start>", "<end>")):
     about = {"base": tiny_data[1], "options": {"data_folder": str(tiny_data[0])}}
     word_map = {word: i for i, word in enumerate(words)}
-    return SimpleNamespace(word_map=word_map, side_for=lambda _: size, about=about)
+    return SimpleNamespace(word_map=word_map, side_for=lambda _: size, fit="squeeze", about=about)
 
 
 # ------------------------------------------------------------------------------------- the data
 
 
 def test_any_data_set_is_taken_in_size_and_words_of_the_model(other_data, tiny_data):
-    path = utils.input_path(other_data, OTHER, "REFERENCES", "TEST")
+    path = input_files.input_path(other_data, OTHER, "REFERENCES", "TEST")
     references = json.loads(path.read_text())
     references[1]["captions"] = ["A red dog!", "a RED", "zebra"]
     path.write_text(json.dumps(references))
     data = EvaluationData(other_data, OTHER, "TEST", fake_model(tiny_data, 48))
     assert len(data) == len(references) and data.references == references
     image, captions, lengths = data[1]
-    with h5py.File(utils.input_path(other_data, OTHER, "IMAGES", "TEST")) as file:
+    with h5py.File(input_files.input_path(other_data, OTHER, "IMAGES", "TEST")) as file:
         stored = file["images"][1]
     expected = squeeze(Image.fromarray(stored.transpose(1, 2, 0)), 48)
     np.testing.assert_array_equal(image.numpy(), expected)
@@ -70,7 +70,7 @@ def test_any_data_set_is_taken_in_size_and_words_of_the_model(other_data, tiny_d
     own = EvaluationData(*tiny_data, "TEST", fake_model(tiny_data))
     np.testing.assert_array_equal(own[1][0].numpy(), stored)
     assert not own.is_of_training  # its name, but other words
-    words = json.loads(utils.input_path(*tiny_data, "WORDMAP").read_text())
+    words = json.loads(input_files.input_path(*tiny_data, "WORDMAP").read_text())
     own = EvaluationData(
         *tiny_data, "TEST", fake_model(tiny_data, words=sorted(words, key=words.get))
     )
@@ -147,6 +147,8 @@ def test_the_data_set_is_that_of_the_model_or_the_one_asked_for(tmp_path):
     for arguments, words in (
         ((None, None, "TEST", moved), "trained on a in .*gone, which is not here.*--data_folder"),
         ((empty,), "no data set in .*empty: .*--data_folder"),
+        ((tmp_path / "nowhere",), "there is no folder .*nowhere: check --data_folder"),
+        ((None, "a", "TEST", moved), "there is no folder .*gone: check --data_folder"),
         ((one, "a"), "no data set 'a' in .*one: there is b"),
         ((both, None, "TEST", unknown), "holds 2 data sets, a, b: .*--data_name"),
         ((one, None, "VAL"), "b in .*one has no val split: .*--split"),
@@ -267,7 +269,7 @@ def test_results_tell_data_of_the_same_name_apart(run, tiny_data, tmp_path):
     folder, base = tiny_data
     kept = shutil.ignore_patterns("*FEATURES*", "*checkpoint*")
     moved, other = (shutil.copytree(folder, tmp_path / x, ignore=kept) for x in ("moved", "other"))
-    path = utils.input_path(other, base, "REFERENCES", "TEST")
+    path = input_files.input_path(other, base, "REFERENCES", "TEST")
     path.write_text(path.read_text().replace("square", "circle"))
     for data in (moved, other):
         process = evaluate("--model", run, "--data_folder", data, "--output_folder", tmp_path)

@@ -20,6 +20,7 @@ import checkpoints
 import datasets
 import formats
 import utils
+import word_rules
 from downloads import file_name
 from groundwork.errors import UserError
 from groundwork.images import open_image
@@ -59,7 +60,7 @@ def expected(tmp_path_factory):
         data = json.loads(path.read_text())
         for image in data["images"]:
             for sentence in image["sentences"]:
-                sentence["tokens"] = utils.tokenize(sentence["raw"])
+                sentence["tokens"] = word_rules.tokenize(sentence["raw"])
         path.write_text(json.dumps(data))
         create(path, images, folder / "data")
         made[hashed] = contents(folder / "data")
@@ -296,7 +297,8 @@ def test_file_names_tell_splits_where_all_do_and_differ(plain, tmp_path):
 def test_an_image_in_several_splits_of_karpathys_is_told(photographs, tmp_path):
     twice = [PHOTOGRAPHS[0], PHOTOGRAPHS[0]._replace(split="validation")]
     [path] = data_sets.karpathy(tmp_path, twice)
-    assert any("1 image stands in several splits" in n for n in read(path, photographs).notes)
+    note = "1 image stands in several splits (a000.jpg: images[0] and images[1])"
+    assert note in read(path, photographs).notes
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -351,6 +353,140 @@ def test_a_bad_row_is_named(kind, change, words, photographs, tmp_path):
     line = str(error.value)
     assert line.startswith(f"{path} cannot be used: {row} has ") and words in line, line
     assert "\n" not in line and len(line) < 400 and not (tmp_path / "data").exists()
+
+
+def fails(files, images, output):
+    """The line with which a data set is refused, of which nothing is written."""
+    with pytest.raises(UserError) as error:
+        create(files, images, output)
+    line = str(error.value)
+    assert "\n" not in line and len(line) < 1000 and not output.exists()
+    return line
+
+
+AS_TEXT = ("flickr8k", "flickr30k", "conceptual", "csv", "tsv", "folder", "webdataset")
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        (None, "no caption"),
+        ("3.5", "a caption that is "),
+        (LONG, "a caption of 10000 words"),
+        ("word" * 6000, "a caption of 1 word, 24000 characters"),
+    ],
+)
+@pytest.mark.parametrize(("name", "writer"), CASES)
+def test_a_caption_that_is_none_is_named_in_every_format(name, writer, caption, words, tmp_path):
+    drawn = data_sets.draw(hashed=name == "conceptual")
+    as_text = caption or ("" if name in AS_TEXT and writer is not data_sets.webdataset else caption)
+    if caption is None and name == "webdataset":
+        drawn[4] = drawn[4]._replace(captions=[""])
+    else:
+        drawn[5] = drawn[5]._replace(captions=[as_text])
+    files = writer(tmp_path, drawn)
+    images = None
+    if not formats.FORMATS[name].holds_images:
+        images = write_images(tmp_path / "images", drawn)
+    line = fails(files, images, tmp_path / "made")
+    assert str(tmp_path) in line and words in line and re.search(r"\d", line.split(" has ")[0])
+
+
+@pytest.mark.parametrize(
+    "writer",
+    [data_sets.karpathy, data_sets.coco, data_sets.flickr8k, data_sets.flickr30k, data_sets.table]
+    + [data_sets.tsv, data_sets.jsonl, data_sets.webdataset],
+)
+@pytest.mark.parametrize("name", ["../out.jpg", "/etc/out.jpg", "a/../../out.jpg"])
+def test_a_path_that_leaves_the_folder_is_named_in_every_format(
+    writer, name, photographs, tmp_path
+):  # fmt: skip
+    drawn = [*PHOTOGRAPHS[:4], PHOTOGRAPHS[4]._replace(name=name), *PHOTOGRAPHS[5:]]
+    files = writer(tmp_path, drawn)
+    line = fails(files, None if writer is data_sets.webdataset else photographs, tmp_path / "made")
+    assert "has a path outside the folder" in line and "out.jpg" in line and str(tmp_path) in line
+
+
+@pytest.mark.parametrize(
+    "writer",
+    [data_sets.flickr8k, data_sets.flickr30k, data_sets.table, data_sets.tsv, data_sets.jsonl]
+    + [data_sets.parquet, data_sets.saved_to_disk],
+)
+def test_an_image_of_two_splits_is_named_by_both_rows(writer, photographs, tmp_path):
+    drawn = [*PHOTOGRAPHS, PHOTOGRAPHS[0]._replace(split="test")]
+    holds = writer in (data_sets.parquet, data_sets.saved_to_disk)
+    images = None if holds else photographs
+    line = fails(writer(tmp_path, drawn), images, tmp_path / "made")
+    assert "a000" in line and re.search("line|row", line)
+
+
+def all_but(*without):
+    return [writer for _, writer in CASES if writer not in without]
+
+
+@pytest.mark.parametrize("writer", all_but(data_sets.parquet, data_sets.saved_to_disk))
+def test_text_of_another_encoding_is_named_in_every_format(writer, photographs, tmp_path):
+    """Latin-1's é; Parquet and Arrow have no other than UTF-8."""
+    hashed = writer is data_sets.conceptual
+    drawn = data_sets.draw(hashed=hashed)
+    images = write_images(tmp_path / "more", drawn) if hashed else photographs
+    files = writer(tmp_path, drawn)
+    changed = 0
+    for path in (inner for file in files for inner in data_sets.files_below(file)):
+        contents = path.read_bytes()
+        if b"sleeps" in contents and path.suffix != ".jpg":
+            path.write_bytes(contents.replace(b"sleeps", b"sl\xe9eps"))
+            changed += 1
+    holds = writer in (data_sets.folder_, data_sets.webdataset)
+    line = fails(files, None if holds else images, tmp_path / "made")
+    assert changed and ("UTF-8" in line or "utf-8" in line) and str(tmp_path) in line
+
+
+@pytest.mark.parametrize("writer", all_but(data_sets.folder_))
+def test_files_cut_short_are_named_in_every_format(writer, tmp_path):
+    """In the middle, texts packed by gzip; one beside an image may be of any length."""
+    hashed = writer is data_sets.conceptual
+    drawn = data_sets.draw(hashed=hashed)
+    images = write_images(tmp_path / "images", drawn)
+    files = writer(tmp_path, drawn)
+    paths = [inner for file in files for inner in data_sets.files_below(file)]
+    path = max((p for p in paths if p.suffix != ".jpg"), key=lambda p: p.stat().st_size)
+    if path.suffix not in (".tar", ".parquet", ".arrow"):
+        path.write_bytes(gzipped(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    holds = path.suffix in (".tar", ".parquet", ".arrow")
+    assert str(path) in fails(files, None if holds else images, tmp_path / "made")
+
+
+def test_an_arrow_file_cut_off_anywhere_is_refused(tmp_path):
+    [saved] = data_sets.saved_to_disk(tmp_path, PHOTOGRAPHS[:8])
+    path = saved / "train" / "data-00000-of-00001.arrow"
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), 97), *range(len(whole) - 40, len(whole) - 8)]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=path.name):
+            read(saved)
+
+
+def test_documents_may_be_packed(photographs, tmp_path):
+    for writer in (data_sets.karpathy, data_sets.coco):
+        files = writer(tmp_path, PHOTOGRAPHS)
+        expected = [image.name for image in read(files, photographs).images]
+        packed = [path.with_name(f"{path.name}.gz") for path in files]
+        for path, other in zip(files, packed, strict=True):
+            other.write_bytes(gzipped(path.read_bytes()))
+        assert [image.name for image in read(packed, photographs).images] == expected
+        packed[0].write_bytes(packed[0].read_bytes()[:-9])
+        with pytest.raises(UserError, match=f"{packed[0].name} is damaged"):
+            read(packed, photographs)
+
+
+def test_a_missing_column_is_named_in_shards(tmp_path):
+    [shards] = data_sets.webdataset(tmp_path, PHOTOGRAPHS)
+    with pytest.raises(UserError, match=r"tar cannot be used: a001.json has no 'says'.*--caption_"):
+        read(shards, caption_column="says")
+    with pytest.raises(UserError, match=r"tar cannot be used: a001.json has no 'part'.*--split_c"):
+        read(shards, split_column="part")
 
 
 def test_of_many_bad_rows_ten_are_named_and_the_others_counted(photographs, tmp_path):
@@ -538,12 +674,15 @@ def test_the_examples_of_the_page_on_data_work_as_they_stand(text, tmp_path, mon
         assert process.returncode == 0, process.stderr
     for line in re.findall(r"^    (cd .*)", text, re.M):
         subprocess.run(line, shell=True, check=True)
-    [command] = re.findall(r"^    python (.*)", text, re.M)
-    process = run_here(*shlex.split(command), "--image_size", 8, "--workers", 1)
-    assert process.returncode == 0, process.stderr
-    assert f"format: {text[1:].split('`')[0]}, by its look" in process.stdout
-    [word_map] = (tmp_path / "data" / "mine").glob("WORDMAP*")
-    assert {"dog", "runs", "children"} <= json.loads(word_map.read_text()).keys()
+    found = set()
+    for command in re.findall(r"^    python (.*)", text, re.M):
+        process = run_here(*shlex.split(command), "--image_size", 8, "--workers", 1)
+        assert process.returncode == 0, process.stderr
+        found |= set(re.findall("format: (.*), by its look", process.stdout))
+        [word_map] = (tmp_path / "data" / "mine").glob("WORDMAP*")
+        assert {"dog", "runs", "children"} <= json.loads(word_map.read_text()).keys()
+        word_map.unlink()
+    assert found == set(re.findall("`(.*?)`", text.split("\n")[0]))
 
 
 def test_the_example_of_the_readme_works_as_it_stands(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from encoders import EncoderError
 from groundwork import files, images, provenance, timing
 from groundwork.errors import UserError
 from groundwork.images import read_images
+from input_files import input_path
 
 MEMORY = 2**30  # bytes that reading may take
 
@@ -125,9 +126,9 @@ def input_files(kinds):
         source, base = tiny_data
         for path in source.glob(f"*{base}*"):
             shutil.copy(path, folder)
-        paths = [utils.input_path(folder, base, kind, "VAL") for kind in kinds]
+        paths = [input_path(folder, base, kind, "VAL") for kind in kinds]
         if "CAPTIONS" in kinds:
-            paths.append(utils.input_path(folder, base, "WORDMAP"))
+            paths.append(input_path(folder, base, "WORDMAP"))
 
         def read(path):
             read_word_map(folder, base)
@@ -138,6 +139,24 @@ def input_files(kinds):
         return [(path, path.read_bytes()) for path in paths], read
 
     return files
+
+
+def jpeg_shards(_, folder):
+    """Training images as JPEGs in two shards, and what reads them."""
+    drawn = data_sets.draw(4)
+    images = data_sets.write_images(folder / "images", drawn)
+    options = {"workers": 1, "store": "jpeg", "shards": 2}
+    made = utils.create_input_files(
+        "mine", data_sets.table(folder, drawn), images, 2, 0, 20, folder / "data", 32, **options
+    )
+
+    def read(_):
+        data = CaptionDataset(folder / "data", made["base"], "TRAIN")
+        for i in range(len(data)):
+            data[i]
+
+    paths = (folder / "data").glob("TRAIN_*_00000-of-00002.*")
+    return [(path, path.read_bytes()) for path in paths if "REFERENCES" not in path.name], read
 
 
 def checkpoint_files(_, folder):
@@ -163,6 +182,7 @@ READERS = {
     "karpathy": karpathy_files,  # with words
     "json": input_files(["CAPTIONS", "CAPLENS", "REFERENCES"]),
     "hdf5": input_files(["IMAGES"]),
+    "jpeg": jpeg_shards,
     "checkpoints": checkpoint_files,
 }
 

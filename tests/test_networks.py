@@ -468,7 +468,7 @@ def test_features_of_one_vector_are_cached_apart_from_a_maps(tiny_data, tmp_path
     for own in ("last", "fc"):
         torch.manual_seed(0)
         encoder = Encoder("timm:test_resnet", weights=None, stages=[own])
-        paths.append(features.cache_features(encoder, folder, base, "VAL"))
+        paths += features.cache_features(encoder, folder, base, "VAL")
         cached = features.open_hdf5(paths[-1], "features")
         assert cached.shape == (8, 1, *encoder.features(synthetic_images(1, 96)).shape[1:])
     assert paths[0] != paths[1]

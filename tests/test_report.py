@@ -11,8 +11,10 @@ from conftest import attention_in_pixels, failure, least_contrast, needs_java, r
 from PIL import Image
 
 import evaluation
+import input_files
 import report
 import utils
+import word_rules
 from captioner import Caption
 from datasets import CaptionDataset
 from groundwork import files
@@ -164,7 +166,7 @@ def test_opened_rows_stay_open(opened):
 def test_images_are_counted_as_files_and_results_are(opened, tiny_data):
     page, _ = opened
     page.locator("#captions th button", has_text="#").click()
-    references = files.read_json(utils.input_path(*tiny_data, "REFERENCES", "TEST"))
+    references = files.read_json(input_files.input_path(*tiny_data, "REFERENCES", "TEST"))
     assert [row["#"] for row in rows(page)] == [str(i) for i in range(len(references))]
     page.locator("#captions tr.row").nth(3).click()
     names = page.locator("#captions tr.open h4").all_inner_texts()
@@ -443,6 +445,7 @@ def test_panels_say_how_much_a_word_does_not_look(page, tmp_path, width):
 def write_by_hand(tiny_data, folder, texts, references=None):
     """A report of given captions on the tiny data, without a model."""
     data = CaptionDataset(*tiny_data, "TEST")
+    data.path = input_files.input_path(*tiny_data, "IMAGES", "TEST")  # as `EvaluationData` has it
     for reference, captions in zip(data.references, references or [], strict=False):
         reference["captions"] = captions
     rng = np.random.default_rng(0)
@@ -451,7 +454,7 @@ def write_by_hand(tiny_data, folder, texts, references=None):
     ]
     scores = evaluation.score({"beam 1": texts}, [r["captions"] for r in data.references])
 
-    word_map = json.loads(utils.input_path(*tiny_data, "WORDMAP").read_text())
+    word_map = json.loads(input_files.input_path(*tiny_data, "WORDMAP").read_text())
     beams, path = [[caption] for caption in captions], report.page_path(folder)
     report.write(path, word_map, data, {1: captions}, beams, ["by hand"], scores, {})
     return path
@@ -498,7 +501,7 @@ def test_photographs_keep_their_proportions(tmp_path, page, monkeypatch):
     )  # fmt: skip
     data = tmp_path / "data", summary["base"]
     upright = [(128, 64), (64, 128), (128, 128), (round(128 / 3), 128)]
-    path = utils.input_path(*data, "REFERENCES", "TEST")
+    path = input_files.input_path(*data, "REFERENCES", "TEST")
     for known in (True, False):
         page.goto(write_by_hand(data, tmp_path / "page", ["a dog"] * 4).as_uri())
         page.locator("#captions th button", has_text="#").click()
@@ -523,7 +526,7 @@ def test_photographs_keep_their_proportions(tmp_path, page, monkeypatch):
 @pytest.mark.slow
 @needs_java
 def test_the_page_says_which_scores_of_a_split_are_means(tiny_data, tmp_path, page):
-    references = files.read_json(utils.input_path(*tiny_data, "REFERENCES", "TEST"))
+    references = files.read_json(input_files.input_path(*tiny_data, "REFERENCES", "TEST"))
     texts = [
         r["captions"][0].split(",")[0].rstrip(" .")[: 12 + 7 * i] for i, r in enumerate(references)
     ]
@@ -543,16 +546,16 @@ def test_the_page_says_which_scores_of_a_split_are_means(tiny_data, tmp_path, pa
 
 def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypatch):
     monkeypatch.setenv("PATH", "")  # no Java: the test takes a second instead of ten
-    known = list(files.read_json(utils.input_path(*tiny_data, "WORDMAP")))[:2]
+    known = list(files.read_json(input_files.input_path(*tiny_data, "WORDMAP")))[:2]
     first, second = known
-    train = files.read_json(utils.input_path(*tiny_data, "REFERENCES", "TRAIN"))
+    train = files.read_json(input_files.input_path(*tiny_data, "REFERENCES", "TRAIN"))
     learned = train[0]["captions"][0]
     texts = [f"{first} {second}"] * 3 + [f"{second} zebra"] * 2 + [learned, first, second]
     path = write_by_hand(tiny_data, tmp_path, texts)
     page.goto(path.as_uri())
     lines = page.locator("table.words tr").all_inner_texts()
-    said = {first, second, *utils.tokenize(learned)}
-    vocabulary = len(files.read_json(utils.input_path(*tiny_data, "WORDMAP"))) - 4
+    said = {first, second, *word_rules.tokenize(learned)}
+    vocabulary = len(files.read_json(input_files.input_path(*tiny_data, "WORDMAP"))) - 4
     assert f"{len(said)} of {vocabulary}" in lines[0]
     assert "100.0% of all their words" in lines[1]
     assert "62.5%" in lines[2]  # five of eight
@@ -560,8 +563,11 @@ def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypa
     assert "87.5%" in lines[3]  # all but one
 
 
-def test_what_cannot_be_written_is_named_and_costs_no_scores(checkpoint, tiny_data, tmp_path):
+def test_what_cannot_be_written_is_named_and_costs_no_scores(
+    checkpoint, tiny_data, tmp_path, monkeypatch
+):
     """A folder that is a file, a page that is a folder, a picture that is one."""
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds
     picture = f"robustness_test_{checkpoint.name.removesuffix('.pth.tar')}.png"
     (tmp_path / "file").write_text("")
     (tmp_path / "page" / "index.html").mkdir(parents=True)

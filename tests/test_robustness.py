@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import checkpoints
 import robustness
-import utils
+import word_rules
 from captioner import Captioner
 from choosing import Search
 from config import SearchConfig
@@ -282,7 +282,7 @@ def test_the_table_has_a_row_a_perturbation_and_starts_from_the_captions_of_the_
     results = json.loads(path.read_text())[:5]
     references = json.loads((folder / f"TEST_REFERENCES_{base}.json").read_text())[:5]
     expected = corpus_bleu(
-        [[utils.tokenize(text) for text in r["captions"]] for r in references],
+        [[word_rules.tokenize(text) for text in r["captions"]] for r in references],
         [r["caption"].split() for r in results],
     )
     assert table["none"]["BLEU-4"] == f"{100 * expected:.1f}"

@@ -15,7 +15,8 @@ from PIL import Image
 import attention_probes
 import checkpoints
 import datasets
-import utils
+import input_files
+import word_rules
 
 
 @needs_java
@@ -44,7 +45,7 @@ def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
     references = json.loads((folder / f"TEST_REFERENCES_{base}.json").read_text())
     assert [r["image_id"] for r in results] == [r["id"] for r in references]
     by_hand = corpus_bleu(
-        [[utils.tokenize(text) for text in r["captions"]] for r in references],
+        [[word_rules.tokenize(text) for text in r["captions"]] for r in references],
         [r["caption"].split() for r in results],
     )
     assert by_hand > 0.9
@@ -226,7 +227,7 @@ def test_damaged_data_files_are_named(copied_data, kind, damage):
     if (kind, damage) == ("REFERENCES", "missing"):
         pytest.skip("they are derived: see below")
     folder, base = copied_data
-    path = utils.input_path(folder, base, kind, "VAL")
+    path = input_files.input_path(folder, base, kind, "VAL")
     if damage == "missing":
         path.unlink()
     elif damage == "truncated":
@@ -249,7 +250,7 @@ def test_input_files_of_other_tooling_have_no_references(
     folder, base = copied_data
     expected = {}
     for split in ("TRAIN", "VAL", "TEST"):
-        path = utils.input_path(folder, base, "REFERENCES", split)
+        path = input_files.input_path(folder, base, "REFERENCES", split)
         expected[split] = json.loads(path.read_text())
         path.unlink()
     run = ["--data_folder", folder, "--device", "cpu"]
@@ -259,7 +260,8 @@ def test_input_files_of_other_tooling_have_no_references(
     assert process.stderr.count("VAL_REFERENCES") == 1 and "--karpathy_json" in process.stderr
     derived = datasets.CaptionDataset(folder, base, "VAL").references
     for one, other in zip(derived, expected["VAL"], strict=True):  # no word is rare here
-        assert one["captions"] == [" ".join(utils.tokenize(text)) for text in other["captions"]]
+        split = map(word_rules.tokenize, other["captions"])
+        assert one["captions"] == list(map(" ".join, split))
     json_file = ["--karpathy_json", scenes / "karpathy.json"]
     read = datasets.CaptionDataset(folder, base, "VAL", karpathy_json=json_file[1]).references
     size = {"width": 96, "height": 96}  # which the images alone tell
@@ -280,7 +282,7 @@ def test_input_files_of_other_tooling_have_no_references(
 
 def test_what_is_missing_is_found_before_anything_is_encoded(copied_data):
     folder, base = copied_data
-    utils.input_path(folder, base, "CAPLENS", "VAL").unlink()
+    input_files.input_path(folder, base, "CAPLENS", "VAL").unlink()
     line = failure(run_here("train.py", "--data_folder", folder, "--encoder", OFFLINE))
     assert "VAL_CAPLENS" in line
     assert not list(folder.glob("*FEATURES*"))

@@ -105,14 +105,16 @@ except SystemExit as exit:
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
     "models annotations attentions recurrent transformer merge kernels objectives sampling stages "
     "encoders networks efficientnet_lite contract decoding beams constraints choosing vocabulary "
-    "rewards self_critical ensemble",
-    "utils datasets embeddings features demo "
+    "rewards self_critical ensemble word_rules",
+    "utils word_maps mirroring datasets views storage input_files embeddings features demo "
+    "gathered "
     "captioned formats formats_archives formats_json formats_parquet formats_tables downloads",
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
     "diversity parts_of_speech regions coco_results evaluation evaluation_data robustness report "
+    "preview duplicates "
     "textbook benchmark_data",
     "config training_options engine checkpoints run_state optimization training_data "
-    "training_report training continuation choices listing",
+    "training_report training continuation transfer choices listing",
     "captioner hubconf benchmark_parts benchmark_report benchmark_variants",
 ]
 

@@ -7,14 +7,13 @@ import math
 import shutil
 import signal
 import sys
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import OFFLINE, ROOT, failure, run_here, run_script
+from conftest import OFFLINE, ROOT, failure, run_here, run_script, short_captions
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io import gfile
@@ -23,15 +22,15 @@ from test_distributed import run_two
 
 import checkpoints
 import datasets
-import decoding
+import input_files
 import parts_of_speech
 import training
-import utils
 from attention_pictures import draw_attention
 from captioner import Captioner
 from groundwork import tensorboard_log
 
 CAPTIONS, STEPS = 80, 3  # of an epoch of the tiny data: 8 images in batches of 3 at most
+LONGEST = 6  # words of a caption of validation
 RUN = ["--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 8, "--encoded_image_size", 3]
 RUN += ["--encoder", OFFLINE, "--device", "cpu", "--batch_size", 30, "--finetune_batch_size", 30]
 RUN += ["--stage", "both", "--epochs", 1, "--decoder_lr", 0.02]
@@ -39,10 +38,10 @@ DECODER = ["--stage", "decoder", "--tensorboard"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_captions():
-    """Those of an untrained decoder seldom end, and a panel for each of 50 words takes a second."""
+def few_words():
+    """A panel of an example for each of 50 words takes a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "greedy", partial(decoding.greedy, max_length=6))
+        short_captions(patch, LONGEST)
         yield
 
 
@@ -151,9 +150,9 @@ def test_where_it_looked_is_measured_in_every_epoch(run, tiny_data):
     (output, _), (folder, base) = run, tiny_data
     found = series(read(output, base))
     model = Captioner.load(checkpoints.checkpoint_path(output, base))
-    images = datasets.open_images(utils.input_path(folder, base, "IMAGES", "VAL"))
+    images = datasets.open_images(folder, base, "VAL")
     squares = [torch.from_numpy(image) for image in images]
-    captions = list(model.caption(squares, beam_size=1, max_words=6))
+    captions = list(model.caption(squares, beam_size=1, max_words=LONGEST))
     entropies = [scipy.stats.entropy(caption.alphas, axis=1) for caption in captions]
     kinds = [kind for caption in captions for kind in parts_of_speech.kinds(caption.words)]
     evenness = np.concatenate(entropies) / math.log(9)
@@ -247,10 +246,11 @@ def test_the_run_is_the_same_without(run, tiny_data, tmp_path):
 
 # Kills training at the first checkpoint after some steps and validations.
 KILLED = """
-import functools, os, signal, sys
+import os, signal, sys
 import checkpoints, decoding, torch, train, metrics
 from groundwork import errors
-decoding.greedy = functools.partial(decoding.greedy, max_length=6)
+greedy, longest = decoding.greedy, int(sys.argv.pop(1))
+decoding.greedy = lambda *given, max_length, **options: greedy(*given, longest, **options)
 steps, validations = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 def count(owner, name):
     call, calls = getattr(owner, name), []
@@ -288,7 +288,7 @@ def test_after_a_kill_nothing_stands_twice(
     more = [*DECODER, "--epochs", 2, "--save_every", every]
     output = tmp_path / "run"
     process = run_script(
-        *(tmp_path / "killed.py", steps, validations, "--data_folder", tiny_data[0]),
+        *(tmp_path / "killed.py", LONGEST, steps, validations, "--data_folder", tiny_data[0]),
         *("--output_folder", output, *RUN, *more),
         env={"PYTHONPATH": str(ROOT)},
     )
@@ -329,7 +329,7 @@ def continued(run, decoder_run, tiny_data, tmp_path_factory):
     which the first validation photograph is twice as wide as high, and others of unknown sizes."""
     folder, output = tmp_path_factory.mktemp("wide") / "data", tmp_path_factory.mktemp("continued")
     shutil.copytree(tiny_data[0], folder)
-    path = utils.input_path(folder, tiny_data[1], "REFERENCES", "VAL")
+    path = input_files.input_path(folder, tiny_data[1], "REFERENCES", "VAL")
     references = json.loads(path.read_text())
     for reference in references:
         del reference["width"], reference["height"]

@@ -16,10 +16,10 @@ from torch import nn
 
 import checkpoints
 import datasets
+import input_files
 import objectives
 import train
 import training
-import utils
 from groundwork import files
 from groundwork.errors import UserError
 from optimization import load_optimizer
@@ -523,10 +523,10 @@ def test_the_fingerprint_changes_with_the_data(tiny_data, tmp_path):
         shutil.copy(path, tmp_path)
     same = datasets.describe_data(tmp_path, base)
     assert same == datasets.describe_data(folder, base)
-    with h5py.File(utils.input_path(tmp_path, base, "IMAGES", "VAL"), "r+") as file:
+    with h5py.File(input_files.input_path(tmp_path, base, "IMAGES", "VAL"), "r+") as file:
         file["images"][0, 0, 0, 0] ^= 1
     changed = datasets.describe_data(tmp_path, base)
-    captions = utils.input_path(tmp_path, base, "CAPTIONS", "TRAIN")
+    captions = input_files.input_path(tmp_path, base, "CAPTIONS", "TRAIN")
     captions.write_text(captions.read_text() + " ")
     assert len({same, changed, datasets.describe_data(tmp_path, base)}) == 3
 

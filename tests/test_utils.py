@@ -3,7 +3,8 @@
 import pytest
 from conftest import WORDS
 
-import utils
+import word_maps
+import word_rules
 from groundwork.errors import UserError
 
 
@@ -23,16 +24,16 @@ from groundwork.errors import UserError
 )
 def test_what_is_no_word_map(word_map):
     with pytest.raises(UserError, match="^somewhere is no word map"):
-        utils.check_word_map(word_map, "somewhere")
+        word_maps.check_word_map(word_map, "somewhere")
 
 
 def test_word_map():
-    utils.check_word_map(WORDS, "somewhere")
-    utils.check_word_map(dict(reversed(WORDS.items())), "somewhere")
-    utils.check_word_map(WORDS | {str(i): i for i in range(6, 1000)}, "somewhere")
+    word_maps.check_word_map(WORDS, "somewhere")
+    word_maps.check_word_map(dict(reversed(WORDS.items())), "somewhere")
+    word_maps.check_word_map(WORDS | {str(i): i for i in range(6, 1000)}, "somewhere")
 
 
 def test_tokenize():
-    assert utils.tokenize(" A man's dog , a black-and-white one , RUNS .\n") == (
+    assert word_rules.tokenize(" A man's dog , a black-and-white one , RUNS .\n") == (
         ["a", "mans", "dog", "a", "blackandwhite", "one", "runs"]
     )

@@ -18,10 +18,11 @@ import contract
 import datasets
 import decoding
 import engine
-import utils
+import input_files
 import vocabulary
 from groundwork.errors import UserError
 from objectives import CrossEntropy, caption_loss, reinforce
+from word_rules import unsayable
 
 WORDS = ["<pad>", *"abcdefghij", "<unk>", "<start>", "<end>"]
 WORD_MAP = {word: index for index, word in enumerate(WORDS)}
@@ -55,7 +56,7 @@ def batch(images=3, each=2, longest=7):
 def test_the_biases_are_the_logarithms_of_the_words_shares(tiny_data):
     folder, base = tiny_data
     word_map = datasets.read_word_map(folder, base)
-    captions = json.loads(utils.input_path(folder, base, "CAPTIONS", "TRAIN").read_text())
+    captions = json.loads(input_files.input_path(folder, base, "CAPTIONS", "TRAIN").read_text())
     counts = Counter(
         word for caption in captions for word in caption if word not in (0, word_map["<start>"])
     )
@@ -300,7 +301,7 @@ def test_words_begin_as_asked_and_stay_so_when_a_run_goes_on(start, tiny_data, t
     others = table[[index for word, index in word_map.items() if word not in vectors]]
     assert 2 < others.mean() < 4 and 0.5 < others.std() < 1.5
     assert first["decoder_config"]["embed_dim"] == first["options"]["embed_dim"] == 5
-    never = [word_map[word] for word in vocabulary.NEVER]
+    never = [word_map[word] for word in unsayable(word_map)]
     assert (first["decoder"]["fc.bias"][never] == vocabulary.BARRED).all()
     assert len(first["optimizer"]["state"]) == len(first["decoder"]) - 1
 

@@ -1,4 +1,4 @@
-// <attention-view data='{"image": URL, "captions": [{"words", "alphas", "away", "log_prob"}, …]}'>: a
+// <attention-view data='{"image": URL, "captions": [{"words", "text", "alphas", "away", "log_prob"}, …]}'>: a
 // photograph, its caption, and a panel a word that shows where the model looked, as caption.py draws
 // them. Hovering over a word or panel shows it on the photograph; a click keeps it there; the arrow
 // keys step. Of several captions one is chosen by a click. Its colours are those of the page around.
@@ -228,11 +228,11 @@
       this.numbers = element("p", { className: this.away ? "numbers rest" : "numbers", hidden: !this.grids });
       const step = (text, label, by) =>
         element("button", { textContent: text, ariaLabel: label, onclick: () => this.step(by) });
-      const others = this.captions.map(({ words, log_prob }, i) =>
+      const others = this.captions.map(({ text, log_prob }, i) =>
         element("li", {}, element("button", {
           className: i === chosen ? "chosen" : "", ariaPressed: i === chosen,
           onclick: () => this.choose(i),
-        }, `${words.join(" ")} `,
+        }, `${text} `,
         element("span", { className: "p", textContent: signed(log_prob) }))));
       const sure = element("span", { className: "p",
         textContent: `log p ${signed(this.captions[chosen].log_prob)}`,
