@@ -144,8 +144,8 @@ class CaptionDataset(Dataset):
         if len(self.features) != len(self):
             raise UserError(f"{paths[0]} is damaged: delete it, and it is made again")
 
-    def own_images(self, rank, world_size):
-        """The images of the shards that a process takes, bool (I,): every `world_size`-th shard;
+    def owners(self, world_size):
+        """The process that takes each image, int64 (I,): of every `world_size`-th shard one does;
         None where there are no shards. Raises UserError where there are fewer than processes."""
         if not self.has_shards:
             return None
@@ -155,8 +155,7 @@ class CaptionDataset(Dataset):
                 f"{counted(shards, 'shard')} of {self.base} cannot be shared by {world_size} "
                 "processes: start fewer, or make more by create_input_files.py --shards"
             )
-        numbers = np.repeat(np.arange(shards), np.diff(self.images.starts))
-        return numbers % world_size == rank
+        return np.repeat(np.arange(shards) % world_size, np.diff(self.images.starts))
 
     def __len__(self):
         return len(self.captions)
@@ -210,9 +209,9 @@ class LengthSampler(Sampler):
         batch_size: images, at most; batches differ by one image at most, `total` an epoch.
         views: number of views to choose from.
         rank, world_size: take every `world_size`-th item of each batch, from item `rank` on.
-        own: of images in shards, those that this process has, bool (I,): its batches are of them
-            alone, as many as the others', and those of all processes together as long as those
-            without shards. One process has them all, and so the same batches.
+        owners: of images in shards, the process that has each, int64 (I,): a process's batches are
+            of its own images alone, as many as the others', and those of all processes together as
+            long as those without shards. One process has them all, and so the same batches.
 
     Raises:
         UserError: a batch has fewer images than there are processes.
@@ -220,19 +219,24 @@ class LengthSampler(Sampler):
 
     POOL = 16
 
-    def __init__(self, lengths, batch_size, views=1, seed=0, rank=0, world_size=1, own=None):
+    def __init__(self, lengths, batch_size, views=1, seed=0, rank=0, world_size=1, owners=None):
         self.longest = lengths.amax(dim=1).numpy()
         self.batch_size = batch_size
         self.total = -(-len(lengths) // batch_size)
-        shared = len(lengths) // world_size if own is None else int(own.sum())
-        if shared < self.total:
+        if owners is None:
+            fewest = len(lengths) // world_size
+        else:
+            fewest = np.bincount(owners, minlength=world_size).min()
+        if (
+            fewest < self.total
+        ):  # found by every process, as one alone would leave the others waiting
             raise UserError(
                 f"{counted(len(lengths), 'image')} in batches of {batch_size} at most leave some "
                 f"of {world_size} processes without one: use a larger --batch_size"
             )
         self.views, self.seed, self.epoch, self.start = views, seed, 0, 0
-        self.own = own
-        self.share = slice(rank, None, world_size) if own is None else slice(None)
+        self.own = None if owners is None else owners == rank
+        self.share = slice(rank, None, world_size) if owners is None else slice(None)
 
     def set_epoch(self, epoch, start=0):
         """The epoch whose order comes next, from its batch `start` on."""

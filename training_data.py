@@ -53,7 +53,7 @@ class TrainingData:
             CaptionDataset(folder, base, split, None, config.seed, karpathy_json, changes)
             for split in ("TRAIN", "VAL")
         )
-        own = train.own_images(distributed.rank, distributed.world_size)
+        owners = train.owners(distributed.world_size)
         if cache and frozen:
             used = _cache(network, folder, base, config, {"TRAIN": train, "VAL": val})
             if distributed.is_main:
@@ -69,7 +69,7 @@ class TrainingData:
             config.seed,
             distributed.rank,
             distributed.world_size,
-            own,
+            owners,
         )
         if train.has_shards:
             self.shards = len(train.images.paths)

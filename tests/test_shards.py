@@ -125,7 +125,7 @@ def test_each_process_takes_its_own_shards_and_all_take_every_image_once(world_s
     numbers = np.repeat(np.arange(5), [31, 29, 30, 30, 30])
     lengths = torch.from_numpy(np.random.default_rng(0).integers(3, 20, (150, 2)))
     samplers = [
-        LengthSampler(lengths, 20, 4, 7, rank, world_size, numbers % world_size == rank)
+        LengthSampler(lengths, 20, 4, 7, rank, world_size, numbers % world_size)
         for rank in range(world_size)
     ]
     for epoch in (1, 2):
@@ -149,9 +149,18 @@ def test_each_process_takes_its_own_shards_and_all_take_every_image_once(world_s
 
 def test_more_processes_than_shards_are_refused(sharded):
     data = CaptionDataset(*sharded, "TRAIN")
-    assert data.own_images(2, 3).tolist() == 5 * [False] + 3 * [True]
+    assert data.owners(3)[-3:].tolist() == [2, 2, 2] and 2 not in data.owners(3)[:-3]
     with pytest.raises(UserError, match="3 shards of .* cannot be shared by 4 processes"):
-        data.own_images(0, 4)
+        data.owners(4)
+
+
+def test_each_process_says_that_one_has_fewer_images_than_there_are_batches():
+    """So that none waits for the one that has ended."""
+    lengths, owners = torch.full((8, 1), 5), np.array([0, 0, 0, 0, 0, 1, 1, 1])
+    for rank in range(2):
+        with pytest.raises(UserError, match="8 images in batches of 2 .* larger --batch_size"):
+            LengthSampler(lengths, 2, 1, 0, rank, 2, owners)
+        assert len(LengthSampler(lengths, 3, 1, 0, rank, 2, owners)) == 3
 
 
 TRAIN = [*LEARN, "--stage", "decoder", "--epochs", 2, "--views", 2]
