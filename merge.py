@@ -75,15 +75,15 @@ class MergeDecoder(Decoder):
 
     def init_state(self, memory: Memory) -> State:
         """Zeros, a row per image."""
-        zeros = self.fc.weight.new_zeros(len(memory.image), self.config.decoder_dim)
+        zeros = self.fc.weight.new_zeros(memory.image.shape[0], self.config.decoder_dim)
         return State(zeros, zeros)
 
     def step(self, words: Tensor, state: State, memory: Memory):
         """One decoding step, as in `Decoder.step`; there are no alphas."""
         embedded = self.dropout(self.embedding(words)).unsqueeze(1)
         hidden, (h, c) = self._sentence(embedded, (state.h.unsqueeze(0), state.c.unsqueeze(0)))
-        rows = torch.arange(len(words), device=words.device)
-        scores = self._scores(hidden.squeeze(1), rows, len(words), memory)
+        rows = torch.arange(words.shape[0], device=words.device)
+        scores = self._scores(hidden.squeeze(1), rows, words.shape[0], memory)
         return scores, None, State(h.squeeze(0), c.squeeze(0))
 
     def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:
@@ -107,5 +107,5 @@ class MergeDecoder(Decoder):
 
     def _scores(self, hidden, rows, count, memory):
         """Vocabulary scores of hidden states, each of the caption `rows` of `count`."""
-        images = of_rows(memory.image, rows // (count // len(memory.image)))
+        images = of_rows(memory.image, rows // (count // memory.image.shape[0]))
         return self.fc(torch.relu(self.merged(hidden + images)))

@@ -202,8 +202,8 @@ class DecoderWithAttention(Decoder):
 
     def step(self, words: Tensor, state: State, memory: Memory):
         """One decoding step, as in `Decoder.step`."""
-        slots = torch.arange(len(words), device=words.device)
-        per_image = len(words) // memory.annotations.images
+        slots = torch.arange(words.shape[0], device=words.device)
+        per_image = words.shape[0] // memory.annotations.images
         words = self.embed_dropout(self.embedding(words))
         offsets = self._offsets(words, memory)
         weights = memory.recurrent_weight, memory.context_weight

@@ -96,8 +96,8 @@ class RecurrentDecoder(Decoder):
 
     def step(self, words: Tensor, state: Hidden, memory: Memory):
         """One decoding step, as in `Decoder.step`."""
-        slots = torch.arange(len(words), device=words.device)
-        per_image = len(words) // memory.annotations.images
+        slots = torch.arange(words.shape[0], device=words.device)
+        per_image = words.shape[0] // memory.annotations.images
         words = self.embed_dropout(self.embedding(words))
         hidden, look, state = self.advance(words, state, memory, slots, per_image)
         return self.scores(hidden), look.alphas, state

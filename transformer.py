@@ -126,7 +126,7 @@ class Layer(nn.Module):
     def _look(self, x, keys, values):
         """softmax(q kᵀ / √d) v, written out as its weights are asked for; the captions of an image
         share its keys."""
-        query = self._heads(self.cross_query(x).view(len(keys), -1, x.shape[2]), 1).squeeze(1)
+        query = self._heads(self.cross_query(x).view(keys.shape[0], -1, x.shape[2]), 1).squeeze(1)
         energies = query @ keys.transpose(2, 3) / math.sqrt(query.shape[3])
         alphas = energies.softmax(dim=3, dtype=torch.float32)  # (I, heads, K·T, L)
         seen = self.dropout(alphas).to(values.dtype) @ values
