@@ -105,6 +105,7 @@ class Graph(NamedTuple):
     program: ExportedProgram
     inputs: list[str]
     outputs: list[str]
+    grows: bool = False  # whether the state has a place for each word, none before the first
 
 
 @torch.no_grad()
@@ -147,7 +148,7 @@ def trace(model):
     outputs = ["log_probs", *["alphas"] * (alphas is not None), *_numbered("next_state", state)]
     graphs = (
         Graph(beginning, ["images"], memories + states),
-        Graph(step, ["words", *states, *memories], outputs),
+        Graph(step, ["words", *states, *memories], outputs, any(len(own) > 2 for own in axes[1])),
     )
     about = {"memory": len(memory), "attends": alphas is not None}
     return dict(zip(GRAPHS, graphs, strict=True)), about
@@ -237,8 +238,16 @@ def written(model, formats):
     Args:
         model: as of `trace`.
         formats: of `exported.ENDINGS`.
+
+    Raises:
+        UserError: the model cannot be exported so.
     """
     graphs, about = trace(model)
+    if "aoti" in formats and graphs["step"].grows:
+        raise UserError(
+            "--format aoti: the state of this decoder grows with each word, and what AOTInductor "
+            "compiles of it captions otherwise than the model: export it as onnx"
+        )
     about |= {
         "formats": list(formats),
         "image_size": model.image_size,

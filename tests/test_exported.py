@@ -128,7 +128,15 @@ def test_hard_attention_is_exported_as_it_looks(look):
 @pytest.mark.slow
 @every_decoder
 def test_what_aotinductor_compiles_captions_as_the_model_does(variant):
-    assert_exports(make_model(variant), ["aoti"])
+    if variant[0] != "transformer":
+        assert_exports(make_model(variant), ["aoti"])
+
+
+def test_a_state_that_grows_is_not_compiled():
+    model = make_model(("transformer", {"layers": 1}))
+    refused = pytest.raises(UserError, match="--format aoti: the state of this decoder grows")
+    with refused, exporting.written(model, ["aoti"]):
+        pass
 
 
 @pytest.mark.slow
