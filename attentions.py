@@ -161,8 +161,8 @@ class HardAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
         self.look, self.seed, self.generator, self.softly = "soft", 0, None, False
-        # kept in checkpoints, so that a run goes on exactly: the moving average of the returns, and
-        # whether it has begun; how many batches there have been
+        # kept in checkpoints, so that a run goes on exactly: the moving average of what words cost
+        # beyond a soft look, and whether it has begun; how many batches there have been
         self.register_buffer("baseline", torch.zeros(2))
         self.register_buffer("batches", torch.zeros(()))
 

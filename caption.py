@@ -79,7 +79,10 @@ def main():
     if not options.no_pictures:
         make_folder(options.output_folder)
 
-    records, unreadable = caption_all(model, paths, search, options)
+    records, unreadable, long = caption_all(model, paths, search, options)
+    if long:
+        ends = counted(long, "caption ends", "captions end")
+        print(f"{ends} at --max_words {search.max_words}: more may be wanted", file=sys.stderr)
     if options.json == "-":
         print(json.dumps(records, indent=2))
     elif options.json:
@@ -157,7 +160,8 @@ def images_in(folder, recursive):
 
 
 def caption_all(model, paths, search, options):
-    """Captions, draws and prints: the records for --json, and how many images cannot be read."""
+    """Captions, draws and prints: the records for --json, how many images cannot be read, and how
+    many captions have as many words as they may."""
     from groundwork.images import in_threads
     from groundwork.progress import progress
 
@@ -166,7 +170,7 @@ def caption_all(model, paths, search, options):
         path, image, captions = item
         return path, captions, [draw_png(caption, image, options.numbers) for caption in captions]
 
-    records, unreadable = [], []
+    records, unreadable, long = [], [], 0
     with progress(total=len(paths), desc="captions", unit="image") as bar:
         captioned = caption_images(model, paths, unreadable, search, options)
         if options.no_pictures:
@@ -176,9 +180,10 @@ def caption_all(model, paths, search, options):
         for path, captions, pictures in drawn:
             found = [keep(path, *pair, options) for pair in zip(captions, pictures, strict=True)]
             records.append({"image": path, **found[0], "captions": found})
+            long += sum(len(caption.words) >= search.max_words for caption in captions)
             bar.update(len(records) + len(unreadable) - bar.n)
         bar.update(len(paths) - bar.n)
-    return records, len(unreadable)
+    return records, len(unreadable), long
 
 
 def caption_images(model, paths, unreadable, search, options):

@@ -39,7 +39,7 @@ def find_data(data_folder, base=None):
         for path in Path(data_folder).glob("WORDMAP_*.json")
     )
     if base is not None and base not in bases:
-        raise UserError(f"no data set {base!r} in {data_folder}: there is {some(bases) or 'none'}")
+        raise UserError(f"no data set {base!r} in {data_folder}: known are {some(bases) or 'none'}")
     if base is None and len(bases) > 1:
         raise UserError(
             f"{data_folder} holds {len(bases)} data sets, {some(bases)}: "

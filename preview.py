@@ -18,10 +18,11 @@ from groundwork.errors import UserError
 from groundwork.files import atomic_write, make_folder
 from groundwork.images import in_threads, open_image
 from groundwork.progress import progress
-from groundwork.wording import counted, some
+from groundwork.wording import MOST, counted
 from report import render
 from utils import base_name, check_name
 from word_maps import Wanted, choose, count_words, describe
+from word_rules import hint
 
 OPTIONS = (
     "dataset", "captions", "image_folder", "captions_per_image", "min_word_freq", "max_len",
@@ -64,13 +65,14 @@ def write(
     groups, faults = alike(data.images, workers)
     leaks = leakage(data.images, groups)
     counts = count_words(people, rule)
+    notes = list(filter(None, [hint(rule, counts)]))
     base = base_name(dataset, captions_per_image, min_word_freq)
     path = Path(output_folder) / f"preview_{base}.html"
     chosen = random.Random(seed).sample(range(len(data.images)), min(IMAGES, len(data.images)))
     page = render(
         "preview.html",
         title=f"{dataset}: {counted(len(data.images), 'image')}",
-        about=[f"of {data.source}", *data.notes, describe(word_map)],
+        about=[f"of {data.source}", *data.notes, describe(word_map), *notes],
         rows=table(data.images, rule, word_map, max_len),
         lengths=draw_lengths(data.images, rule, max_len),
         frequent=counts.most_common(WORDS),
@@ -85,7 +87,7 @@ def write(
     make_folder(path.parent)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print("\n".join([*data.notes, *leaks, *faults[:1], f"preview: {path}"]))
+    print("\n".join([*data.notes, *notes, *leaks, *faults, f"preview: {path}"]))
     return path
 
 
@@ -118,8 +120,9 @@ def alike(images, workers=None):
             bar.update()
     groups = [[readable[i] for i in own] for own in duplicates.groups_of(np.array(hashes))]
     groups.sort(key=lambda own: -len({image.split for image in own}))
-    many = counted(len(faults), "image cannot be read", "images cannot be read")
-    return groups, [f"{many}: {some(faults, 5)}"] if faults else []
+    if len(faults) > MOST:
+        faults = [*faults[:MOST], f"and {len(faults) - MOST} more images"]
+    return groups, faults
 
 
 def leakage(images, groups):
@@ -145,7 +148,7 @@ def leakage(images, groups):
         if total:
             lines.append(
                 f"{again} of {counted(total, f'{said(split)} image')} "
-                f"{'stands' if again == 1 else 'stand'} in {said(others[0])}, too"
+                f"{'looks' if again == 1 else 'look'} like one in {said(others[0])}"
                 + (f", {again / total:.1%}" if again else "")
             )
     return lines

@@ -21,8 +21,8 @@ from groundwork.files import check_readable, check_space
 from groundwork.images import MAX_ASPECT, read_images
 from groundwork.wording import Complaints, counted
 from input_files import KINDS, all_or_nothing, base_name, new_part
-from word_maps import Wanted, choose, describe, encode_caption
-from word_rules import KARPATHY, rule_of
+from word_maps import Wanted, choose, count_words, describe, encode_caption
+from word_rules import KARPATHY, hint, rule_of
 
 # --------------------------------------------------------------------------------- input files
 
@@ -176,12 +176,25 @@ class Samples:
             reference["boxes"] = image.boxes
         return Sample(image.source, captions, reference)
 
+    def _why(self):
+        """What has been left out, for people, where anything was."""
+        parts = []
+        if long := self.left_out["too long captions"]:
+            are = counted(long, "caption has", "captions have")
+            parts.append(f"{are} more words than --max_len {self.max_len}")
+        if wordless := self.left_out["wordless captions"]:
+            are = counted(wordless, "caption has", "captions have")
+            parts.append(f"{are} no words by the rule {self.rule.name}")
+        return f": {' and '.join(parts)}" if parts else ""
+
     def check(self, source, shards):
         """Raises UserError where training or validation have no image, or fewer than there are to
         be shards, or where no image at all is there: one line, not one for each."""
         for split in ("TRAIN", "VAL"):
             if split not in self.counts:
-                raise UserError(f"{source} has no {split} image with captions to learn from")
+                raise UserError(
+                    f"{source} has no {split} image with captions to learn from{self._why()}"
+                )
         if shards is not None and shards > self.counts["TRAIN"]:
             few = counted(self.counts["TRAIN"], "training image")
             raise UserError(f"--shards {shards}: there are {few}, give fewer")
@@ -292,6 +305,7 @@ def _summarise(data, samples, written, unreadable, unknown):
         "left_out": {**left_out, "unreadable images": unreadable},
         "splits": {split: _numbers(found, unknown) for split, found in written.items()},
         "by_tokens": sum(bool(c.raw) and not is_split_by_rule(c, rule) for c in people),
+        "hint": hint(rule, count_words(people, rule)),
     }
 
 
@@ -325,6 +339,8 @@ def _print_summary(summary, word_map):
         else:
             print(f"{split}: no images, so no {split} files")
     print(describe(word_map))
+    if summary["hint"]:
+        print(summary["hint"])
     if summary["by_tokens"]:
         print(
             counted(

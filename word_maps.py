@@ -10,12 +10,15 @@ from groundwork.wording import counted
 from word_rules import (
     SPECIAL_WORDS,
     USUAL,
+    hint,
     is_special,
     learn_subwords,
     make_rule,
     mark_of,
     rule_of,
 )
+
+LOWER = "lower --min_word_freq, to 0 for all words"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Wanted:
     @property
     def keeps_more(self):
         """What there is to do where many words are unknown, for people."""
+        if self.word_map is not None and rule_of(self.word_map).name == "subwords":
+            return "--subwords in the place of --word_map learns subwords of these captions"
         if self.word_map is not None and not self.extend:
             return "--extend_vocabulary adds new ones"
         if self.size is not None:
@@ -61,7 +66,7 @@ def choose(captions, min_word_freq, wanted, source):
         if not words:
             raise UserError(
                 f"{source} has no word more than {counted(min_word_freq, 'time')}, so there is "
-                "nothing to say: lower --min_word_freq, to 0 for all words"
+                f"nothing to say: {hint(rule, counts) or LOWER}"
             )
     elif not wanted.extend and all(map(is_special, known.keys() & counts.keys())):
         raise UserError(f"{source} has none of the words of {wanted.source}")

@@ -23,6 +23,8 @@ BLANK = "▁"  # that stands for a blank, as SentencePiece writes it
 
 NEEDLESS_BLANK = regex.compile(rf"(?<=[{IDEOGRAPHS}]) | (?=[{IDEOGRAPHS}])")
 
+UNSPLIT = regex.compile(rf"[{SIDE_BY_SIDE}]{{5}}")  # longer than nearly all words
+
 RULES = {}  # name -> class
 
 
@@ -204,13 +206,16 @@ class Subwords(Rule):
         vocabulary = {word: index for index, word in enumerate(["<unk>", *from_words])}
         return _tokenizer(vocabulary).encode
 
-    def split(self, text):
-        return self._encode(_with_blanks(text)).tokens  # of a word with strange characters <unk>
+    def _split(self, text):
+        text = _with_blanks(text)
+        found = self._encode(text)
+        words = found.tokens
+        for i, (start, end) in enumerate(found.offsets):
+            if words[i] == "<unk>":  # a word with a character that no piece has: it stays whole
+                words[i] = BLANK * (i == 0) + text[start:end].replace(" ", BLANK)
+        return words
 
-    _split = split
-
-    def join(self, words):
-        return "".join(words).replace(BLANK, " ").strip()
+    join = Characters.join
 
 
 def _with_blanks(text):
@@ -238,7 +243,7 @@ def learn_subwords(texts, size):
     """
     tokenizer, others = _tokenizer({"<unk>": 0}), len(SPECIAL_WORDS) + 1
     trainer = _needs("tokenizers", "subwords").trainers.WordPieceTrainer(
-        vocab_size=size - others + 1,  # of these it has <unk>
+        vocab_size=max(0, size - others + 1),  # of these it has <unk>
         special_tokens=["<unk>"],
         continuing_subword_prefix="",
         show_progress=False,
@@ -274,6 +279,24 @@ def make_rule(name, words=()):
     if name not in RULES:
         raise UserError(f"there is no rule of words {name!r}: known are {', '.join(RULES)}")
     return RULES[name](words)
+
+
+def hint(rule, counts):
+    """What there is to do, for people, where many words of captions are sentences of scripts
+    without blanks, which a rule that goes by blanks has not split; "" where they are not.
+
+    Args:
+        counts: a Counter of the captions' words.
+    """
+    if rule.name not in ("karpathy", "whitespace", "ptb"):
+        return ""
+    unsplit = sum(n for word, n in counts.items() if UNSPLIT.search(word))
+    if unsplit <= counts.total() / 10:
+        return ""
+    return (
+        f"{unsplit / counts.total():.0%} of the words are of scripts without blanks: --words "
+        "characters or --words unicode splits these"
+    )
 
 
 KARPATHY = make_rule(USUAL)

@@ -387,3 +387,10 @@ def test_words_are_drawn_in_a_font_that_has_them_or_a_line_says_which_none_has(t
     side = 17 / 72 * 110
     full, hollow = (((p[: int(0.7 * 110)] < 128).sum(1) >= side - 2).sum() for p in (square, box))
     assert full == pytest.approx(side, abs=2) and hollow < 8
+
+
+def test_a_caption_as_long_as_it_may_be_is_told(checkpoint, scenes):
+    image = sorted((scenes / "images").iterdir())[0]
+    ask = ["caption.py", "--img", image, "--model", checkpoint, "--no_pictures", "--max_words"]
+    assert "1 caption ends at --max_words 2" in run_here(*ask, 2).stderr
+    assert "max_words" not in run_here(*ask, 50).stderr

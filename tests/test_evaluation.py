@@ -149,7 +149,7 @@ def test_the_data_set_is_that_of_the_model_or_the_one_asked_for(tmp_path):
         ((empty,), "no data set in .*empty: .*--data_folder"),
         ((tmp_path / "nowhere",), "there is no folder .*nowhere: check --data_folder"),
         ((None, "a", "TEST", moved), "there is no folder .*gone: check --data_folder"),
-        ((one, "a"), "no data set 'a' in .*one: there is b"),
+        ((one, "a"), "no data set 'a' in .*one: known are b"),
         ((both, None, "TEST", unknown), "holds 2 data sets, a, b: .*--data_name"),
         ((one, None, "VAL"), "b in .*one has no val split: .*--split"),
     ):
