@@ -103,9 +103,9 @@ except SystemExit as exit:
 
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
-    "models annotations attentions recurrent transformer merge kernels objectives sampling stages "
-    "encoders networks efficientnet_lite contract decoding beams constraints choosing vocabulary "
-    "rewards self_critical ensemble",
+    "models annotations attentions recurrent transformer merge kernels fused objectives sampling "
+    "stages encoders networks efficientnet_lite contract decoding beams constraints choosing "
+    "vocabulary rewards self_critical ensemble",
     "utils datasets embeddings features demo "
     "captioned formats formats_archives formats_json formats_parquet formats_tables downloads",
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
