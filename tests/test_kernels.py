@@ -119,6 +119,24 @@ def test_energies_of_values_laid_out_in_any_way(built, activation):
         close(fast, plain)
 
 
+@needs_compiler
+@relu_and_tanh
+def test_energies_do_not_depend_on_threads(activation):
+    found = []
+    with library(True):
+        for threads in (1, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                found.append(
+                    [fast for fast, _ in compare_energies((3, 5, 49, 150), 2, 0, activation)]
+                )
+            finally:
+                torch.set_num_threads(before)
+    for one, several in zip(*found, strict=True):
+        assert torch.equal(one, several)
+
+
 @both
 @relu_and_tanh
 def test_what_is_no_number_stays_none(built, activation):
