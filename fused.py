@@ -47,9 +47,13 @@ def library_path():
 def library():
     """The library, or None where it is not built."""
     try:
-        found = ctypes.CDLL(str(library_path()))
-    except OSError:
+        return _load(library_path())
+    except (OSError, AttributeError):
         return None
+
+
+def _load(path):
+    found = ctypes.CDLL(str(path))
     number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     problem = [number] * 2 + [pointer] * 3 + [size] * 4 + [number]
     found.forward.argtypes = problem + [pointer] * 2
@@ -68,24 +72,25 @@ def build(device: torch.device):
         return
     try:
         _compile(library_path())
-    except (UserError, subprocess.SubprocessError, OSError) as error:
+    except (UserError, subprocess.SubprocessError, OSError, AttributeError, ValueError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in said if "error" in line), said[0])
         print(f"attention computed more slowly, as {SOURCE.name} is not built: {printable(reason)}")
 
 
 def _compile(path):
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if not compiler or shutil.which(compiler[0]) is None:
+    name = os.environ.get("CXX") or "c++"
+    compiler = shlex.split(name)
+    if shutil.which(compiler[0]) is None:
         raise UserError(
-            "there is no compiler c++: install one, g++ for example, or name it in the "
+            f"there is no compiler {name}: install g++, for example, or name another in the "
             "environment variable CXX"
         )
     make_folder(path.parent)
     with atomic_write(path) as temporary:
         command = [*compiler, *flags(), str(SOURCE), "-o", str(temporary)]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
-    ctypes.CDLL(str(path))  # says why, where it cannot be loaded
+    _load(path)  # says why, where it cannot be
     library.cache_clear()
 
 

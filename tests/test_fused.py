@@ -70,14 +70,26 @@ def script(path, text):
 
 
 FAULTS = {  # what the compiler does, and what is said of it
-    "absent": (None, "there is no compiler c++"),
+    "absent": (None, "there is no compiler /"),
     "refuses": ("echo 'x.cpp:3: error: no such thing' >&2; exit 1", "error: no such thing"),
     "silent": ("exit 3", "exit status 3"),
     "writes nothing": ("exit 0", "cannot write"),
     "writes something else": ('for last; do :; done; echo x > "$last"', "file too short"),
+    "makes another library": (
+        'for last; do :; done; echo "int x;" | c++ -x c++ - -shared -o "$last"',
+        "undefined symbol",
+    ),
 }
 
 
+def test_a_compiler_that_is_no_command_is_none(cache, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ '")
+    fused.build(CPU)
+    [line] = capsys.readouterr().out.splitlines()
+    assert "No closing quotation" in line and not fused.runs(torch.ones(1, 1, 1))
+
+
+@needs_compiler
 @pytest.mark.parametrize("fault", FAULTS)
 def test_without_a_compiler_of_use_one_line_says_so(cache, capsys, monkeypatch, tmp_path, fault):
     does, says = FAULTS[fault]
