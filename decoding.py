@@ -286,8 +286,9 @@ def _search(
     no other can come among them."""
     device, count, end = encoder_out.device, len(encoder_out), word_map["<end>"]
     rules = Rules(constraints, word_map, max_length, device)
-    beams = Beams((count, groups, rules.states, beam_size // groups), diversity_penalty, device)
-    k = beams.log_probs[0].numel()  # rows of an image
+    shape = count, groups, rules.states, beam_size // groups
+    beams = Beams(shape, diversity_penalty, len(word_map), device)
+    k = beams.log_probs[0].numel()  # rows of an image, before the first word
     memory = decoder.prepare(encoder_out)
     state = decoder.init_state(memory)
     state = state.select(torch.arange(count, device=device).repeat_interleave(k))
@@ -295,7 +296,7 @@ def _search(
     active = torch.arange(count, device=device)  # the images still searched
     words = torch.full((count, k), word_map["<start>"], device=device)
     said = rules.begin(count * k)
-    best, history = Best((count, groups, keep), device), History((count, k))
+    best, history = Best((count, groups, keep), device), History(count)
     width = min(beams.candidates, len(word_map))
     for step in range(max_length + 1):
         scores, alphas, state = decoder.step(words.flatten(), state, memory)
@@ -311,6 +312,7 @@ def _search(
         if still == 0:
             break
         rows = torch.arange(len(active), device=device)[:, None] * k + parents
+        k = words.shape[1]
         if still < LEAVE * len(active):
             memory = memory.select(going)
             beams.select(going)

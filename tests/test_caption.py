@@ -19,6 +19,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 import caption as script
+import fused
 from captioner import Caption, Captioner
 from coco_results import image_ids
 
@@ -57,6 +58,15 @@ def records_of(process):
 
 
 # ------------------------------------------------------------------------------------- images
+
+
+def test_who_captions_a_photograph_waits_for_no_compiler(caption, photographs, monkeypatch):
+    def build(device):
+        raise AssertionError("built")
+
+    monkeypatch.setattr(fused, "build", build)
+    process = caption("--img", photographs / "a.jpg", "--no_pictures")
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_folder_is_taken_alone_or_with_its_folders_and_the_rest_is_counted(caption, photographs):

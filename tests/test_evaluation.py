@@ -15,6 +15,7 @@ import attention_report
 import checkpoints
 import demo
 import evaluation
+import fused
 import input_files
 import regions
 from captioner import Captioner
@@ -186,6 +187,15 @@ def run(checkpoint, tmp_path, monkeypatch):
 
 def evaluate(*arguments):
     return run_here("eval.py", "--beam_size", 1, "--subset", 2, "--device", "cpu", *arguments)
+
+
+def test_the_attention_is_built_before_a_split_is_captioned(run, tiny_data, monkeypatch):
+    def build(device):
+        raise UserError(f"built for {device}")
+
+    monkeypatch.setattr(fused, "build", build)
+    process = evaluate("--model", run, "--data_folder", tiny_data[0])
+    assert process.stderr == "error: built for cpu"
 
 
 @pytest.fixture
