@@ -79,8 +79,9 @@ def main():
     if not options.no_pictures:
         make_folder(options.output_folder)
 
-    records, unreadable, long = caption_all(model, paths, search, options)
-    if long:
+    records, unreadable = caption_all(model, paths, search, options)
+    lengths = [len(caption["words"]) for record in records for caption in record["captions"]]
+    if long := sum(length >= search.max_words for length in lengths):
         ends = counted(long, "caption ends", "captions end")
         print(f"{ends} at --max_words {search.max_words}: more may be wanted", file=sys.stderr)
     if options.json == "-":
@@ -160,8 +161,7 @@ def images_in(folder, recursive):
 
 
 def caption_all(model, paths, search, options):
-    """Captions, draws and prints: the records for --json, how many images cannot be read, and how
-    many captions have as many words as they may."""
+    """Captions, draws and prints: the records for --json, and how many images cannot be read."""
     from groundwork.images import in_threads
     from groundwork.progress import progress
 
@@ -170,7 +170,7 @@ def caption_all(model, paths, search, options):
         path, image, captions = item
         return path, captions, [draw_png(caption, image, options.numbers) for caption in captions]
 
-    records, unreadable, long = [], [], 0
+    records, unreadable = [], []
     with progress(total=len(paths), desc="captions", unit="image") as bar:
         captioned = caption_images(model, paths, unreadable, search, options)
         if options.no_pictures:
@@ -180,10 +180,9 @@ def caption_all(model, paths, search, options):
         for path, captions, pictures in drawn:
             found = [keep(path, *pair, options) for pair in zip(captions, pictures, strict=True)]
             records.append({"image": path, **found[0], "captions": found})
-            long += sum(len(caption.words) >= search.max_words for caption in captions)
             bar.update(len(records) + len(unreadable) - bar.n)
         bar.update(len(paths) - bar.n)
-    return records, len(unreadable), long
+    return records, len(unreadable)
 
 
 def caption_images(model, paths, unreadable, search, options):

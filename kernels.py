@@ -82,11 +82,12 @@ class _Energies(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projected, query, w, images, activation, token, sums):
         ctx.save_for_backward(projected, query, w, images)
-        ctx.activation, ctx.sums = activation, sums
+        ctx.activation, ctx.sums, ctx.parts = activation, sums, None
         if fused.runs(projected):
             return fused.energies(projected, query, w, images, activation)
+        ctx.parts = _Energies.parts(projected, images)
         energies = query.new_empty(len(query), projected.shape[1])
-        for image, rows in _Energies.parts(projected, images):
+        for image, rows in ctx.parts:
             energies[rows] = (projected[image] + query[rows, None]).relu_() @ w
         return energies
 
@@ -94,7 +95,7 @@ class _Energies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         projected, query, w, images = ctx.saved_tensors
-        built = fused.runs(projected)
+        built = ctx.parts is None  # as the forward pass had it
         if not ctx.sums:
             precision = torch.float32 if built else projected.dtype
             ctx.sums.append(projected.new_zeros(projected.shape, dtype=precision))
@@ -105,18 +106,18 @@ class _Energies(torch.autograd.Function):
                 grad, projected, query, images, ctx.activation, of_projected
             )
         else:
-            of_query = _Energies.slopes(grad, projected, query, images, of_projected)
+            of_query = _Energies.slopes(grad, projected, query, ctx.parts, of_projected)
         if ctx.activation is torch.relu:
             of_hidden = query * of_query
         of_w += of_hidden.sum(dim=0, dtype=torch.float32)
         return None, of_query.mul_(w), None, None, None, grad.new_zeros(()), None
 
     @staticmethod
-    def slopes(grad, projected, query, images, of_projected):
+    def slopes(grad, projected, query, parts, of_projected):
         """`fused.slopes` of relu, whose slope is one where W_a a_i > -W_h h_{t-1}: its first
         result."""
         of_query = torch.empty_like(query)
-        for image, rows in _Energies.parts(projected, images):
+        for image, rows in parts:
             own = grad[rows]
             positive = query.new_empty(*own.shape, query.shape[1])
             torch.gt(projected[image], -query[rows, None], out=positive)  # as numbers, not bools

@@ -18,10 +18,10 @@ from groundwork.errors import UserError
 from groundwork.files import atomic_write, make_folder
 from groundwork.images import in_threads, open_image
 from groundwork.progress import progress
-from groundwork.wording import MOST, counted
+from groundwork.wording import Complaints, counted
 from report import render
 from utils import base_name, check_name
-from word_maps import Wanted, choose, count_words, describe
+from word_maps import Wanted, choose, describe
 from word_rules import hint
 
 OPTIONS = (
@@ -61,10 +61,9 @@ def write(
     check_name(dataset)
     data = formats.read(captions, image_folder, reading, seed)
     people = Captions(data.images)
-    rule, word_map = choose(people, min_word_freq, wanted or Wanted(), data.source)
+    rule, word_map, counts = choose(people, min_word_freq, wanted or Wanted(), data.source)
     groups, faults = alike(data.images, workers)
     leaks = leakage(data.images, groups)
-    counts = count_words(people, rule)
     notes = list(filter(None, [hint(rule, counts)]))
     base = base_name(dataset, captions_per_image, min_word_freq)
     path = Path(output_folder) / f"preview_{base}.html"
@@ -110,18 +109,17 @@ def alike(images, workers=None):
             return str(error)
 
     readable, hashes, faults = [], [], []
-    with progress(total=len(images), desc="reading images", unit="image") as bar:
+    bar = progress(total=len(images), desc="reading images", unit="image")
+    with bar, Complaints(faults.append) as complaints:
         for image, found in zip(images, in_threads(read, images, workers), strict=True):
             if isinstance(found, str):
-                faults.append(found)
+                complaints.add(found)
             else:
                 readable.append(image)
                 hashes.append(found)
             bar.update()
     groups = [[readable[i] for i in own] for own in duplicates.groups_of(np.array(hashes))]
     groups.sort(key=lambda own: -len({image.split for image in own}))
-    if len(faults) > MOST:
-        faults = [*faults[:MOST], f"and {len(faults) - MOST} more images"]
     return groups, faults
 
 

@@ -38,13 +38,13 @@ def check_words(own, word_map, base, extend):
     is to be extended, all of it is in that one."""
     if extend and is_extension(word_map, own):
         return
-    new = is_extension(word_map, own)
-    hint = ": create_input_files.py --word_map with this checkpoint keeps to its words"
-    if new:
-        hint = ": --extend_vocabulary adds the new words"
     if extend:
         hint = ": create_input_files.py --word_map with this checkpoint and --extend_vocabulary"
         hint += " makes input files with its words and new ones"
+    elif is_extension(word_map, own):
+        hint = ": --extend_vocabulary adds the new words"
+    else:
+        hint = ": create_input_files.py --word_map with this checkpoint keeps to its words"
     message = f"the checkpoint is of another vocabulary than {base}'s word map{{}}{hint}"
     check_same(own, word_map, message)
 

@@ -21,7 +21,7 @@ from groundwork.files import check_readable, check_space
 from groundwork.images import MAX_ASPECT, read_images
 from groundwork.wording import Complaints, counted
 from input_files import KINDS, all_or_nothing, base_name, new_part
-from word_maps import Wanted, choose, count_words, describe, encode_caption
+from word_maps import Wanted, choose, describe, encode_caption
 from word_rules import KARPATHY, hint, rule_of
 
 # --------------------------------------------------------------------------------- input files
@@ -66,8 +66,7 @@ def create_input_files(
     check_name(dataset)
     data = formats.read(captions, image_folder, reading, seed)
     print("\n".join(data.notes))
-    wanted = wanted or Wanted()
-    rule, word_map = choose(Captions(data.images), min_word_freq, wanted, data.source)
+    rule, word_map, summary = _choose_words(data, min_word_freq, wanted or Wanted())
     samples = Samples(data.images, max_len, rule)
     samples.check(data.source, shards)
     base, rng = base_name(dataset, captions_per_image, min_word_freq), random.Random(seed)
@@ -85,10 +84,16 @@ def create_input_files(
         written = _write_splits(parts, samples, pictures, encode, form)
         unreadable = _unreadable(samples, written, skip_bad_images)
         path.write_text(json.dumps(word_map), encoding="utf-8")
-    summary = {"base": base, "vocabulary": len(word_map), "keeps_more": wanted.keeps_more}
-    summary |= _summarise(data, samples, written, unreadable, word_map["<unk>"])
+    summary |= _summarise(data, samples, written, unreadable, word_map["<unk>"]) | {"base": base}
     _print_summary(summary, word_map)
     return summary
+
+
+def _choose_words(data, min_word_freq, wanted):
+    """The rule and the word map of a `formats.DataSet`, and what the summary has of them."""
+    rule, word_map, counts = choose(Captions(data.images), min_word_freq, wanted, data.source)
+    summary = {"vocabulary": len(word_map), "keeps_more": wanted.keeps_more}
+    return rule, word_map, summary | {"hint": hint(rule, counts)}
 
 
 def check_name(dataset):
@@ -305,7 +310,6 @@ def _summarise(data, samples, written, unreadable, unknown):
         "left_out": {**left_out, "unreadable images": unreadable},
         "splits": {split: _numbers(found, unknown) for split, found in written.items()},
         "by_tokens": sum(bool(c.raw) and not is_split_by_rule(c, rule) for c in people),
-        "hint": hint(rule, count_words(people, rule)),
     }
 
 

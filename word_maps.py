@@ -18,8 +18,6 @@ from word_rules import (
     rule_of,
 )
 
-LOWER = "lower --min_word_freq, to 0 for all words"
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -44,7 +42,8 @@ class Wanted:
 
 
 def choose(captions, min_word_freq, wanted, source):
-    """The `Rule` by which captions are split, and word -> index.
+    """The `Rule` by which captions are split, word -> index, and how often each word comes in the
+    captions, as `count_words` has it.
 
     Args:
         captions: `captioned.Caption`s, which are gone through several times.
@@ -64,9 +63,10 @@ def choose(captions, min_word_freq, wanted, source):
         words = rule.words if rule.name == "subwords" else words
         known = _numbered([], rule.name)
         if not words:
+            way_out = hint(rule, counts) or "lower --min_word_freq, to 0 for all words"
             raise UserError(
                 f"{source} has no word more than {counted(min_word_freq, 'time')}, so there is "
-                f"nothing to say: {hint(rule, counts) or LOWER}"
+                f"nothing to say: {way_out}"
             )
     elif not wanted.extend and all(map(is_special, known.keys() & counts.keys())):
         raise UserError(f"{source} has none of the words of {wanted.source}")
@@ -82,8 +82,8 @@ def choose(captions, min_word_freq, wanted, source):
         most = set(sorted(words, key=lambda word: -counts[word])[:room])
         words = [word for word in words if word in most]
     if wanted.word_map is None:
-        return rule, _numbered(words, rule.name)
-    return rule, known | {word: i for i, word in enumerate(words, start=len(known))}
+        return rule, _numbered(words, rule.name), counts
+    return rule, known | {word: i for i, word in enumerate(words, start=len(known))}, counts
 
 
 def count_words(captions, rule):

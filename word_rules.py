@@ -50,12 +50,14 @@ class Rule(ABC):
         takes_tokens: whether the words of a data set that has its captions split are taken as they
             are.
         whole: whether its words are what people call words, of which some are nouns.
+        at_blanks: whether scripts that write no blanks are left unsplit.
     """
 
     name: str
     about: str
     takes_tokens = False
     whole = True
+    at_blanks = False
 
     def __init__(self, words=()):
         self.words = words
@@ -99,7 +101,7 @@ class Karpathy(Rule):
     """As Karpathy's data sets are split, in lower case, without ASCII's punctuation, at blanks."""
 
     about = "lower-cased words without punctuation"
-    takes_tokens = True
+    takes_tokens = at_blanks = True
     _no_punctuation = str.maketrans("", "", r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~""")
 
     def _split(self, text):
@@ -111,7 +113,7 @@ class Whitespace(Rule):
     """At blanks and nowhere else, capitals and punctuation kept: for captions split beforehand."""
 
     about = "words between blanks, as written"
-    takes_tokens = True
+    takes_tokens = at_blanks = True
 
     def _split(self, text):
         return normalised(text).split()
@@ -122,6 +124,7 @@ class PennTreebank(Rule):
     """As the Penn Treebank is split, in lower case: punctuation by itself, «do n't», «dog 's»."""
 
     about = "lower-cased words and punctuation as of the Penn Treebank"
+    at_blanks = True
 
     @cached_property
     def _parts(self):
@@ -288,7 +291,7 @@ def hint(rule, counts):
     Args:
         counts: a Counter of the captions' words.
     """
-    if rule.name not in ("karpathy", "whitespace", "ptb"):
+    if not rule.at_blanks:
         return ""
     unsplit = sum(n for word, n in counts.items() if UNSPLIT.search(word))
     if unsplit <= counts.total() / 10:

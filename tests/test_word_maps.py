@@ -15,7 +15,7 @@ OLD = word_maps._numbered(["dog", "a"], "karpathy")
 
 
 def words(min_word_freq=0, **wanted):
-    _, word_map = choose(CAPTIONS, min_word_freq, Wanted(**wanted), "x.json")
+    _, word_map, _ = choose(CAPTIONS, min_word_freq, Wanted(**wanted), "x.json")
     assert sorted(word_map.values()) == list(range(len(word_map)))
     return sorted(word_map, key=word_map.get)
 
