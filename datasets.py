@@ -117,8 +117,13 @@ class CaptionDataset(Dataset):
         self.captions = captions.view(count, -1, captions.shape[1])
         self.lengths = lengths.view(count, -1)
         self.mirrored, self.sided, self.rule = mirrored_words(word_map), {}, rule_of(word_map)
-        self._read_references = partial(
-            read_references_of, data_folder, base, split, self, word_map, karpathy_json
+        self._read_references = partial(  # which must not hold this object: its files close with it
+            read_references_of,
+            data_folder,
+            base,
+            split,
+            word_map=word_map,
+            karpathy_json=karpathy_json,
         )
         if not self.has_shards:  # else they are many, and most processes need none of them
             self.references  # noqa: B018 -- so that what is wrong with them is known
@@ -132,7 +137,7 @@ class CaptionDataset(Dataset):
     @cached_property
     def references(self):
         """Of each image its entry of the REFERENCES. Raises UserError."""
-        return self._read_references()
+        return self._read_references(self)
 
     @property
     def has_shards(self):
