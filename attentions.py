@@ -85,6 +85,7 @@ class Attention(AnnotationVectors):
     attends = True  # whether it has alphas
     fields = ("attention_dim", "query")  # of a decoder's configuration, those that it is made with
     knows_word = False  # whether its query is always made of the previous word, too
+    activation = staticmethod(torch.relu)  # of the hidden layer
 
     def __init__(self, config):
         super().__init__(config)
@@ -104,8 +105,12 @@ class Attention(AnnotationVectors):
         precision to compute in."""
         annotations = self.annotate(encoder_out)
         projected = project(self.encoder_att, annotations)
-        energies = kernels.Energies(projected, self.full_att.weight.squeeze(0).to(projected))
-        return annotations._replace(projected=projected, energies=energies)
+        return annotations._replace(projected=projected, energies=self.fast_energies(projected))
+
+    def fast_energies(self, projected: Tensor) -> kernels.Energies:
+        """`energies` of the keys (I, L, A)."""
+        w = self.full_att.weight.squeeze(0).to(projected)
+        return kernels.Energies(projected, w, self.activation)
 
     def energies(self, annotations: Annotations, query: Tensor, images: Tensor) -> Tensor:
         """e_ti = w · relu(W_a a_i + W_h h_{t-1}) (eq. 4), (n, L): `kernels.plain_energies`.
@@ -115,7 +120,7 @@ class Attention(AnnotationVectors):
         """
         if annotations.energies is None:  # in a graph that leaves Python
             w = self.full_att.weight.squeeze(0).to(query.dtype)
-            return kernels.plain_energies(annotations.projected, query, w, images)
+            return kernels.plain_energies(annotations.projected, query, w, images, self.activation)
         return annotations.energies(query, images)
 
     def forward(
@@ -164,8 +169,8 @@ class HardAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
         self.look, self.seed, self.generator, self.softly = "soft", 0, None, False
-        # kept in checkpoints, so that a run goes on exactly: the moving average of the returns, and
-        # whether it has begun; how many batches there have been
+        # kept in checkpoints, so that a run goes on exactly: the moving average of what words cost
+        # beyond a soft look, and whether it has begun; how many batches there have been
         self.register_buffer("baseline", torch.zeros(2))
         self.register_buffer("batches", torch.zeros(()))
 
@@ -232,8 +237,7 @@ class NoAttention(AnnotationVectors):
 class TanhAttention(Attention):
     """What the additive attentions with tanh in place of relu have in common: their energies."""
 
-    def energies(self, annotations, query, images):
-        return self.score(of_rows(annotations.projected, images), query)
+    activation = staticmethod(torch.tanh)
 
     def score(self, keys: Tensor, query: Tensor) -> Tensor:
         """v · tanh(k_i + q), (n, L), of keys (n, L, A) and queries (n, A)."""
@@ -256,7 +260,8 @@ class BahdanauAttention(TanhAttention):
         annotations = self.annotate(encoder_out)
         vectors = torch.relu(project(self.encoder_att, annotations))
         annotations = Annotations((vectors,), (None,))
-        return annotations._replace(projected=project(self.key_att, annotations))
+        projected = project(self.key_att, annotations)
+        return annotations._replace(projected=projected, energies=self.fast_energies(projected))
 
 
 @register("adaptive")

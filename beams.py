@@ -2,7 +2,8 @@
 
 Shapes are (n, G, S, b): of n images G groups, which is one but in diverse beam search, of each the
 S states of its `constraints.Rules`, which is one where no word must come, and of each state b
-beams. An image's rows are these K = G·S·b, one behind the other.
+beams. An image's rows are these K = G·S·b, one behind the other. Before the first word, when all of
+a state would be alike, b is one, or as many as together have b next words.
 """
 
 import torch
@@ -16,33 +17,36 @@ class Beams:
         diversity_penalty: λ of diverse beam search (Vijayakumar et al., 2016): what a word costs a
             beam for each beam of the groups before that has just been given it, too (their Hamming
             diversity). It tells which beams a group keeps, and is no part of log p.
+        words: in the vocabulary.
     """
 
-    def __init__(self, shape, diversity_penalty, device):
-        self.log_probs = torch.full(shape, -torch.inf, device=device)
-        self.log_probs[:, :, 0, 0] = 0.0  # the beams start alike: one of them counts
+    def __init__(self, shape, diversity_penalty, words, device):
+        alike = -(-shape[3] // words)
+        self.log_probs = torch.full((*shape[:3], alike), -torch.inf, device=device)
+        self.log_probs[:, :, 0, 0] = 0.0
         self.ranks = self.log_probs  # less what the words have cost
-        self.places = torch.full((*shape[:3], 1), shape[3], device=device)
+        self.width = shape[3]
+        self.places = torch.full((*shape[:3], 1), self.width, device=device)
         self.diversity_penalty = diversity_penalty
 
     @property
     def candidates(self):
         """How many next words of a beam hold all that its group may choose: as many as a state
         keeps, beside those that other groups may have made dear and an `<end>` too early."""
-        _, groups, states, width = self.log_probs.shape
-        return width + (groups - 1) * states * width + (states > 1)
+        _, groups, states, _ = self.log_probs.shape
+        return self.width + (groups - 1) * states * self.width + (states > 1)
 
     def extend(self, log_probs, words, arriving, end):
         """Goes on with the best of the captions with one more word; a finished one takes a place.
 
         Args:
-            log_probs, words: (n·K, w) candidates for each beam's next word, from
-                `constraints.Rules.likeliest`.
+            log_probs, words: (n·K, w) candidates for each row's next word, from
+                `constraints.Rules.likeliest`; before the first word K is G·S.
             arriving: from `constraints.Rules.arriving`.
             end: the word that finishes a caption.
 
         Returns:
-            parents, words: (n, K), which of its image's beams each goes on from, and with what.
+            parents, words: (n, K), which of its image's rows each goes on from, and with what.
             finished: (n, G, S·b) log p of those that `end` has finished, -inf for the others.
         """
         shape = self.log_probs.shape
@@ -50,11 +54,11 @@ class Beams:
         log_probs[:, :, :-1].masked_fill_(words[:, :, :-1] == end, -torch.inf)  # too early
         ranks = self.ranks.unsqueeze(4) + log_probs
         log_probs = self.log_probs.unsqueeze(4) + log_probs
-        places, found = torch.arange(shape[3], device=words.device) < self.places, []
+        places, found = torch.arange(self.width, device=words.device) < self.places, []
         others = words.new_empty(len(words), 0)  # the words of the groups before
         for group in range(shape[1]):
             cost = self.diversity_penalty * _times(words[:, group], others)
-            rank, chosen = _best(ranks[:, group] - cost, shape[3], arriving)
+            rank, chosen = _best(ranks[:, group] - cost, self.width, arriving)
             word, log_prob = (
                 values[:, group].flatten(1).gather(1, chosen.flatten(1)).view_as(chosen)
                 for values in (words, log_probs)
@@ -125,29 +129,29 @@ class History:
     """What every beam chose at each step, and which beam of the step before it continued.
 
     Args:
-        shape: (I, K).
+        count: I.
     """
 
-    def __init__(self, shape):
-        self.shape = shape
+    def __init__(self, count):
+        self.count = count
         self.words, self.parents, self.alphas = [], [], []
 
     def append(self, images, words, parents, alphas):
-        """words and parents (n, K) of n images; alphas (n·K, L) that led to the parents' words, or
+        """words and parents (n, K) of n images; alphas (rows, L) that led to the parents' words, or
         None."""
         new = [(self.words, words), (self.parents, parents)]
         if alphas is not None:
-            new.append((self.alphas, alphas.view(*words.shape, -1)))
+            new.append((self.alphas, alphas.view(len(words), -1, alphas.shape[1])))
         for steps, values in new:
             steps.append(
-                values.new_zeros(*self.shape, *values.shape[2:]).index_copy(0, images, values)
+                values.new_zeros(self.count, *values.shape[1:]).index_copy(0, images, values)
             )
 
     def trace(self, best, end):
         """Words (I·G·keep, T) and alphas (I·G·keep, T, L) or None of the `Best` captions, `end`
         from their end on."""
         beam, last = best.beam.flatten(), best.step.flatten()
-        images = torch.arange(self.shape[0], device=beam.device)
+        images = torch.arange(self.count, device=beam.device)
         images = images.repeat_interleave(best.beam[0].numel())
         words, alphas = [], []
         for step in reversed(range(len(self.words))):

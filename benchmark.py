@@ -36,6 +36,7 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
+    import fused
     from benchmark_data import Settings
     from benchmark_parts import SHARES, growth
     from benchmark_report import describe, draw
@@ -45,6 +46,7 @@ def main():
     from groundwork.timing import measure_speeds
 
     device = choose_device(options.device)
+    fused.build(device)
     amp = options.amp == "auto" and has_fast_bfloat16(device)
     if options.variants:
         from benchmark_variants import print_table

@@ -80,6 +80,10 @@ def main():
         make_folder(options.output_folder)
 
     records, unreadable = caption_all(model, paths, search, options)
+    lengths = [len(caption["words"]) for record in records for caption in record["captions"]]
+    if long := sum(length >= search.max_words for length in lengths):
+        ends = counted(long, "caption ends", "captions end")
+        print(f"{ends} at --max_words {search.max_words}: more may be wanted", file=sys.stderr)
     if options.json == "-":
         print(json.dumps(records, indent=2))
     elif options.json:

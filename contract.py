@@ -35,6 +35,24 @@ class Selectable(Protocol):
         """Those of the given images or rows: indices or a mask."""
 
 
+class Rows(NamedTuple):
+    """Which captions the rows of a step are, of K of each of I images."""
+
+    slots: Tensor  # (n,) int64, each row's place among the I·K captions, image by image; all differ
+    per_image: int  # K
+
+    @property
+    def images(self) -> Tensor:
+        """The image of each row, (n,) int64."""
+        return self.slots // self.per_image
+
+
+def all_rows(words, images):
+    """The `Rows` of words (I·K,) of so many images where none is left out."""
+    count = words.shape[0]  # which, unlike len, may be a graph's own number
+    return Rows(torch.arange(count, device=words.device), count // images)
+
+
 class Drawn(NamedTuple):
     """What an attention has drawn at random in a forward pass, for the objective: see
     `objectives.reinforce`. Words are in the order of the packed scores."""
@@ -130,17 +148,21 @@ class Decoder(nn.Module):
         """The state before the first word, a row per image."""
         raise NotImplementedError
 
-    def step(self, words: Tensor, state: Any, memory: Any) -> tuple[Tensor, Tensor | None, Any]:
+    def step(
+        self, words: Tensor, state: Any, memory: Any, rows: Rows | None = None
+    ) -> tuple[Tensor, Tensor | None, Any]:
         """One decoding step, which greedy, sampling and beam search share.
 
         Args:
-            words: (I·K,) int64, the previous word of K captions of each image of the memory.
-            state: their state, I·K rows, image by image.
-            memory: from `prepare`.
+            words: (n,) int64, the previous word of each caption.
+            state: the captions' state, n rows.
+            memory: from `prepare`, of I images.
+            rows: which captions they are, where others have left; otherwise n = I·K, image by
+                image.
 
         Returns:
-            scores (I·K, V) before the softmax; alphas (I·K, L) float32, None from a decoder that
-            has no attention; and the next state.
+            scores (n, V) before the softmax; alphas (n, L) float32, None from a decoder that has
+            no attention; and the next state.
         """
         raise NotImplementedError
 

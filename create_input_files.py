@@ -64,7 +64,7 @@ def parse_arguments():
         choices=FITS,
         default="squeeze",
         help="how an image becomes a square: all of it squeezed; its middle, cropped; or all of it "
-        "in its proportions, on a plain ground",
+        "in its proportions, on a plain background",
     )
     add(
         "--store",
@@ -105,7 +105,7 @@ def parse_arguments():
 
 def check_words(parser, options, typed):
     """Refuses options about words that do not go together; changes those that follow from others:
-    the rule of --subwords, and --min_word_freq, which is 0 where words are told otherwise."""
+    the rule of --subwords, and --min_word_freq, which is 0 where words are chosen another way."""
     whole = options.word_map is not None and not options.extend_vocabulary
     for name, others in (
         ("subwords", ["word_map", "vocabulary_size", "min_word_freq"]),

@@ -39,7 +39,7 @@ def find_data(data_folder, base=None):
         for path in Path(data_folder).glob("WORDMAP_*.json")
     )
     if base is not None and base not in bases:
-        raise UserError(f"no data set {base!r} in {data_folder}: there is {some(bases) or 'none'}")
+        raise UserError(f"no data set {base!r} in {data_folder}: known are {some(bases) or 'none'}")
     if base is None and len(bases) > 1:
         raise UserError(
             f"{data_folder} holds {len(bases)} data sets, {some(bases)}: "
@@ -117,8 +117,13 @@ class CaptionDataset(Dataset):
         self.captions = captions.view(count, -1, captions.shape[1])
         self.lengths = lengths.view(count, -1)
         self.mirrored, self.sided, self.rule = mirrored_words(word_map), {}, rule_of(word_map)
-        self._read_references = partial(
-            read_references_of, data_folder, base, split, self, word_map, karpathy_json
+        self._read_references = partial(  # which must not hold this object: its files close with it
+            read_references_of,
+            data_folder,
+            base,
+            split,
+            word_map=word_map,
+            karpathy_json=karpathy_json,
         )
         if not self.has_shards:  # else they are many, and most processes need none of them
             self.references  # noqa: B018 -- so that what is wrong with them is known
@@ -132,7 +137,7 @@ class CaptionDataset(Dataset):
     @cached_property
     def references(self):
         """Of each image its entry of the REFERENCES. Raises UserError."""
-        return self._read_references()
+        return self._read_references(self)
 
     @property
     def has_shards(self):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from beams import Beams, Best, History
 from constraints import FREE, MAX_LENGTH, Rules
+from contract import all_rows
 
 # Finished images leave the batch once it is no fuller than this: leaving copies the others, and on
 # a CPU every new batch size has its kernels compiled.
@@ -92,13 +93,14 @@ def _search_one(decoder, encoder_out, word_map, per_image, max_length, constrain
     rules = Rules(constraints, word_map, max_length, encoder_out.device)
     said = rules.begin(len(encoder_out) * per_image)
 
-    def next_words(scores, step):
+    def next_words(scores, step, rows):
         nonlocal said
-        log_probs = rules(scores, step, said)
+        log_probs = rules(scores, step, None if said is None else said[rows])
         words = choose(log_probs)
         if said is not None:
-            ended = (said == rules.end).any(dim=1)
-            said = rules.remember(said, words.squeeze(1).masked_fill(ended, rules.end))
+            ended = (said[rows] == rules.end).any(dim=1)
+            own = words.squeeze(1).masked_fill(ended, rules.end)
+            said = rules.remember(said, _of_all(own, rows, len(said), rules.end))
         return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
 
     words, log_probs, alphas = _to_the_end(
@@ -126,7 +128,7 @@ def draw(decoder, encoder_out, word_map, per_image, max_length=MAX_LENGTH):
     """
     rules = Rules(FREE, word_map, max_length, encoder_out.device)
 
-    def choose(scores, step):
+    def choose(scores, step, _):
         log_probs = rules.renormalised(scores, step)
         words = drawn_from(log_probs.detach().exp())
         return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
@@ -136,28 +138,35 @@ def draw(decoder, encoder_out, word_map, per_image, max_length=MAX_LENGTH):
 
 
 def roll_out(decoder, encoder_out, words, choose):
-    """Decodes for as long as it is asked to, each step with the words chosen at the one before.
+    """Decodes until all captions have ended, each step with the words chosen at the one before.
+    Captions that have ended leave the batch.
 
     Gradients pass through it where they are on, and in training mode there is dropout.
 
     Args:
         decoder, encoder_out: as in `greedy`.
         words: (I·K,) int64, the first words of K captions of each image, image by image.
-        choose: called with the scores (I·K, V) of a step and its number, from 0; gives the words
-            (I·K,) int64 that come next.
+        choose: called with the scores (n, V) of a step, its number, from 0, and which of the I·K
+            captions they are of, (n,) int64; gives the words (n,) int64 that come next, and which
+            captions go on, (n,) bool.
 
     Yields:
-        of each step the scores (I·K, V) before the softmax, the alphas (I·K, L) float32, or None,
-        and the words chosen.
+        of each step which captions are still there, (n,); their scores (n, V) before the softmax;
+        alphas (n, L) float32, or None; and the words chosen.
     """
-    memory = decoder.prepare(encoder_out)
-    images = torch.arange(len(encoder_out), device=words.device)
-    images = images.repeat_interleave(len(words) // len(encoder_out))
-    state = decoder.init_state(memory).select(images)
+    memory, rows = decoder.prepare(encoder_out), all_rows(words, len(encoder_out))
+    state = decoder.init_state(memory).select(rows.images)
     for step in itertools.count():
-        scores, alphas, state = decoder.step(words, state, memory)
-        words = choose(scores, step)
-        yield scores, alphas, words
+        scores, alphas, state = decoder.step(words, state, memory, rows)
+        words, going = choose(scores, step, rows.slots)
+        yield rows.slots, scores, alphas, words
+        still = int(going.sum())  # the only time in a step that the host waits for the device
+        if still == 0:
+            return
+        if still < LEAVE * len(words):
+            kept = going.nonzero().squeeze(1)
+            rows, words = rows._replace(slots=rows.slots[kept]), words[kept]
+            state = state.select(kept)
 
 
 def _to_the_end(decoder, encoder_out, word_map, per_image, max_length, choose):
@@ -165,31 +174,39 @@ def _to_the_end(decoder, encoder_out, word_map, per_image, max_length, choose):
     `max_length` words.
 
     Args:
-        choose: called with scores (n, V) and the step; gives log p (n,) and the words (n,) chosen.
+        choose: called as in `roll_out`; gives log p (n,) and the words (n,) chosen.
 
     Returns:
-        words (n, T), `<end>` from the end on; their log p (n, T), zero after the first `<end>`;
-        and alphas (n, T, L) or None.
+        words (I·K, T), `<end>` from the end on; their log p (I·K, T), zero after the first `<end>`;
+        and alphas (I·K, T, L), of no meaning after it, or None.
     """
-    rows, end = len(encoder_out) * per_image, word_map["<end>"]
-    start = torch.full((rows,), word_map["<start>"], device=encoder_out.device)
+    count, end = len(encoder_out) * per_image, word_map["<end>"]
+    start = torch.full((count,), word_map["<start>"], device=encoder_out.device)
     done = torch.zeros_like(start, dtype=torch.bool)
     log_probs, history, alphas = [], [], []
 
-    def next_words(scores, step):
-        log_p, words = choose(scores, step)
-        log_probs.append(log_p.masked_fill(done, 0.0))
-        return words.masked_fill(done, end)
+    def next_words(scores, step, rows):
+        log_p, words = choose(scores, step, rows)
+        ended = done[rows]
+        log_probs.append(_of_all(log_p.masked_fill(ended, 0.0), rows, count))
+        words = words.masked_fill(ended, end)
+        done[rows] = words == end
+        return words, words != end
 
     steps = roll_out(decoder, encoder_out, start, next_words)
-    for _, alpha, words in itertools.islice(steps, max_length + 1):
-        history.append(words)
-        alphas.append(alpha)
-        done = done | (words == end)
-        if done.all():
-            break
+    for rows, _, alpha, words in itertools.islice(steps, max_length + 1):
+        history.append(_of_all(words, rows, count, end))
+        alphas.append(None if alpha is None else _of_all(alpha, rows, count))
     alphas = None if alphas[0] is None else torch.stack(alphas, dim=1)
     return torch.stack(history, dim=1), torch.stack(log_probs, dim=1), alphas
+
+
+def _of_all(values, rows, count, others=0):
+    """(count, …) of the values (n, …) of some rows, and what the others have."""
+    if len(values) == count:
+        return values
+    whole = values.new_full((count, *values.shape[1:]), others)
+    return whole.index_copy(0, rows, values)
 
 
 def drawn_from(probabilities, generator=None, top_k=None, top_p=None):
@@ -286,8 +303,9 @@ def _search(
     no other can come among them."""
     device, count, end = encoder_out.device, len(encoder_out), word_map["<end>"]
     rules = Rules(constraints, word_map, max_length, device)
-    beams = Beams((count, groups, rules.states, beam_size // groups), diversity_penalty, device)
-    k = beams.log_probs[0].numel()  # rows of an image
+    shape = count, groups, rules.states, beam_size // groups
+    beams = Beams(shape, diversity_penalty, len(word_map), device)
+    k = beams.log_probs[0].numel()  # rows of an image, before the first word
     memory = decoder.prepare(encoder_out)
     state = decoder.init_state(memory)
     state = state.select(torch.arange(count, device=device).repeat_interleave(k))
@@ -295,7 +313,7 @@ def _search(
     active = torch.arange(count, device=device)  # the images still searched
     words = torch.full((count, k), word_map["<start>"], device=device)
     said = rules.begin(count * k)
-    best, history = Best((count, groups, keep), device), History((count, k))
+    best, history = Best((count, groups, keep), device), History(count)
     width = min(beams.candidates, len(word_map))
     for step in range(max_length + 1):
         scores, alphas, state = decoder.step(words.flatten(), state, memory)
@@ -311,6 +329,7 @@ def _search(
         if still == 0:
             break
         rows = torch.arange(len(active), device=device)[:, None] * k + parents
+        k = words.shape[1]
         if still < LEAVE * len(active):
             memory = memory.select(going)
             beams.select(going)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contract import Decoder, Forward
+from contract import Decoder, Forward, Rows
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ class Ensemble(Decoder):
         pairs = zip(self.members, memory.parts, strict=True)
         return Parts(tuple(member.init_state(own) for member, own in pairs))
 
-    def step(self, words: Tensor, state: Parts, memory: Parts):
+    def step(self, words: Tensor, state: Parts, memory: Parts, rows: Rows | None = None):
         """As `Decoder.step`; the scores are log p, float32, and the alphas the mean of those of the
         members that look, None where their grids differ."""
         triples = zip(self.members, state.parts, memory.parts, strict=True)
         scores, alphas, states = zip(
-            *(member.step(words, own, seen) for member, own, seen in triples), strict=True
+            *(member.step(words, own, seen, rows) for member, own, seen in triples), strict=True
         )
         return log_mean(scores), mean_alphas(alphas), Parts(states)
 

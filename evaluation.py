@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import diversity
+import fused
 import metrics
 from choosing import Search
 from groundwork import distributed
@@ -30,6 +31,7 @@ def caption_split(model, data, beam_sizes, search, whole=False):
         beam_size -> for each image its best `captioner.Caption`; and for each image all captions of
         the widest beam, the best first, where they are kept, else an empty list.
     """
+    fused.build(model.device)
     captions, beams, widest = {beam_size: [] for beam_size in beam_sizes}, [], max(beam_sizes)
     generator = model.generator(search.seed)
     for features in _features(model, data, search, "captioning"):

@@ -145,7 +145,7 @@ def find_data_set(path, about, folder, name, split):
     base = name or (own if own in bases or (folder is None and own) else None)
     if base is not None and base not in bases:
         raise UserError(
-            f"no data set {base!r} in {where}: there is {some(bases) or 'none'}"
+            f"no data set {base!r} in {where}: known are {some(bases) or 'none'}"
             if name
             else f"{path} was trained on {own} in {trained_in}, which is not here: name the folder "
             "that has it now, or another data set's, with --data_folder"

@@ -55,14 +55,11 @@ def _shards_beside(whole):
     """Shards of what else would be the file at `whole` that are there, of any number."""
     if not whole.parent.is_dir():
         return []
-    start, end = f"{whole.stem}_", whole.suffix
     with os.scandir(whole.parent) as entries:
-        named = [whole.with_name(entry.name) for entry in entries if entry.name.startswith(start)]
-    return sorted(
-        path
-        for path in named
-        if path.suffix == end and shard_of(path) and path.stem[:-15] == whole.stem
-    )
+        named = [whole.with_name(e.name) for e in entries if e.name.startswith(f"{whole.stem}_")]
+    shards = [path for path in named if path.suffix == whole.suffix and shard_of(path)]
+    # of a data set whose name begins with this one's the shards are others
+    return sorted(path for path in shards if path.stem == whole.stem + shard_name(*shard_of(path)))
 
 
 # ------------------------------------------------------------------------------------- writing

@@ -15,10 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+import fused
+
 # ----------------------------------------------------------------------------------- energies
 
 
-def plain_energies(projected: Tensor, query: Tensor, w: Tensor, images: Tensor) -> Tensor:
+def plain_energies(
+    projected: Tensor, query: Tensor, w: Tensor, images: Tensor, activation=torch.relu
+) -> Tensor:
     """e_ti = w · relu(W_a a_i + W_h h_{t-1}) (§3.1.2, eq. 4).
 
     Args:
@@ -26,27 +30,34 @@ def plain_energies(projected: Tensor, query: Tensor, w: Tensor, images: Tensor) 
         query: (n, A) W_h h_{t-1} of each row.
         w: (A,).
         images: (n,) int64, each row's image.
+        activation: torch.relu, or torch.tanh in its place.
 
     Returns:
         (n, L).
     """
-    return torch.relu(projected[images] + query.unsqueeze(1)) @ w
+    keys = projected.index_select(0, images)  # its gradient is added up in order
+    return activation(keys + query.unsqueeze(1)) @ w
 
 
 class Energies:
     """`plain_energies` at all steps of a batch: called with query and images.
 
     The gradients of `projected` and `w`, which all steps share, are made once, after the backward
-    pass of the first step.
+    pass of the first step. With tanh it is the plain formula where `fused` is not built.
     """
 
-    def __init__(self, projected: Tensor, w: Tensor):
-        self.sums = []
-        self.token = _Token.apply(projected, w, self.sums)
-        self.projected, self.w = projected.detach(), w.detach()
+    def __init__(self, projected: Tensor, w: Tensor, activation=torch.relu):
+        self.activation, self.sums, self.token = activation, [], None
+        if activation is torch.relu or fused.runs(projected):
+            self.token = _Token.apply(projected, w, activation, self.sums)
+            projected, w = projected.detach(), w.detach()
+        self.projected, self.w = projected, w
 
     def __call__(self, query: Tensor, images: Tensor) -> Tensor:
-        return _Energies.apply(self.projected, query, self.w, images, self.token, self.sums)
+        values = self.projected, query, self.w, images, self.activation
+        if self.token is None:
+            return plain_energies(*values)
+        return _Energies.apply(*values, self.token, self.sums)
 
     def select(self, images: Tensor) -> "Energies":
         """Those of the given images, indices or a mask: for decoding, without gradients."""
@@ -59,18 +70,22 @@ class _Energies(torch.autograd.Function):
     """The energies of one step.
 
     The hidden layer (n, L, A) is the model's largest tensor by far, and is never kept: the backward
-    pass needs only where it is positive, which is where W_a a_i > -W_h h_{t-1}. On a CPU it is made
-    for some rows of one image at a time, which stay in the cache. What the backward pass finds for
-    the step's own query it returns; what all steps share it adds to `sums`: the sum over t of
-    grad · (hidden > 0), (I, L, A), and the share of W_h h_{t-1} in w's gradient.
+    pass makes it anew. `fused` makes it in registers; without, PyTorch does for some rows of one
+    image at a time, which stay in a CPU's cache. What the backward pass finds for the step's own
+    query it returns; what all steps share it adds to `sums`: with f the activation, the sum over t
+    of grad · f', (I, L, A), and w's gradient. As relu(x) is x · relu'(x), of the latter the part of
+    W_h h_{t-1} follows from that one's own gradient, that of W_a a_i from the sum.
     """
 
     CACHE = 2**20  # bytes; second-level caches hold one to two million
 
     @staticmethod
-    def forward(ctx, projected, query, w, images, token, sums):
-        ctx.save_for_backward(projected, query, w)
-        ctx.sums, ctx.parts = sums, _Energies.parts(projected, images)
+    def forward(ctx, projected, query, w, images, activation, token, sums):
+        ctx.save_for_backward(projected, query, w, images)
+        ctx.activation, ctx.sums, ctx.parts = activation, sums, None
+        if fused.runs(projected):
+            return fused.energies(projected, query, w, images, activation)
+        ctx.parts = _Energies.parts(projected, images)
         energies = query.new_empty(len(query), projected.shape[1])
         for image, rows in ctx.parts:
             energies[rows] = (projected[image] + query[rows, None]).relu_() @ w
@@ -79,23 +94,40 @@ class _Energies(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        projected, query, w = ctx.saved_tensors
+        projected, query, w, images = ctx.saved_tensors
+        built = ctx.parts is None  # as the forward pass had it
         if not ctx.sums:
-            ctx.sums.extend([torch.zeros_like(projected), torch.zeros_like(w, dtype=torch.float32)])
+            precision = torch.float32 if built else projected.dtype
+            ctx.sums.append(projected.new_zeros(projected.shape, dtype=precision))
+            ctx.sums.append(torch.zeros_like(w, dtype=torch.float32))
         of_projected, of_w = ctx.sums
-        grad_query = torch.empty_like(query)
-        for image, rows in ctx.parts:
+        if built:
+            of_query, of_hidden = fused.slopes(
+                grad, projected, query, images, ctx.activation, of_projected
+            )
+        else:
+            of_query = _Energies.slopes(grad, projected, query, ctx.parts, of_projected)
+        if ctx.activation is torch.relu:
+            of_hidden = query * of_query
+        of_w += of_hidden.sum(dim=0, dtype=torch.float32)
+        return None, of_query.mul_(w), None, None, None, grad.new_zeros(()), None
+
+    @staticmethod
+    def slopes(grad, projected, query, parts, of_projected):
+        """`fused.slopes` of relu, whose slope is one where W_a a_i > -W_h h_{t-1}: its first
+        result."""
+        of_query = torch.empty_like(query)
+        for image, rows in parts:
             own = grad[rows]
-            positive = query.new_empty(*own.shape, len(w))
+            positive = query.new_empty(*own.shape, query.shape[1])
             torch.gt(projected[image], -query[rows, None], out=positive)  # as numbers, not bools
-            grad_query[rows] = (own[:, None] @ positive).squeeze(1)
+            of_query[rows] = (own[:, None] @ positive).squeeze(1)
             if isinstance(image, int):
                 for weights, places in zip(own.unsqueeze(2), positive, strict=True):
                     of_projected[image].addcmul_(weights, places)
             else:
                 of_projected.index_add_(0, image, positive.mul_(own.unsqueeze(2)))
-        of_w += (query * grad_query).sum(dim=0, dtype=torch.float32)
-        return None, grad_query.mul_(w), None, None, grad.new_zeros(()), None
+        return of_query
 
     @staticmethod
     def parts(projected, images):
@@ -115,9 +147,9 @@ class _Token(torch.autograd.Function):
     then the shared gradients are made from what the steps left in `sums`."""
 
     @staticmethod
-    def forward(ctx, projected, w, sums):
+    def forward(ctx, projected, w, activation, sums):
         ctx.save_for_backward(projected, w)
-        ctx.sums = sums
+        ctx.activation, ctx.sums = activation, sums
         return projected.new_zeros(())
 
     @staticmethod
@@ -126,8 +158,9 @@ class _Token(torch.autograd.Function):
         projected, w = ctx.saved_tensors
         of_projected, of_w = ctx.sums
         ctx.sums.clear()
-        of_w += (projected * of_projected).sum((0, 1), dtype=torch.float32)
-        return of_projected.mul_(w), of_w.to(w), None
+        if ctx.activation is torch.relu:
+            of_w += (projected * of_projected).sum((0, 1), dtype=torch.float32)
+        return of_projected.mul_(w).to(projected), of_w.to(w), None, None
 
 
 # ------------------------------------------------------------------------------------ context

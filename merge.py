@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from annotations import AnnotationVectors, MapConfig, compute_dtype, of_rows
-from contract import Decoder, Forward, pack, register
+from contract import Decoder, Forward, Rows, all_rows, pack, register
 from models import State
 
 
@@ -78,23 +78,23 @@ class MergeDecoder(Decoder):
         zeros = self.fc.weight.new_zeros(memory.image.shape[0], self.config.decoder_dim)
         return State(zeros, zeros)
 
-    def step(self, words: Tensor, state: State, memory: Memory):
+    def step(self, words: Tensor, state: State, memory: Memory, rows: Rows | None = None):
         """One decoding step, as in `Decoder.step`; there are no alphas."""
         embedded = self.dropout(self.embedding(words)).unsqueeze(1)
         hidden, (h, c) = self._sentence(embedded, (state.h.unsqueeze(0), state.c.unsqueeze(0)))
-        rows = torch.arange(words.shape[0], device=words.device)
-        scores = self._scores(hidden.squeeze(1), rows, words.shape[0], memory)
+        rows = rows or all_rows(words, memory.image.shape[0])
+        scores = self._scores(hidden.squeeze(1), rows.images, memory)
         return scores, None, State(h.squeeze(0), c.squeeze(0))
 
     def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:
         """Teacher forcing, as in `Decoder.forward`; there are no alphas."""
-        steps, rows = lengths.cpu() - 1, torch.arange(len(captions), device=captions.device)
+        steps, images = lengths.cpu() - 1, all_rows(captions, len(encoder_out)).images
         inputs, targets = pack(captions[:, :-1], steps), pack(captions[:, 1:], steps)
-        rows = pack(rows.unsqueeze(1).expand_as(captions), steps)
+        images = pack(images.unsqueeze(1).expand_as(captions), steps)
         memory = self.prepare(encoder_out)
         embedded = inputs._replace(data=self.dropout(self.embedding(inputs.data)))
         hidden, _ = self._sentence(embedded)
-        scores = self._scores(hidden.data, rows.data, len(captions), memory)
+        scores = self._scores(hidden.data, images.data, memory)
         return Forward(inputs._replace(data=scores), targets, None)
 
     def _sentence(self, embedded, state=None):
@@ -105,7 +105,6 @@ class MergeDecoder(Decoder):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             return self.lstm(embedded, state)
 
-    def _scores(self, hidden, rows, count, memory):
-        """Vocabulary scores of hidden states, each of the caption `rows` of `count`."""
-        images = of_rows(memory.image, rows // (count // memory.image.shape[0]))
-        return self.fc(torch.relu(self.merged(hidden + images)))
+    def _scores(self, hidden, images, memory):
+        """Vocabulary scores of hidden states, each of a caption of one of the `images`."""
+        return self.fc(torch.relu(self.merged(hidden + of_rows(memory.image, images))))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import kernels
 from annotations import Annotations, compute_dtype, of_rows
 from attentions import ATTENTIONS, AttendingConfig, word_layer
-from contract import Decoder, Forward, build_decoder, pack, register, seen
+from contract import Decoder, Forward, Rows, all_rows, build_decoder, pack, register, seen
 
 # ------------------------------------------------------------------------------------ decoder
 
@@ -200,15 +200,14 @@ class DecoderWithAttention(Decoder):
         scores, _ = scores.split([rows, filler])
         return Forward(inputs._replace(data=scores), targets, *seen(looks, inputs))
 
-    def step(self, words: Tensor, state: State, memory: Memory):
+    def step(self, words: Tensor, state: State, memory: Memory, rows: Rows | None = None):
         """One decoding step, as in `Decoder.step`."""
-        slots = torch.arange(words.shape[0], device=words.device)
-        per_image = words.shape[0] // memory.annotations.images
+        rows = rows or all_rows(words, memory.annotations.images)
         words = self.embed_dropout(self.embedding(words))
         offsets = self._offsets(words, memory)
         weights = memory.recurrent_weight, memory.context_weight
         products = Products(*(partial(kernels.plain_product, weight=weight) for weight in weights))
-        state, look = self._advance(memory, products, state, offsets, slots, per_image)
+        state, look = self._advance(memory, products, state, offsets, *rows)
         return self._scores(state.h, look.context, words, memory), look.alphas, state
 
     def _offsets(self, words, memory):

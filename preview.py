@@ -18,10 +18,11 @@ from groundwork.errors import UserError
 from groundwork.files import atomic_write, make_folder
 from groundwork.images import in_threads, open_image
 from groundwork.progress import progress
-from groundwork.wording import counted, some
+from groundwork.wording import Complaints, counted
 from report import render
 from utils import base_name, check_name
-from word_maps import Wanted, choose, count_words, describe
+from word_maps import Wanted, choose, describe
+from word_rules import hint
 
 OPTIONS = (
     "dataset", "captions", "image_folder", "captions_per_image", "min_word_freq", "max_len",
@@ -60,17 +61,17 @@ def write(
     check_name(dataset)
     data = formats.read(captions, image_folder, reading, seed)
     people = Captions(data.images)
-    rule, word_map = choose(people, min_word_freq, wanted or Wanted(), data.source)
+    rule, word_map, counts = choose(people, min_word_freq, wanted or Wanted(), data.source)
     groups, faults = alike(data.images, workers)
     leaks = leakage(data.images, groups)
-    counts = count_words(people, rule)
+    notes = list(filter(None, [hint(rule, counts)]))
     base = base_name(dataset, captions_per_image, min_word_freq)
     path = Path(output_folder) / f"preview_{base}.html"
     chosen = random.Random(seed).sample(range(len(data.images)), min(IMAGES, len(data.images)))
     page = render(
         "preview.html",
         title=f"{dataset}: {counted(len(data.images), 'image')}",
-        about=[f"of {data.source}", *data.notes, describe(word_map)],
+        about=[f"of {data.source}", *data.notes, describe(word_map), *notes],
         rows=table(data.images, rule, word_map, max_len),
         lengths=draw_lengths(data.images, rule, max_len),
         frequent=counts.most_common(WORDS),
@@ -85,7 +86,7 @@ def write(
     make_folder(path.parent)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print("\n".join([*data.notes, *leaks, *faults[:1], f"preview: {path}"]))
+    print("\n".join([*data.notes, *notes, *leaks, *faults, f"preview: {path}"]))
     return path
 
 
@@ -108,18 +109,18 @@ def alike(images, workers=None):
             return str(error)
 
     readable, hashes, faults = [], [], []
-    with progress(total=len(images), desc="reading images", unit="image") as bar:
+    bar = progress(total=len(images), desc="reading images", unit="image")
+    with bar, Complaints(faults.append) as complaints:
         for image, found in zip(images, in_threads(read, images, workers), strict=True):
             if isinstance(found, str):
-                faults.append(found)
+                complaints.add(found)
             else:
                 readable.append(image)
                 hashes.append(found)
             bar.update()
     groups = [[readable[i] for i in own] for own in duplicates.groups_of(np.array(hashes))]
     groups.sort(key=lambda own: -len({image.split for image in own}))
-    many = counted(len(faults), "image cannot be read", "images cannot be read")
-    return groups, [f"{many}: {some(faults, 5)}"] if faults else []
+    return groups, faults
 
 
 def leakage(images, groups):
@@ -145,7 +146,7 @@ def leakage(images, groups):
         if total:
             lines.append(
                 f"{again} of {counted(total, f'{said(split)} image')} "
-                f"{'stands' if again == 1 else 'stand'} in {said(others[0])}, too"
+                f"{'looks' if again == 1 else 'look'} like one in {said(others[0])}"
                 + (f", {again / total:.1%}" if again else "")
             )
     return lines

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from annotations import Annotations, compute_dtype, of_rows
 from attentions import ATTENTIONS, AttendingConfig, word_layer
-from contract import Decoder, Forward, pack, register, seen
+from contract import Decoder, Forward, Rows, all_rows, pack, register, seen
 
 
 class Memory(NamedTuple):
@@ -94,12 +94,11 @@ class RecurrentDecoder(Decoder):
         zeros = self.embedding.weight.new_zeros(images, self.config.decoder_dim)
         return Hidden((zeros,) * self.layers)
 
-    def step(self, words: Tensor, state: Hidden, memory: Memory):
+    def step(self, words: Tensor, state: Hidden, memory: Memory, rows: Rows | None = None):
         """One decoding step, as in `Decoder.step`."""
-        slots = torch.arange(words.shape[0], device=words.device)
-        per_image = words.shape[0] // memory.annotations.images
+        rows = rows or all_rows(words, memory.annotations.images)
         words = self.embed_dropout(self.embedding(words))
-        hidden, look, state = self.advance(words, state, memory, slots, per_image)
+        hidden, look, state = self.advance(words, state, memory, *rows)
         return self.scores(hidden), look.alphas, state
 
     def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:

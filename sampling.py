@@ -5,7 +5,6 @@ to when it captions."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -62,19 +61,29 @@ class ScheduledSampling(CrossEntropy):
             share: probability of each word after `<start>` to be the decoder's own.
         """
         steps = lengths.cpu() - 1
-        longest = int(steps.max())
+
+        ends = steps.to(captions.device)
 
         @torch.no_grad()
-        def choose(scores, step):
-            own = torch.rand(len(captions), device=captions.device) < share
+        def choose(scores, step, rows):
+            own = torch.rand(len(rows), device=captions.device) < share
             likely = scores.float().index_fill(1, self.never, -torch.inf).softmax(dim=1)
-            return drawn_from(likely).squeeze(1).where(own, captions[:, step + 1])
+            words = drawn_from(likely).squeeze(1).where(own, captions[rows, step + 1])
+            return words, ends[rows] > step + 1
 
-        rolled = islice(roll_out(decoder, encoder_out, captions[:, 0], choose), longest)
-        scores, alphas, _ = zip(*rolled, strict=True)
-        targets = pack(captions[:, 1:], steps)
-        if alphas[0] is None:
-            return Forward(pack(torch.stack(scores, dim=1), steps), targets, None)
-        real = (torch.arange(longest) < steps.unsqueeze(1)).to(captions.device)
-        alphas = torch.stack(alphas, dim=1) * real.unsqueeze(2)
-        return Forward(pack(torch.stack(scores, dim=1), steps), targets, alphas)
+        rolled = roll_out(decoder, encoder_out, captions[:, 0], choose)
+        rows, scores, alphas, _ = zip(*rolled, strict=True)
+        counts = [len(own) for own in rows]
+        # where in all steps' scores, one below the other, each caption's are
+        places = ends.new_zeros(len(captions), len(rows))
+        of_steps = torch.arange(sum(counts), device=captions.device).split(counts)
+        for step, (own, where) in enumerate(zip(rows, of_steps, strict=True)):
+            places[own, step] = where
+        packed = pack(places, steps)
+        scores = packed._replace(data=torch.cat(scores)[packed.data])
+        if alphas[0] is not None:
+            real = torch.arange(len(rows), device=captions.device) < ends.unsqueeze(1)
+            alphas = torch.cat(alphas)[places] * real.unsqueeze(2)
+        else:
+            alphas = None
+        return Forward(scores, pack(captions[:, 1:], steps), alphas)

@@ -136,6 +136,7 @@ def run_stages(options, typed, base, start, device):
     import torch
 
     import checkpoints
+    import fused
     from continuation import is_elsewhere
     from run_state import RunFiles
     from training import Training
@@ -147,6 +148,7 @@ def run_stages(options, typed, base, start, device):
     stages = ["decoder", "finetune"] if options.stage == "both" else [options.stage]
     stages = stages[stages.index(reached) if reached in stages else 0 :]
     files = RunFiles(options.output_folder, base)
+    fused.build(device)
     with torch.autograd.set_detect_anomaly(options.detect_anomaly):
         training = Training(
             state,

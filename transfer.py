@@ -21,7 +21,12 @@ def read_word_map(path):
     if Path(path).suffix == ".json":
         word_map = read_json(path)
     else:
-        word_map = checkpoints.load_checkpoint(path).get("word_map")
+        try:
+            word_map = checkpoints.load_checkpoint(path).get("word_map")
+        except UserError as error:
+            raise UserError(
+                f"--word_map takes a WORDMAP_….json, a checkpoint or its folder: {error}"
+            ) from error
         if word_map is None:
             raise UserError(f"{path} holds no word map: name its WORDMAP file")
     check_word_map(word_map, path)
@@ -33,11 +38,13 @@ def check_words(own, word_map, base, extend):
     is to be extended, all of it is in that one."""
     if extend and is_extension(word_map, own):
         return
-    new = is_extension(word_map, own)
-    hint = ": --extend_vocabulary adds the new words" if new else ""
     if extend:
         hint = ": create_input_files.py --word_map with this checkpoint and --extend_vocabulary"
         hint += " makes input files with its words and new ones"
+    elif is_extension(word_map, own):
+        hint = ": --extend_vocabulary adds the new words"
+    else:
+        hint = ": create_input_files.py --word_map with this checkpoint keeps to its words"
     message = f"the checkpoint is of another vocabulary than {base}'s word map{{}}{hint}"
     check_same(own, word_map, message)
 

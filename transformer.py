@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from annotations import AnnotationVectors, MapConfig, compute_dtype, project
-from contract import Decoder, Forward, pack, register
+from contract import Decoder, Forward, Rows, pack, register
 
 MAX_LAYERS = 100  # a checkpoint's configuration is not to be trusted
 
@@ -97,14 +97,15 @@ class Layer(nn.Module):
         """Keys and values (I, 2, heads, L, E / heads) of annotations (I, L, E)."""
         return self._heads(self.cross_places(annotations), 2)
 
-    def forward(self, x: Tensor, words: Tensor, places: Tensor):
+    def forward(self, x: Tensor, words: Tensor, places: Tensor, rows: Rows | None = None):
         """What the layer makes of T further words of n captions.
 
         Args:
             x: (n, T, E).
             words: (n, 2, heads, t, E / heads) keys and values of the t words before them; where
                 T > 1, t is 0.
-            places: from `places`, of I images; n = I·K, image by image.
+            places: from `places`, of I images.
+            rows: which captions they are; otherwise n = I·K, image by image.
 
         Returns:
             (n, T, E); the words' keys and values with those of these T; alphas (n, T, L), float32,
@@ -119,18 +120,25 @@ class Layer(nn.Module):
             is_causal=x.shape[1] > 1,
         )
         x = self.self_norm(x + self.self_out(seen.transpose(1, 2).flatten(2)))
-        seen, alphas = self._look(x, *places.unbind(1))
+        seen, alphas = self._look(x, *places.unbind(1), rows)
         x = self.cross_norm(x + self.cross_out(seen))
         return self.feed_forward_norm(x + self.feed_forward(x)), words, alphas
 
-    def _look(self, x, keys, values):
+    def _look(self, x, keys, values, rows):
         """softmax(q kᵀ / √d) v, written out as its weights are asked for; the captions of an image
         share its keys."""
-        query = self._heads(self.cross_query(x).view(keys.shape[0], -1, x.shape[2]), 1).squeeze(1)
+        query = self.cross_query(x)
+        if rows is not None:  # zeros in the place of those that are left out
+            whole = query.new_zeros(keys.shape[0] * rows.per_image, *query.shape[1:])
+            query = whole.index_copy(0, rows.slots, query)
+        captions = query.shape
+        query = self._heads(query.view(keys.shape[0], -1, x.shape[2]), 1).squeeze(1)
         energies = query @ keys.transpose(2, 3) / math.sqrt(query.shape[3])
         alphas = energies.softmax(dim=3, dtype=torch.float32)  # (I, heads, K·T, L)
         seen = self.dropout(alphas).to(values.dtype) @ values
-        return seen.transpose(1, 2).reshape(x.shape), alphas.mean(dim=1).view(*x.shape[:2], -1)
+        seen = seen.transpose(1, 2).reshape(captions)
+        alphas = alphas.mean(dim=1).view(*captions[:2], -1)
+        return (seen, alphas) if rows is None else (seen[rows.slots], alphas[rows.slots])
 
     def _heads(self, values, parts):
         """(n, T, parts·E) as (n, parts, heads, T, E / heads)."""
@@ -177,9 +185,9 @@ class TransformerDecoder(Decoder):
         """That of no word, a row per image."""
         return State(tuple(places[:, :, :, :0] for places in memory.places))
 
-    def step(self, words: Tensor, state: State, memory: Memory):
+    def step(self, words: Tensor, state: State, memory: Memory, rows: Rows | None = None):
         """One decoding step, as in `Decoder.step`."""
-        x, alphas, state = self._advance(words.unsqueeze(1), state, memory)
+        x, alphas, state = self._advance(words.unsqueeze(1), state, memory, rows)
         return self.fc(x.squeeze(1)), alphas.squeeze(1), state
 
     def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:
@@ -195,14 +203,14 @@ class TransformerDecoder(Decoder):
         alphas = alphas * real.unsqueeze(2).to(alphas)
         return Forward(inputs._replace(data=self.fc(inputs.data)), targets, alphas)
 
-    def _advance(self, words, state, memory):
+    def _advance(self, words, state, memory, rows=None):
         """What the layers make of T further words (n, T): (n, T, E), alphas (n, T, L), state."""
         before = state.words[0].shape[3]
         places = torch.arange(before, before + words.shape[1], device=words.device)
         x = self.embedding(words) + self.positions(places.clamp(max=self.config.positions - 1))
         kept, alphas = [], []
         for layer, own, image in zip(self.layers, state.words, memory.places, strict=True):
-            x, own, alpha = layer(x, own, image)
+            x, own, alpha = layer(x, own, image, rows)
             kept.append(own)
             alphas.append(alpha)
         return x, torch.stack(alphas).mean(dim=0), State(tuple(kept))

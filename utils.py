@@ -22,7 +22,7 @@ from groundwork.images import MAX_ASPECT, read_images
 from groundwork.wording import Complaints, counted
 from input_files import KINDS, all_or_nothing, base_name, new_part
 from word_maps import Wanted, choose, describe, encode_caption
-from word_rules import KARPATHY, rule_of
+from word_rules import KARPATHY, hint, rule_of
 
 # --------------------------------------------------------------------------------- input files
 
@@ -66,8 +66,7 @@ def create_input_files(
     check_name(dataset)
     data = formats.read(captions, image_folder, reading, seed)
     print("\n".join(data.notes))
-    wanted = wanted or Wanted()
-    rule, word_map = choose(Captions(data.images), min_word_freq, wanted, data.source)
+    rule, word_map, summary = _choose_words(data, min_word_freq, wanted or Wanted())
     samples = Samples(data.images, max_len, rule)
     samples.check(data.source, shards)
     base, rng = base_name(dataset, captions_per_image, min_word_freq), random.Random(seed)
@@ -85,10 +84,16 @@ def create_input_files(
         written = _write_splits(parts, samples, pictures, encode, form)
         unreadable = _unreadable(samples, written, skip_bad_images)
         path.write_text(json.dumps(word_map), encoding="utf-8")
-    summary = {"base": base, "vocabulary": len(word_map), "keeps_more": wanted.keeps_more}
-    summary |= _summarise(data, samples, written, unreadable, word_map["<unk>"])
+    summary |= _summarise(data, samples, written, unreadable, word_map["<unk>"]) | {"base": base}
     _print_summary(summary, word_map)
     return summary
+
+
+def _choose_words(data, min_word_freq, wanted):
+    """The rule and the word map of a `formats.DataSet`, and what the summary has of them."""
+    rule, word_map, counts = choose(Captions(data.images), min_word_freq, wanted, data.source)
+    summary = {"vocabulary": len(word_map), "keeps_more": wanted.keeps_more}
+    return rule, word_map, summary | {"hint": hint(rule, counts)}
 
 
 def check_name(dataset):
@@ -176,12 +181,25 @@ class Samples:
             reference["boxes"] = image.boxes
         return Sample(image.source, captions, reference)
 
+    def _why(self):
+        """What has been left out, for people, where anything was."""
+        parts = []
+        if long := self.left_out["too long captions"]:
+            are = counted(long, "caption has", "captions have")
+            parts.append(f"{are} more words than --max_len {self.max_len}")
+        if wordless := self.left_out["wordless captions"]:
+            are = counted(wordless, "caption has", "captions have")
+            parts.append(f"{are} no words by the rule {self.rule.name}")
+        return f": {' and '.join(parts)}" if parts else ""
+
     def check(self, source, shards):
         """Raises UserError where training or validation have no image, or fewer than there are to
         be shards, or where no image at all is there: one line, not one for each."""
         for split in ("TRAIN", "VAL"):
             if split not in self.counts:
-                raise UserError(f"{source} has no {split} image with captions to learn from")
+                raise UserError(
+                    f"{source} has no {split} image with captions to learn from{self._why()}"
+                )
         if shards is not None and shards > self.counts["TRAIN"]:
             few = counted(self.counts["TRAIN"], "training image")
             raise UserError(f"--shards {shards}: there are {few}, give fewer")
@@ -325,6 +343,8 @@ def _print_summary(summary, word_map):
         else:
             print(f"{split}: no images, so no {split} files")
     print(describe(word_map))
+    if summary["hint"]:
+        print(summary["hint"])
     if summary["by_tokens"]:
         print(
             counted(

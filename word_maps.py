@@ -10,6 +10,7 @@ from groundwork.wording import counted
 from word_rules import (
     SPECIAL_WORDS,
     USUAL,
+    hint,
     is_special,
     learn_subwords,
     make_rule,
@@ -31,6 +32,8 @@ class Wanted:
     @property
     def keeps_more(self):
         """What there is to do where many words are unknown, for people."""
+        if self.word_map is not None and rule_of(self.word_map).name == "subwords":
+            return "--subwords in the place of --word_map learns subwords of these captions"
         if self.word_map is not None and not self.extend:
             return "--extend_vocabulary adds new ones"
         if self.size is not None:
@@ -39,7 +42,8 @@ class Wanted:
 
 
 def choose(captions, min_word_freq, wanted, source):
-    """The `Rule` by which captions are split, and word -> index.
+    """The `Rule` by which captions are split, word -> index, and how often each word comes in the
+    captions, as `count_words` has it.
 
     Args:
         captions: `captioned.Caption`s, which are gone through several times.
@@ -59,9 +63,10 @@ def choose(captions, min_word_freq, wanted, source):
         words = rule.words if rule.name == "subwords" else words
         known = _numbered([], rule.name)
         if not words:
+            way_out = hint(rule, counts) or "lower --min_word_freq, to 0 for all words"
             raise UserError(
                 f"{source} has no word more than {counted(min_word_freq, 'time')}, so there is "
-                "nothing to say: lower --min_word_freq, to 0 for all words"
+                f"nothing to say: {way_out}"
             )
     elif not wanted.extend and all(map(is_special, known.keys() & counts.keys())):
         raise UserError(f"{source} has none of the words of {wanted.source}")
@@ -77,8 +82,8 @@ def choose(captions, min_word_freq, wanted, source):
         most = set(sorted(words, key=lambda word: -counts[word])[:room])
         words = [word for word in words if word in most]
     if wanted.word_map is None:
-        return rule, _numbered(words, rule.name)
-    return rule, known | {word: i for i, word in enumerate(words, start=len(known))}
+        return rule, _numbered(words, rule.name), counts
+    return rule, known | {word: i for i, word in enumerate(words, start=len(known))}, counts
 
 
 def count_words(captions, rule):

@@ -23,6 +23,8 @@ BLANK = "▁"  # that stands for a blank, as SentencePiece writes it
 
 NEEDLESS_BLANK = regex.compile(rf"(?<=[{IDEOGRAPHS}]) | (?=[{IDEOGRAPHS}])")
 
+UNSPLIT = regex.compile(rf"[{SIDE_BY_SIDE}]{{5}}")  # longer than nearly all words
+
 RULES = {}  # name -> class
 
 
@@ -48,12 +50,14 @@ class Rule(ABC):
         takes_tokens: whether the words of a data set that has its captions split are taken as they
             are.
         whole: whether its words are what people call words, of which some are nouns.
+        at_blanks: whether scripts that write no blanks are left unsplit.
     """
 
     name: str
     about: str
     takes_tokens = False
     whole = True
+    at_blanks = False
 
     def __init__(self, words=()):
         self.words = words
@@ -97,7 +101,7 @@ class Karpathy(Rule):
     """As Karpathy's data sets are split, in lower case, without ASCII's punctuation, at blanks."""
 
     about = "lower-cased words without punctuation"
-    takes_tokens = True
+    takes_tokens = at_blanks = True
     _no_punctuation = str.maketrans("", "", r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~""")
 
     def _split(self, text):
@@ -109,7 +113,7 @@ class Whitespace(Rule):
     """At blanks and nowhere else, capitals and punctuation kept: for captions split beforehand."""
 
     about = "words between blanks, as written"
-    takes_tokens = True
+    takes_tokens = at_blanks = True
 
     def _split(self, text):
         return normalised(text).split()
@@ -120,6 +124,7 @@ class PennTreebank(Rule):
     """As the Penn Treebank is split, in lower case: punctuation by itself, «do n't», «dog 's»."""
 
     about = "lower-cased words and punctuation as of the Penn Treebank"
+    at_blanks = True
 
     @cached_property
     def _parts(self):
@@ -204,13 +209,16 @@ class Subwords(Rule):
         vocabulary = {word: index for index, word in enumerate(["<unk>", *from_words])}
         return _tokenizer(vocabulary).encode
 
-    def split(self, text):
-        return self._encode(_with_blanks(text)).tokens  # of a word with strange characters <unk>
+    def _split(self, text):
+        text = _with_blanks(text)
+        found = self._encode(text)
+        words = found.tokens
+        for i, (start, end) in enumerate(found.offsets):
+            if words[i] == "<unk>":  # a word with a character that no piece has: it stays whole
+                words[i] = BLANK * (i == 0) + text[start:end].replace(" ", BLANK)
+        return words
 
-    _split = split
-
-    def join(self, words):
-        return "".join(words).replace(BLANK, " ").strip()
+    join = Characters.join
 
 
 def _with_blanks(text):
@@ -238,7 +246,7 @@ def learn_subwords(texts, size):
     """
     tokenizer, others = _tokenizer({"<unk>": 0}), len(SPECIAL_WORDS) + 1
     trainer = _needs("tokenizers", "subwords").trainers.WordPieceTrainer(
-        vocab_size=size - others + 1,  # of these it has <unk>
+        vocab_size=max(0, size - others + 1),  # of these it has <unk>
         special_tokens=["<unk>"],
         continuing_subword_prefix="",
         show_progress=False,
@@ -274,6 +282,24 @@ def make_rule(name, words=()):
     if name not in RULES:
         raise UserError(f"there is no rule of words {name!r}: known are {', '.join(RULES)}")
     return RULES[name](words)
+
+
+def hint(rule, counts):
+    """What there is to do, for people, where many words of captions are sentences of scripts
+    without blanks, which a rule that goes by blanks has not split; "" where they are not.
+
+    Args:
+        counts: a Counter of the captions' words.
+    """
+    if not rule.at_blanks:
+        return ""
+    unsplit = sum(n for word, n in counts.items() if UNSPLIT.search(word))
+    if unsplit <= counts.total() / 10:
+        return ""
+    return (
+        f"{unsplit / counts.total():.0%} of the words are of scripts without blanks: --words "
+        "characters or --words unicode splits these"
+    )
 
 
 KARPATHY = make_rule(USUAL)

@@ -19,6 +19,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 import caption as script
+import fused
 from captioner import Caption, Captioner
 from coco_results import image_ids
 
@@ -57,6 +58,15 @@ def records_of(process):
 
 
 # ------------------------------------------------------------------------------------- images
+
+
+def test_who_captions_a_photograph_waits_for_no_compiler(caption, photographs, monkeypatch):
+    def build(device):
+        raise AssertionError("built")
+
+    monkeypatch.setattr(fused, "build", build)
+    process = caption("--img", photographs / "a.jpg", "--no_pictures")
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_folder_is_taken_alone_or_with_its_folders_and_the_rest_is_counted(caption, photographs):
@@ -387,3 +397,10 @@ def test_words_are_drawn_in_a_font_that_has_them_or_a_line_says_which_none_has(t
     side = 17 / 72 * 110
     full, hollow = (((p[: int(0.7 * 110)] < 128).sum(1) >= side - 2).sum() for p in (square, box))
     assert full == pytest.approx(side, abs=2) and hollow < 8
+
+
+def test_a_caption_as_long_as_it_may_be_is_told(checkpoint, scenes):
+    image = sorted((scenes / "images").iterdir())[0]
+    ask = ["caption.py", "--img", image, "--model", checkpoint, "--no_pictures", "--max_words"]
+    assert "1 caption ends at --max_words 2" in run_here(*ask, 2).stderr
+    assert "max_words" not in run_here(*ask, 50).stderr

@@ -74,7 +74,7 @@ class Blind(Decoder):
     def init_state(self, memory):
         return Before(torch.zeros(len(memory.none), dtype=torch.int64, device=memory.none.device))
 
-    def step(self, words, state, memory):
+    def step(self, words, state, memory, rows=None):
         return self.scores(state.word, words), None, Before(words)
 
     def scores(self, before, words):

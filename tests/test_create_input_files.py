@@ -370,6 +370,12 @@ def test_a_crash_amid_the_renames_leaves_no_word_map(source, monkeypatch):
     assert not list(source.output.glob("*.tmp"))
 
 
+def test_captions_that_are_all_too_long_are_said_to_be(source):
+    long = sum(len(entry["sentences"]) for entry in source.entries)
+    with pytest.raises(UserError, match=f"learn from: {long} captions have more .* --max_len 1$"):
+        source.create(max_len=1)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_train_and_val_are_needed(source, split):
     source.entries = [entry for entry in source.entries if entry["split"] != split]

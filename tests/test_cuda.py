@@ -26,9 +26,9 @@ def float32_alone():
         yield
 
 
-def both(variant, **changes):
+def both(variant):
     """A decoder on the CPU, and its copy on the GPU."""
-    decoder = build(variant, std=0.4, vocab_size=len(TINY), **changes)
+    decoder = build(variant, std=0.4, vocab_size=len(TINY))
     return decoder, copy.deepcopy(decoder).cuda()
 
 
@@ -66,10 +66,8 @@ def test_searches_find_the_cpus_captions(variant):
             assert found.words == expected.words
             assert found.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
             close_alphas(found.alphas, expected.alphas, 1e-4)
-    of_cpu, of_gpu = (
-        decoding.greedy(here, features, TINY, 6),
-        decoding.greedy(there, features.cuda(), TINY, 6),
-    )
+    of_cpu = decoding.greedy(here, features, TINY, 6)
+    of_gpu = decoding.greedy(there, features.cuda(), TINY, 6)
     assert [own.words for own in of_gpu] == [own.words for own in of_cpu]
 
 

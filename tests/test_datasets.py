@@ -1,6 +1,7 @@
 """Data sets, views and cached features against the files and a plain computation."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -82,6 +83,21 @@ def test_items_are_the_images_with_all_their_captions(tiny_data, images):
         assert torch.equal(source, images[i])
         assert words.tolist() == captions[10 * i : 10 * i + 10]
         assert length.tolist() == lengths[10 * i : 10 * i + 10]
+
+
+def test_a_data_sets_files_close_with_it(tiny_data):
+    folder, base = tiny_data
+    path = input_files.input_path(folder, base, "IMAGES", "VAL")
+    gc.disable()  # which would close them at some time or other
+    try:
+        data = CaptionDataset(folder, base, "VAL")
+        _ = data[0], data.references
+        with pytest.raises(OSError):  # HDF5 does not open for writing what is open
+            h5py.File(path, "r+").close()
+        del data, _
+        h5py.File(path, "r+").close()
+    finally:
+        gc.enable()
 
 
 captions = st.integers(1, 60).flatmap(

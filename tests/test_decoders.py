@@ -4,7 +4,7 @@ Beside that, `transformer` and `merge` are checked against PyTorch's own layers.
 """
 
 import json
-from itertools import islice, product
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -298,28 +298,43 @@ def test_dropout_falls_in_training_alone(variant):
 
 @every_variant
 def test_rolling_out_true_words_equals_the_forward_pass_and_its_gradients(variant):
+    """Whether captions leave together or, as soon as they are half of the batch, before others."""
     decoder = build(variant, std=0.6)
-    encoder_out, captions, lengths = make_batch([6] * 6, 3, grid=2)
-    scores, _, alphas, _ = decoder(encoder_out, captions, lengths)
-    weights = torch.randn_like(scores.data)
-    (scores.data * weights).sum().backward()
-    expected = {name: p.grad for name, p in decoder.named_parameters()}
+    for lengths in ([6] * 6, [3, 7, 2, 3, 2, 6]):
+        encoder_out, captions, lengths = make_batch(lengths, 3, grid=2)
+        scores, _, alphas, _ = decoder(encoder_out, captions, lengths)
+        scores, ends = unpacked(scores), lengths - 1
+        weights = torch.randn_like(scores)
+        expected = gradients_of(decoder, (scores * weights).sum())
+
+        def choose(_, step, rows, captions=captions, ends=ends):
+            return captions[rows, step + 1], ends[rows] > step + 1
+
+        loss, sizes = 0.0, []
+        for t, step in enumerate(decoding.roll_out(decoder, encoder_out, captions[:, 0], choose)):
+            rows, found, alpha, words = step
+            assert torch.equal(words, captions[rows, t + 1])
+            real = (t < ends[rows]).nonzero().squeeze(1)
+            rows, found = rows[real], found[real]
+            assert torch.equal(rows, (t < ends).nonzero().squeeze(1))
+            close(found, scores[rows, t])
+            if alphas is not None:
+                close(alpha[real], alphas[rows, t])
+            loss = loss + (found * weights[rows, t]).sum()
+            sizes.append(len(words))
+        assert len(sizes) == max(ends) and (min(sizes) < 6) == (min(ends) < max(ends))
+        for name, gradient in gradients_of(decoder, loss).items():
+            if expected[name] is None:
+                assert gradient is None, name
+            else:
+                close(gradient, expected[name], 1e-4)
+
+
+def gradients_of(decoder, loss):
+    """Parameter -> its gradient, or None."""
     decoder.zero_grad()
-    rolled = decoding.roll_out(
-        decoder, encoder_out, captions[:, 0], lambda _, step: captions[:, step + 1]
-    )
-    steps = [(*step,) for step in islice(rolled, 5)]
-    found = torch.stack([own for own, *_ in steps], dim=1)
-    assert torch.equal(torch.stack([words for *_, words in steps], dim=1), captions[:, 1:])
-    close(found, unpacked(scores))
-    if alphas is not None:
-        close(torch.stack([own for _, own, _ in steps], dim=1), alphas)
-    (found * unpacked(scores._replace(data=weights))).sum().backward()
-    for name, parameter in decoder.named_parameters():
-        if expected[name] is None:
-            assert parameter.grad is None, name
-        else:
-            close(parameter.grad, expected[name], 1e-4)
+    loss.backward()
+    return {name: p.grad for name, p in decoder.named_parameters()}
 
 
 @every_variant

@@ -15,6 +15,7 @@ import attention_report
 import checkpoints
 import demo
 import evaluation
+import fused
 import input_files
 import regions
 from captioner import Captioner
@@ -149,7 +150,7 @@ def test_the_data_set_is_that_of_the_model_or_the_one_asked_for(tmp_path):
         ((empty,), "no data set in .*empty: .*--data_folder"),
         ((tmp_path / "nowhere",), "there is no folder .*nowhere: check --data_folder"),
         ((None, "a", "TEST", moved), "there is no folder .*gone: check --data_folder"),
-        ((one, "a"), "no data set 'a' in .*one: there is b"),
+        ((one, "a"), "no data set 'a' in .*one: known are b"),
         ((both, None, "TEST", unknown), "holds 2 data sets, a, b: .*--data_name"),
         ((one, None, "VAL"), "b in .*one has no val split: .*--split"),
     ):
@@ -186,6 +187,15 @@ def run(checkpoint, tmp_path, monkeypatch):
 
 def evaluate(*arguments):
     return run_here("eval.py", "--beam_size", 1, "--subset", 2, "--device", "cpu", *arguments)
+
+
+def test_the_attention_is_built_before_a_split_is_captioned(run, tiny_data, monkeypatch):
+    def build(device):
+        raise UserError(f"built for {device}")
+
+    monkeypatch.setattr(fused, "build", build)
+    process = evaluate("--model", run, "--data_folder", tiny_data[0])
+    assert process.stderr == "error: built for cpu"
 
 
 @pytest.fixture

@@ -376,8 +376,8 @@ def test_a_decoder_that_cannot_be_traced_is_refused_in_one_line():
     model = make_model(("merge", {}))
     step = model.decoder.step
 
-    def by_words(words, state, memory):
-        return step(words if words.sum() > 0 else words + 1, state, memory)
+    def by_words(words, *others):
+        return step(words if words.sum() > 0 else words + 1, *others)
 
     model.decoder.step = by_words
     with pytest.raises(UserError, match="the decoder cannot be traced as a graph: ") as error:

@@ -103,9 +103,9 @@ except SystemExit as exit:
 
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
-    "models annotations attentions recurrent transformer merge kernels objectives sampling stages "
-    "encoders networks efficientnet_lite contract decoding beams constraints choosing vocabulary "
-    "rewards self_critical ensemble word_rules",
+    "models annotations attentions recurrent transformer merge kernels fused objectives sampling "
+    "stages encoders networks efficientnet_lite contract decoding beams constraints choosing "
+    "vocabulary rewards self_critical ensemble word_rules",
     "utils word_maps mirroring datasets views storage input_files embeddings features demo "
     "gathered "
     "captioned formats formats_archives formats_json formats_parquet formats_tables downloads",

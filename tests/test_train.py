@@ -16,6 +16,7 @@ from torch import nn
 
 import checkpoints
 import datasets
+import fused
 import input_files
 import objectives
 import train
@@ -449,6 +450,16 @@ def test_a_folder_that_is_read_only_is_found_at_the_start(tiny_data, tmp_path):
     assert process.returncode == 1
     line = process.stderr.splitlines()[-1]
     assert "Read-only file system" in line and str(output) in line
+    assert "stage decoder:" not in process.stdout and "caching" not in process.stdout
+
+
+def test_the_attention_is_built_before_training(tiny_data, tmp_path, monkeypatch):
+    def build(device):
+        raise UserError(f"built for {device}")
+
+    monkeypatch.setattr(fused, "build", build)
+    process, _ = run_tiny(tiny_data, tmp_path, "--epochs", 1)
+    assert process.stderr == "error: built for cpu"
     assert "stage decoder:" not in process.stdout and "caching" not in process.stdout
 
 

@@ -15,7 +15,7 @@ OLD = word_maps._numbered(["dog", "a"], "karpathy")
 
 
 def words(min_word_freq=0, **wanted):
-    _, word_map = choose(CAPTIONS, min_word_freq, Wanted(**wanted), "x.json")
+    _, word_map, _ = choose(CAPTIONS, min_word_freq, Wanted(**wanted), "x.json")
     assert sorted(word_map.values()) == list(range(len(word_map)))
     return sorted(word_map, key=word_map.get)
 
@@ -71,6 +71,25 @@ def test_what_cannot_be_is_one_line():
             words(source="old.json", **wanted)
 
 
+CHINESE = [Caption("一只棕色的狗在草地上跑"), Caption("两个孩子在玩球"), Caption("a dog")]
+
+
+def test_sentences_that_stand_as_one_word_are_told_with_the_way_out(monkeypatch):
+    monkeypatch.setattr("test_word_maps.CAPTIONS", CHINESE)
+    for rule in ("karpathy", "whitespace", "ptb"):
+        with pytest.raises(UserError, match="50% of the words .* --words characters"):
+            words(1, rule=rule)
+    with pytest.raises(UserError, match="lower --min_word_freq"):
+        words(9, rule="characters")
+
+
+def test_what_keeps_more_words_can_be_done():
+    pieces = word_maps._numbered(["▁a"], "subwords")
+    assert "--extend_vocabulary" in Wanted(word_map=OLD).keeps_more
+    assert "--extend_vocabulary" not in Wanted(word_map=pieces).keeps_more
+    assert "--subwords" in Wanted(word_map=pieces).keeps_more
+
+
 OWN = ["--dataset", "x", "--captions", "x.csv"]
 
 
@@ -87,6 +106,7 @@ OWN = ["--dataset", "x", "--captions", "x.csv"]
         (["--vocabulary_size", 0], "--vocabulary_size: 0"),
         (["--word_map", "nowhere.json"], "cannot read nowhere.json: No such file"),
         (["--word_map", "nowhere.pth.tar"], "there is no checkpoint nowhere.pth.tar"),
+        (["--word_map", __file__], "--word_map takes a WORDMAP_….json, a checkpoint or its folder"),
     ],
 )
 def test_options_that_do_not_go_together(options, line):
