@@ -207,31 +207,35 @@ def evaluation(settings):
 
 
 def input_files(settings):
-    """Input files from 256 photographs of 640×480 pixels."""
-    count = 256
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder, images = Path(folder), []
-        for i in range(count):
-            small = Image.fromarray(rng.integers(256, size=(48, 64, 3), dtype=np.uint8))
-            small.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
-            sentences = [{"tokens": ["a", "dog"]}] * PER_IMAGE
-            split = "train" if i else "val"
-            images.append({"filename": f"{i}.jpg", "split": split, "sentences": sentences})
-        (folder / "karpathy.json").write_text(json.dumps({"images": images}))
-        paths = [folder / image["filename"] for image in images]
+    """Input files of small photographs, and of such as telephones take."""
+    for count, width, height in ((256, 640, 480), (24, 4032, 3024)):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            paths = _write_photographs(folder, count, width, height)
+            theirs = partial(textbook.input_files, paths, folder / "textbook.hdf5", 256)
+            ours = partial(_write_input_files, folder)
+            seconds = alternate(torch.device("cpu"), settings.slow_rounds, theirs, ours)
+        yield Row(f"input files of {count} photographs, {width} × {height}", None, *seconds)
 
-        def ours():
-            with redirect_stdout(None):
-                utils.create_input_files(
-                    "flickr8k", folder / "karpathy.json", folder, output_folder=folder / "ours"
-                )
 
-        def theirs():
-            textbook.input_files(paths, folder / "textbook.hdf5", 256)
+def _write_photographs(folder, count, width, height):
+    """Writes JPEGs, with a karpathy.json; their paths."""
+    rng, images = np.random.default_rng(0), []
+    for i in range(count):
+        small = Image.fromarray(rng.integers(256, size=(48, 64, 3), dtype=np.uint8))
+        small.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+        sentences = [{"tokens": ["a", "dog"]}] * PER_IMAGE
+        split = "train" if i else "val"
+        images.append({"filename": f"{i}.jpg", "split": split, "sentences": sentences})
+    (folder / "karpathy.json").write_text(json.dumps({"images": images}))
+    return [folder / image["filename"] for image in images]
 
-        seconds = alternate(torch.device("cpu"), settings.slow_rounds, theirs, ours)
-        yield Row(f"input files of {count} photographs", None, *seconds)
+
+def _write_input_files(folder):
+    with redirect_stdout(None):
+        utils.create_input_files(
+            "flickr8k", folder / "karpathy.json", folder, output_folder=folder / "ours"
+        )
 
 
 # -------------------------------------------------------------------------------------- memory

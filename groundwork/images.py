@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from groundwork.errors import UserError
 from groundwork.files import check_readable
@@ -38,6 +38,8 @@ GROUND = 124, 116, 104  # the mean colour of ImageNet, which encoders take away
 
 FRAME = 2048  # pixels
 
+ORIENTATION = ExifTags.Base.Orientation
+
 # Greatest values of pixels that are no bytes: shares, 8 bits, cameras' 12 bits, 16 bits
 RANGES = 1, 255, 4095, 65535
 
@@ -57,6 +59,17 @@ def open_image(path):
     it is missing, not an image of `FORMATS`, AVIF or HEIC, damaged, has more than `MAX_PIXELS`,
     or is over `MAX_ASPECT` times as long as wide, or if a package that reads it is missing.
     """
+    return _open(path)[0]
+
+
+def _open(path, side=None):
+    """`open_image`, and the picture's width and height.
+
+    Args:
+        side: of the square that will be made of it, pixels. A JPEG far larger is decoded at a half,
+            a quarter or an eighth of its scale, where that divides its width and height and leaves
+            its shorter side twice as long as that, in a fraction of the time.
+    """
     is_file = isinstance(path, str | os.PathLike)
     if is_file:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)) and not os.path.exists(path):
@@ -68,7 +81,19 @@ def open_image(path):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes earlier
             image = Image.open(file, formats=_formats(file))
         with image:
-            return to_rgb(image)
+            check_size(image)
+            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            size = image.size[::-1] if turned else image.size
+            if side is not None:
+                fine = [
+                    [length // scale for length in image.size]
+                    for scale in (8, 4, 2)
+                    if min(image.size) >= 2 * scale * side
+                    and not any(length % scale for length in image.size)  # else it shifts a little
+                ]
+                if fine:
+                    image.draft(None, fine[0])  # does nothing to what is no JPEG
+            return to_rgb(image), size
     except Image.DecompressionBombError as error:  # over twice Pillow's own bound, far above ours
         raise UserError(
             f"cannot read image {path}: more than {MAX_PIXELS:,} pixels, make it smaller"
@@ -107,13 +132,18 @@ def to_rgb(image):
 
     Raises ValueError for a size that cannot be, and others of many classes for damaged pixels.
     """
-    size, pixels = f"{image.width}×{image.height} pixels", image.width * image.height
-    if pixels > MAX_PIXELS:
+    check_size(image)
+    with _large if image.width * image.height > MAX_PIXELS / 8 else nullcontext():
+        return _convert(ImageOps.exif_transpose(image))
+
+
+def check_size(image):
+    """Raises ValueError for an image whose size cannot be."""
+    size = f"{image.width}×{image.height} pixels"
+    if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{size} are more than {MAX_PIXELS:,}, make it smaller")
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{size} are a line, not a picture")
-    with _large if pixels > MAX_PIXELS / 8 else nullcontext():
-        return _convert(ImageOps.exif_transpose(image))
 
 
 def _convert(image):
@@ -145,7 +175,7 @@ def _to_bytes(image):
 
 def read_image(path, size):
     """An image file's picture, `squeeze`d. Raises UserError."""
-    return squeeze(open_image(path), size)
+    return squeeze(_open(path, size)[0], size)
 
 
 def square(image, size, fit="squeeze"):
@@ -227,8 +257,8 @@ def read_images(paths, size, workers, fit="squeeze", total=None):
 
     def read(path):
         try:
-            image = open_image(path)
-            return square(image, size, fit), *image.size
+            image, shape = _open(path, size)
+            return square(image, size, fit), *shape
         except UserError as error:
             return str(error)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from groundwork import images
 from groundwork.errors import UserError
 from groundwork.images import open_image, read_image
+from groundwork.options import FITS
 
 SIZE = 16
 
@@ -303,6 +304,32 @@ def test_shrinking_squeezes_and_does_not_alias(tmp_path):
     Image.fromarray(halves).save(tmp_path / "halves.png")
     image = read_image(tmp_path / "halves.png", SIZE)
     assert (image[:, :, :7] == 0).all() and (image[:, :, 9:] == 255).all()
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("shape", [(480, 800), (964, 644), (1026, 1030)])
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(
+    tmp_path, monkeypatch, shape, orientation, fit
+):
+    """Its sides divided by what leaves no rest, to 128 pixels or more; the whole's size is told."""
+    rng, (height, width), exif = np.random.default_rng(0), shape, Image.Exif()
+    exif[0x0112] = orientation
+    coarse = Image.fromarray(rng.integers(256, size=(20, 30, 3), dtype=np.uint8))
+    image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "large.jpg", quality=95, exif=exif)
+    whole = open_image(tmp_path / "large.jpg")
+    expected = images.square(whole, 64, fit)
+    decoded, convert = [], images._convert
+    monkeypatch.setattr(images, "_convert", lambda image: decoded.append(image) or convert(image))
+    [(found, *size)] = images.read_images([tmp_path / "large.jpg"], 64, 1, fit)
+    assert size == [*whole.size] == ([width, height] if orientation == 1 else [height, width])
+    scale = {480: 2, 964: 4, 1026: 2}[height]  # what divides both
+    assert decoded[0].size == (size[0] // scale, size[1] // scale)
+    apart = abs(found.astype(int) - expected)
+    assert apart.mean() < 0.6 and np.quantile(apart, 0.999) <= 4
+    if fit == "squeeze":
+        assert np.array_equal(images.read_image(tmp_path / "large.jpg", 64), found)
 
 
 @pytest.mark.parametrize("length", range(10))
