@@ -112,9 +112,14 @@ def test_what_is_exported_captions_as_the_model_does(variant):
 
 @pytest.mark.slow
 @every_variant
-@pytest.mark.parametrize("maps", [{}, STAGES], ids=["one map", "stages"])
-def test_every_variant_captions_as_the_model_does(variant, maps):
-    assert_exports(make_model(variant, **maps))
+def test_every_variant_captions_as_the_model_does(variant):
+    assert_exports(make_model(variant))
+
+
+@pytest.mark.slow
+@every_decoder
+def test_several_stages_of_the_encoder_are_exported(variant):
+    assert_exports(make_model(variant, **STAGES))
 
 
 @pytest.mark.slow
