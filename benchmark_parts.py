@@ -172,14 +172,15 @@ def search(scene, features):
 
 
 def evaluation(settings):
-    """Beam search with five beams for captions of eleven words: seconds for one image."""
+    """Beam search with five beams for captions of eleven words: seconds for one image, of many
+    together, and of one alone."""
     count, few = 64, 4
     scene = Scene(settings, images=count)
     theirs, ours = search_sides(scene, settings, few)
     assert [caption.words for caption in ours(amp=False)[:few]] == theirs()
 
-    def theirs_from_photographs():
-        for image in scene.images[:few]:
+    def theirs_from_photographs(count=few):
+        for image in scene.images[:count]:
             with torch.no_grad():
                 encoder_out = textbook.encode(scene.encoder, image[None])
             textbook.beam_search(scene.decoder, encoder_out, scene.word_map, BEAM, WORDS)
@@ -190,20 +191,22 @@ def evaluation(settings):
         encoder, scene.decoder, scene.word_map, 256, settings.device, settings.amp, {}
     )
 
-    def ours_from_photographs():
-        for features in model.encode_ahead(scene.images.split(32)):
+    def ours_from_photographs(count=count):
+        for features in model.encode_ahead(scene.images[:count].split(32)):
             with model.autocast():
                 search(scene, features)
 
     scene.encoder.to(memory_format=torch.channels_last)
-    for source, target, *sides in (
-        ("features", 30, theirs, ours),
-        ("photographs", 8, theirs_from_photographs, ours_from_photographs),
+    from_photographs = theirs_from_photographs, ours_from_photographs
+    for name, target, counts, sides in (
+        ("evaluation from features, an image", 30, (few, count), (theirs, ours)),
+        ("evaluation from photographs, an image", 8, (few, count), from_photographs),
+        ("one photograph alone", 4, (1, 1), [partial(side, 1) for side in from_photographs]),
     ):
         seconds = alternate(settings.device, settings.rounds, *sides)
-        name = f"beam-5 evaluation from {source}, an image"
-        work = count_work(sides[1]).of_each(count)
-        yield Row(name, target, seconds[0] / few, seconds[1] / count, work, settings.amp)
+        seconds = [own / of for own, of in zip(seconds, counts, strict=True)]
+        work = count_work(sides[1]).of_each(counts[1])
+        yield Row(f"beam-5 {name}", target, *seconds, work, settings.amp)
 
 
 def input_files(settings):
