@@ -63,7 +63,7 @@ class Annotations(NamedTuple):
     vectors: tuple[Tensor, ...]  # (I, l_s, D_s) the vectors that are weighed, at their own grids
     poolings: tuple[Tensor | None, ...]  # (L, l_s) adaptive pooling P_s, None where L = l_s
     projected: Tensor | None = None  # (I, L, A) keys: what a query is compared with
-    energies: kernels.Energies | None = None  # fast e of a query, where the attention has one
+    energies: kernels.Energies | None = None  # fast e of a query, where there is one
     look: str = "soft"  # of `attentions.HardAttention`: how it looks in this batch
 
     def select(self, images: Tensor) -> "Annotations":
@@ -77,7 +77,7 @@ class Annotations(NamedTuple):
     @property
     def images(self) -> int:
         """I."""
-        return len(self.vectors[0])
+        return self.vectors[0].shape[0]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -118,6 +118,9 @@ class Attention(AnnotationVectors):
         Another score function is this method of a subclass, a formula of `annotations.projected`,
         the queries (n, A) and each row's image (n,).
         """
+        if annotations.energies is None:  # in a graph that leaves Python
+            w = self.full_att.weight.squeeze(0).to(query.dtype)
+            return kernels.plain_energies(annotations.projected, query, w, images, self.activation)
         return annotations.energies(query, images)
 
     def forward(

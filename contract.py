@@ -49,7 +49,8 @@ class Rows(NamedTuple):
 
 def all_rows(words, images):
     """The `Rows` of words (I·K,) of so many images where none is left out."""
-    return Rows(torch.arange(len(words), device=words.device), len(words) // images)
+    count = words.shape[0]  # which, unlike len, may be a graph's own number
+    return Rows(torch.arange(count, device=words.device), count // images)
 
 
 class Drawn(NamedTuple):

@@ -88,7 +88,8 @@ class Encoder(nn.Module):
         Raises:
             EncoderError: the images are too small for the network.
         """
-        if images.device.type == "cpu" and len(images) > self.CACHED:
+        whole = images.device.type != "cpu" or torch.compiler.is_exporting()  # graphs take any N
+        if not whole and len(images) > self.CACHED:
             return torch.cat([self.features(part) for part in images.split(self.CACHED)])
         images = images / 255 if images.dtype == torch.uint8 else images
         if self.image_size not in (None, images.shape[3]):

@@ -75,14 +75,14 @@ class MergeDecoder(Decoder):
 
     def init_state(self, memory: Memory) -> State:
         """Zeros, a row per image."""
-        zeros = self.fc.weight.new_zeros(len(memory.image), self.config.decoder_dim)
+        zeros = self.fc.weight.new_zeros(memory.image.shape[0], self.config.decoder_dim)
         return State(zeros, zeros)
 
     def step(self, words: Tensor, state: State, memory: Memory, rows: Rows | None = None):
         """One decoding step, as in `Decoder.step`; there are no alphas."""
         embedded = self.dropout(self.embedding(words)).unsqueeze(1)
         hidden, (h, c) = self._sentence(embedded, (state.h.unsqueeze(0), state.c.unsqueeze(0)))
-        rows = rows or all_rows(words, len(memory.image))
+        rows = rows or all_rows(words, memory.image.shape[0])
         scores = self._scores(hidden.squeeze(1), rows.images, memory)
         return scores, None, State(h.squeeze(0), c.squeeze(0))
 

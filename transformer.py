@@ -129,10 +129,10 @@ class Layer(nn.Module):
         share its keys."""
         query = self.cross_query(x)
         if rows is not None:  # zeros in the place of those that are left out
-            whole = query.new_zeros(len(keys) * rows.per_image, *query.shape[1:])
+            whole = query.new_zeros(keys.shape[0] * rows.per_image, *query.shape[1:])
             query = whole.index_copy(0, rows.slots, query)
         captions = query.shape
-        query = self._heads(query.view(len(keys), -1, x.shape[2]), 1).squeeze(1)
+        query = self._heads(query.view(keys.shape[0], -1, x.shape[2]), 1).squeeze(1)
         energies = query @ keys.transpose(2, 3) / math.sqrt(query.shape[3])
         alphas = energies.softmax(dim=3, dtype=torch.float32)  # (I, heads, K·T, L)
         seen = self.dropout(alphas).to(values.dtype) @ values

@@ -16,7 +16,6 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from groundwork.errors import UserError
 from groundwork.files import check_readable
-from groundwork.progress import progress
 
 _opening = threading.Lock()  # the filters of warnings are all threads' own
 
@@ -262,6 +261,8 @@ def read_images(paths, size, workers, fit="squeeze", total=None):
             return square(image, size, fit), *shape
         except UserError as error:
             return str(error)
+
+    from groundwork.progress import progress  # which takes PyTorch, as reading an image does not
 
     total = len(paths) if total is None else total
     with progress(total=total, desc="reading images", unit="image") as bar:

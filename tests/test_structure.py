@@ -53,7 +53,7 @@ BELOW = sorted(MODULES.keys() - SCRIPTS)
 
 def test_the_scripts_are_those_that_people_know():
     assert {
-        "app", "benchmark", "caption", "create_input_files", "draw_demo", "eval",
+        "app", "benchmark", "caption", "create_input_files", "draw_demo", "eval", "export",
         "human_judgments", "train",
     } == SCRIPTS  # fmt: skip
 
@@ -115,7 +115,7 @@ FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork i
     "textbook benchmark_data",
     "config training_options engine checkpoints run_state optimization training_data "
     "training_report training continuation transfer choices listing",
-    "captioner hubconf benchmark_parts benchmark_report benchmark_variants",
+    "captioner hubconf exported exporting benchmark_parts benchmark_report benchmark_variants",
 ]
 
 
