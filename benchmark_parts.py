@@ -245,28 +245,54 @@ def _write_input_files(folder):
 
 
 def peak_memory(settings):
-    """Bytes that a decoder training step takes at its peak beyond model and data."""
-    if settings.device.type == "cuda":
-        theirs, ours = (_peak_of_step(settings, side) for side in ("textbook", "ours"))
-    else:  # a process for each, whose peak only grows
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-            theirs, ours = pool.map(partial(_peak_of_step, settings), ("textbook", "ours"))
-    sizes = f"{size_of(theirs)} / {size_of(ours)}"
-    yield Row(f"peak memory of a training step, {sizes}", 3, theirs, ours)
+    """Bytes that some of the work takes at its peak beyond model and data."""
+    for name, target, prepare in (
+        ("a training step", 3, _prepare_step),
+        ("beam-5 evaluation from features", None, _prepare_search),
+        ("input files", None, _prepare_input_files),
+    ):
+        measure = partial(_peak_of, settings, prepare)
+        if settings.device.type == "cuda":
+            if prepare is _prepare_input_files:  # which no GPU makes
+                continue
+            theirs, ours = map(measure, ("textbook", "ours"))
+        else:  # a process for each, whose peak only grows
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+                theirs, ours = pool.map(measure, ("textbook", "ours"))
+        sizes = f"{size_of(theirs)} / {size_of(ours)}"
+        yield Row(f"peak memory of {name}, {sizes}", target, theirs, ours)
 
 
-def _peak_of_step(settings, side):
+def _peak_of(settings, prepare, side):
+    with tempfile.TemporaryDirectory() as folder:
+        work = prepare(settings, side, Path(folder))
+        cuda = settings.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            forget_peak()
+        before = torch.cuda.memory_allocated() if cuda else process_peak()
+        work()
+        return (torch.cuda.max_memory_allocated() if cuda else process_peak()) - before
+
+
+def _prepare_step(settings, side, _):
     scene = Scene(settings)
     amp = {"amp": settings.amp} if side == "ours" else {}
-    cuda = settings.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        forget_peak()
-    before = torch.cuda.memory_allocated() if cuda else process_peak()
-    scene.step(lambda: getattr(scene, side)(scene.features, **amp))
-    return (torch.cuda.max_memory_allocated() if cuda else process_peak()) - before
+    return partial(scene.step, partial(getattr(scene, side), scene.features, **amp))
+
+
+def _prepare_search(settings, side, _):
+    theirs, ours = search_sides(Scene(settings, images=64), settings, few=4)
+    return ours if side == "ours" else theirs
+
+
+def _prepare_input_files(_, side, folder):
+    paths = _write_photographs(folder, 64, 640, 480)
+    if side == "ours":
+        return partial(_write_input_files, folder)
+    return partial(textbook.input_files, paths, folder / "textbook.hdf5", 256)
 
 
 # -------------------------------------------------------------------------------------- growth
