@@ -102,13 +102,18 @@ def draw_and_train(name):
     decoder = checkpoints.new_decoder(name, sizes).train()
     network = engine.Network(None, decoder, torch.device("cpu"), False)
     optimizer, means = torch.optim.SGD(decoder.parameters(), lr=0.1), engine.Means("reward")
+    slots, decode = [], decoder.step
+    def noted(words, state, memory, rows):  # which captions are still there
+        slots.append(rows.slots)
+        return decode(words, state, memory, rows)
+    decoder.step = noted
     for step in range(3):
         features, captions = torch.rand(5, 3, 3, 6), torch.randint(20, (5, 4, 12))
         lengths, numbers = torch.randint(2, 13, (5, 4)), torch.rand(7, 5, 3)
         mine, draws = distributed.share(5), iter(numbers)
         own = SelfCritical(worth, words, 6, samples=3, share=0.3)
         def drawn(p, generator=None):
-            at = next(draws)[mine].flatten().unsqueeze(1)
+            at = next(draws)[mine].flatten()[slots[-1]].unsqueeze(1)
             return (p.cumsum(1) < at * p.sum(1, keepdim=True)).sum(1, keepdim=True)
         decoding.drawn_from = drawn
         batch = features[mine], captions[mine], lengths[mine]
