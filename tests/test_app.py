@@ -78,6 +78,7 @@ def captions_of(view):
     return [(text, float(p.replace("−", "-"))) for text, _, p in (x.rpartition(" ") for x in lines)]
 
 
+@pytest.mark.slow
 def test_an_uploaded_photograph_gets_the_captions_of_all_models(
     demo, models, photograph, tmp_path, checkpoint
 ):
@@ -103,6 +104,7 @@ def test_an_uploaded_photograph_gets_the_captions_of_all_models(
         assert captions == sorted(captions, key=lambda caption: -caption[1])
 
 
+@pytest.mark.slow
 def test_stepping_through_the_words_shows_where_the_model_looked(demo, photograph):
     upload(demo, photograph)
     view = demo.locator("attention-view").first
@@ -116,6 +118,7 @@ def test_stepping_through_the_words_shows_where_the_model_looked(demo, photograp
     assert len(pictures) == len(words) > 3
 
 
+@pytest.mark.slow
 def test_beam_temperature_and_models_are_obeyed(demo, photograph):
     upload(demo, photograph)
     demo.get_by_role("checkbox").nth(1).uncheck()
@@ -143,6 +146,7 @@ def count(page, expected):
     page.wait_for_function(f"{items}.length === {expected}")
 
 
+@pytest.mark.slow
 def test_a_slider_is_obeyed_by_its_keys_and_its_field(demo, photograph, served):
     upload(demo, photograph)
     field = demo.get_by_label("number input for beam size")

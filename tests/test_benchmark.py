@@ -29,6 +29,7 @@ from groundwork.timing import Speeds, Work
 SETTINGS = Settings("lite2", torch.device("cpu"), amp=False, rounds=1, slow_rounds=1)
 
 
+@pytest.mark.slow
 def test_both_sides_compute_the_same_step():
     scene = Scene(SETTINGS, images=2, vocabulary=50)
     check_equal(scene)
@@ -113,6 +114,7 @@ def small(monkeypatch):
         monkeypatch.setattr(benchmark_variants, name, value)
 
 
+@pytest.mark.slow
 def test_every_variant_is_timed_and_printed_at_once(small, monkeypatch, capsys):
     """A row stands there before the next is measured."""
     printed = []
@@ -136,6 +138,7 @@ def test_every_variant_is_timed_and_printed_at_once(small, monkeypatch, capsys):
     assert all(row[3] == "1.50" and float(row[2].removesuffix(" M")) > 0 for row in found)
 
 
+@pytest.mark.slow
 def test_of_hard_attention_the_drawn_steps_are_timed(small, monkeypatch):
     looks, prepare = [], HardAttention.prepare
 

@@ -326,6 +326,7 @@ def test_a_file_that_cannot_be_written_is_found_out_first(caption, photographs, 
 # ----------------------------------------------------------------------------- first caption
 
 
+@pytest.mark.slow
 def test_a_caption_without_pictures_imports_nothing_heavy(checkpoint, photographs):
     """A network of torchvision, timm, torch's compiler and matplotlib take seconds each."""
     heavy = ["torchvision", "timm", "torch._dynamo", "torch.onnx", "sympy", "matplotlib", "scipy"]
@@ -379,6 +380,7 @@ for i, word in enumerate({words!r}):
 """
 
 
+@pytest.mark.slow
 def test_words_are_drawn_in_a_font_that_has_them_or_a_line_says_which_none_has(tmp_path):
     (tmp_path / "fonts").mkdir()
     make_font(tmp_path / "fonts" / "square.ttf")

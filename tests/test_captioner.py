@@ -248,6 +248,7 @@ def test_names_mean_what_the_path_says(monkeypatch, tmp_path):
     assert sys.modules["captioner"].Captioner is Captioner
 
 
+@pytest.mark.slow
 def test_the_scripts_caption_as_the_library_does(model, checkpoint, paths, tmp_path):
     process = run_here(
         "caption.py", "--img", *paths, "--model", checkpoint, "--json", "--device", "cpu",

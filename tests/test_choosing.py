@@ -276,6 +276,7 @@ def test_a_script_chooses_as_the_library_does(arguments, options, caption, model
     assert [c.words for c in captions] != plain or "consensus" in records[0]
 
 
+@pytest.mark.slow
 def test_words_that_must_come_do(caption, model):
     known = sorted(sayable(model.word_map))
     for words in (known[-1:], [known[0], f"{known[3]}|{known[4]}"], known[1:8:2]):

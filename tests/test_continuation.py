@@ -78,6 +78,7 @@ def load(path):
 # ------------------------------------------------------------------------------ nothing is lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["nothing", "BEST", "the stage before", "an older epoch"])
 def test_work_is_not_discarded_unasked(tuned_run, tiny_data, tmp_path, named):
     folder = shutil.copytree(tuned_run[0], tmp_path / "run")
@@ -109,6 +110,7 @@ def test_work_is_not_discarded_unasked(tuned_run, tiny_data, tmp_path, named):
     assert stages == [("decoder", 1), ("decoder", 2), ("finetune", 1)]
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_of_the_same_stage_is_not_gone_on_from_unasked(folder, tiny_data):
     newest, best = paths(folder, tiny_data)
     latest, older = load(newest), folder / "older.pth.tar"
@@ -132,6 +134,7 @@ def test_fine_tuning_says_where_it_starts(tuned_run, decoder_run, tiny_data):
     assert "stage finetune: its 1 epoch is done" in printed
 
 
+@pytest.mark.slow
 def test_fine_tuning_in_another_folder_brings_the_best_along(decoder_run, tiny_data, tmp_path):
     start = paths(decoder_run, tiny_data)[1]
     process = run_here(
@@ -161,6 +164,7 @@ def test_what_another_run_wrote_meanwhile_is_not_lost(folder, tiny_data, monkeyp
 # ------------------------------------------------------------------------------------- options
 
 
+@pytest.mark.slow
 def test_resuming_takes_the_options_of_the_run(folder, tiny_data):
     newest, _ = paths(folder, tiny_data)
     process = run_here("train.py", "--resume", "--output_folder", folder)
@@ -248,6 +252,7 @@ def test_options_that_cannot_be_are_one_line(folder, tiny_data, name, value):
     assert str(newest) in line and f"--{name}" in line
 
 
+@pytest.mark.slow
 def test_inside_an_epoch_what_its_order_follows_from_is_asked_for(
     folder, tiny_data, monkeypatch
 ):  # fmt: skip
@@ -327,6 +332,7 @@ def test_other_model_options_are_refused(folder, tiny_data, tmp_path, typed, the
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_the_model_in_force_is_what_is_saved_and_shown(folder, tiny_data):
     """Also after a run whose checkpoint says what was asked for."""
     newest, _ = paths(folder, tiny_data)

@@ -134,6 +134,7 @@ def test_it_trains_and_is_rebuilt_from_its_configuration(trained):
         assert torch.equal(tensor, checkpoint["decoder"][name])
 
 
+@pytest.mark.slow
 def test_resuming_it_is_exact(train, tmp_path):
     run = ["--stage", "decoder", "--views", 2]
     whole, _ = train(tmp_path / "whole", *run, "--epochs", 3)

@@ -399,6 +399,7 @@ def spoil(source):
     return ["missing.png", "empty.png", "cut.png", "text.png"]
 
 
+@pytest.mark.slow
 def test_script_names_every_bad_image_and_writes_nothing(source):
     bad = spoil(source)
     result = source.run_script()
@@ -423,6 +424,7 @@ def test_bad_images_can_be_skipped(source, capsys):
     assert all(name in printed for name in bad)
 
 
+@pytest.mark.slow
 def test_an_image_folder_without_any_of_the_images_is_one_line(source, tmp_path):
     for i in range(30):
         source.add(f"more{i}.png", "train", "a dog", filepath="train2014")
@@ -436,6 +438,7 @@ def test_an_image_folder_without_any_of_the_images_is_one_line(source, tmp_path)
     assert str(source.images / "0.png") in line and "--image_folder" in line
 
 
+@pytest.mark.slow
 def test_of_many_bad_images_ten_are_named_and_the_others_counted(source):
     for i in range(25):
         source.add(f"bad{i:02}.png", ["train", "val", "test"][i % 3], "a dog")

@@ -337,6 +337,7 @@ def test_an_encoder_of_changed_code_does_not_meet_old_features(cache, capsys, fi
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_features_of_other_encoders_are_found_but_not_those_being_made(cache, tmp_path):
     (current, _), (old, _) = cache(TinyEncoder()), cache(TinyEncoder(2.0))
     base = next(tmp_path.glob("TRAIN_IMAGES*")).stem.removeprefix("TRAIN_IMAGES_")
@@ -431,6 +432,7 @@ def python(program):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_it_has_cached(cache, tmp_path):
     path, whole = cache(TinyEncoder())
     path.unlink()
@@ -452,6 +454,7 @@ class Other(test_datasets.Counting):
     assert torch.equal(features, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_cache_into_one_file(cache, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cache(Counting(fail_at=3))

@@ -133,6 +133,7 @@ if distributed.is_main:
 """
 
 
+@pytest.mark.slow
 def test_steps_shared_out_equal_steps_of_one_process(tmp_path, monkeypatch):
     """Of every decoder. Five images: the processes have not as many each."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

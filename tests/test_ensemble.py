@@ -426,6 +426,7 @@ def evaluate(paths, data, *arguments, code=0):
     return process
 
 
+@pytest.mark.slow
 def test_eval_tells_the_ensemble_in_what_it_prints_and_writes(
     paths, tiny_data, tmp_path, images_of_two_sizes, page
 ):
@@ -478,6 +479,7 @@ def test_where_grids_differ_there_are_captions_and_no_attention(
         assert picture.width > 0
 
 
+@pytest.mark.slow
 def test_caption_takes_several_models(paths, pictures, tmp_path):
     named = [argument for path in paths for argument in ("--model", path)]
     process = run_here(
@@ -499,6 +501,7 @@ def test_the_web_demo_compares_the_models_of_either_form(monkeypatch):
         assert app.parse_arguments().model == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_hard_attention_among_others_looks_as_it_is_told(save, lite2, paths, pictures):
     hard = save(4, "hard", lite2)
 

@@ -209,6 +209,7 @@ def hard(run, checkpoint):
     return run
 
 
+@pytest.mark.slow
 def test_each_way_to_look_has_its_results(hard, tiny_data, scenes):
     base, found = tiny_data[1], {}
     for look in (None, "soft", "argmax", "sample", "sample"):
@@ -239,6 +240,7 @@ def test_each_way_to_look_has_its_results(hard, tiny_data, scenes):
         Captioner.load(hard, "cpu", look="twice")
 
 
+@pytest.mark.slow
 def test_how_to_look_is_asked_of_hard_attention_alone(run, checkpoint, scenes):
     image, named = next((scenes / "images").iterdir()), ["--model", checkpoint]
     for process in (

@@ -103,6 +103,7 @@ def assert_exports(model, formats=("onnx",)):
 
 
 # a state of one size, one that grows, and no alphas
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", [("lstm", {}), ("transformer", {"layers": 1}), ("merge", {})], ids=name_of
 )

@@ -489,6 +489,7 @@ def test_a_missing_column_is_named_in_shards(tmp_path):
         read(shards, split_column="part")
 
 
+@pytest.mark.slow
 def test_of_many_bad_rows_ten_are_named_and_the_others_counted(photographs, tmp_path):
     path = tmp_path / "a.csv"
     lines = [f"a{i % 12:03}.jpg,a dog {i}" for i in range(100_000)]

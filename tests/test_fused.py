@@ -134,6 +134,7 @@ def _build(barrier):
     assert fused.library() is not None
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_build_at_once(cache):
     context = multiprocessing.get_context("fork")

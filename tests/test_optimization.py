@@ -252,6 +252,7 @@ EVERY += ["--schedule", "cosine", "--dropout", 0.3, "--save_every", 1]
 TUNED = ["--augment", "crop", "mirror", "colour", "--tune_from", 16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["decoder", "finetune"])
 def test_a_run_with_every_option_goes_on_to_the_bit(stage, tiny_data, tmp_path, monkeypatch):
     folder, base = tiny_data

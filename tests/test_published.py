@@ -123,6 +123,7 @@ def test_wrapped_and_resized_modules_are_read(modules, named_models, tmp_path, s
         assert found[name].keys() == modules[name].state_dict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 def test_it_captions_as_the_same_weights_saved_by_us(modules, named_models, scenes, tmp_path):
     published, ours = tmp_path / "published.pth.tar", tmp_path / "ours.pth.tar"
@@ -141,6 +142,7 @@ def test_it_captions_as_the_same_weights_saved_by_us(modules, named_models, scen
     assert torch.equal(found.alphas, expected.alphas)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 def test_the_scripts_use_it_with_a_word_map(modules, named_models, scenes, tmp_path, monkeypatch):
     path, words = tmp_path / "published.pth.tar", tmp_path / "WORDMAP_x.json"
@@ -295,6 +297,7 @@ def test_a_stream_with_an_archive_behind_it_is_a_stream(tmp_path):
         checkpoints.load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_a_flood_of_objects_is_refused(tmp_path):
     """Twenty million empty dicts would take gigabytes."""
     path = tmp_path / "flood.pth.tar"

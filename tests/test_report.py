@@ -479,6 +479,7 @@ def test_text_in_the_data_is_shown_and_not_run(tiny_data, tmp_path, page, monkey
     assert said == "log p −1.00"  # of a beam of 1, too
 
 
+@pytest.mark.slow
 def test_photographs_keep_their_proportions(tmp_path, page, monkeypatch):
     """As they stand upright; squares where the references do not tell, as older ones."""
     monkeypatch.setenv("PATH", "")
@@ -563,6 +564,7 @@ def test_language_of_captions_worked_by_hand(tiny_data, tmp_path, page, monkeypa
     assert "87.5%" in lines[3]  # all but one
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_named_and_costs_no_scores(
     checkpoint, tiny_data, tmp_path, monkeypatch
 ):

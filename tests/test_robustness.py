@@ -293,6 +293,7 @@ def test_the_table_has_a_row_a_perturbation_and_starts_from_the_captions_of_the_
         assert after == pytest.approx(before + change, abs=0.11)
 
 
+@pytest.mark.slow
 def test_the_report_has_table_and_picture(evaluated, tiny_data, page):
     output, printed = evaluated
     assert "report, with these: " in printed.splitlines()[-1]

@@ -132,6 +132,7 @@ def test_dropout_falls_and_gradients_reach_every_weight():
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
+@pytest.mark.slow
 def test_the_share_grows_over_a_run_and_is_in_its_log(tiny_data, tmp_path):
     """Eight updates an epoch; it begins after the first ten."""
     folder, base = tiny_data

@@ -19,6 +19,7 @@ import input_files
 import word_rules
 
 
+@pytest.mark.slow
 @needs_java
 def test_training_learns_a_tiny_data_set_by_heart_and_evaluation_says_so(
     trained, tiny_data, scenes, monkeypatch
@@ -135,6 +136,7 @@ def test_captioning_prints_the_learned_captions_and_draws_pictures(
         Image.open(tmp_path / record["picture"]).verify()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_where_it_stood(tiny_data, tmp_path):
     """An epoch, then a second from the checkpoint, equal two epochs in one go."""
     folder, base = tiny_data
@@ -393,6 +395,7 @@ def test_captioning_names_unreadable_files_and_captions_the_others(
     assert str(good) in process.stdout
 
 
+@pytest.mark.slow
 def test_names_of_files_may_hold_anything(checkpoint, scenes, tmp_path):
     names = ["with blank.png", "quo\"te's $HOME.png", "日本 ünï.png", "line\nbreak.png", "-img.png"]
     names.append(os.fsdecode(b"not-unicode-\xff.png"))

@@ -91,6 +91,7 @@ def test_it_is_shown(critical, tiny_data, tmp_path):
     assert labels == ["training", "validation", "fine-tuning", "self-critical"]
 
 
+@pytest.mark.slow
 def test_resuming_is_exact_inside_an_epoch(critical, trained, tiny_data, tmp_path, monkeypatch):
     count = training.Training._count
 
@@ -121,6 +122,7 @@ def test_resuming_is_exact_inside_an_epoch(critical, trained, tiny_data, tmp_pat
         assert same, name
 
 
+@pytest.mark.slow
 def test_what_is_past_and_what_would_be_lost(critical, trained, tiny_data, tmp_path):
     folder, base = shutil.copytree(critical[0], tmp_path / "run"), tiny_data[1]
     newest, _ = paths(folder, base)
@@ -147,6 +149,7 @@ def test_what_is_past_and_what_would_be_lost(critical, trained, tiny_data, tmp_p
     assert "earlier fine-tuning" in line and str(newest) in line
 
 
+@pytest.mark.slow
 def test_another_share_of_cross_entropy_and_rewards_go_on(critical, tiny_data, tmp_path):
     folder, base = shutil.copytree(critical[0], tmp_path / "run"), tiny_data[1]
     printed = run(
@@ -160,6 +163,7 @@ def test_another_share_of_cross_entropy_and_rewards_go_on(critical, tiny_data, t
     assert log[-1]["loss"] > log[-2]["loss"] / 2 and log[-2]["loss"] < 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_sums_are_of_another_stage_is_refused(critical, tiny_data, tmp_path):
     newest, _ = paths(critical[0], tiny_data[1])
     path = tmp_path / "x.pth.tar"
@@ -174,6 +178,7 @@ def test_a_checkpoint_whose_sums_are_of_another_stage_is_refused(critical, tiny_
         assert "cannot be one" in failure(run_here("train.py", "--model", path))
 
 
+@pytest.mark.slow
 def test_each_decoder_has_its_own_learning_rate(tiny_data, tmp_path):
     """The transformer's is lower."""
     assert DECODERS["lstm"].scst_lr == DECODERS["gru"].scst_lr == 5e-5

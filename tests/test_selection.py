@@ -82,6 +82,7 @@ def test_a_cosine_epoch_whose_steps_an_earlier_process_did_goes_on_quietly():
         assert rate == pytest.approx((1 + math.cos(math.pi * n / 4)) / 2, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_captions_of_two_words_keep_the_epoch_that_knows_them(tmp_path):
     """Their BLEU-4 is 0 for ever."""
     colours = {"red": (200, 0, 0), "blue": (0, 0, 200)}

@@ -171,6 +171,7 @@ def tensors(path):
     return {key: value for key, value in checkpoint["decoder"].items()}
 
 
+@pytest.mark.slow
 def test_training_on_shards_is_that_on_one_file_to_the_bit(sharded, tiny_data, tmp_path):
     """By one process, whose order is the same; and features are cached shard by shard."""
     found = []

@@ -223,6 +223,7 @@ def test_hyperparameters_and_the_record_are_shown(run, tiny_data):
         assert f"    {name}: {expected[name]}\n" in record.tensor_proto.string_val[0].decode()
 
 
+@pytest.mark.slow
 def test_the_run_is_the_same_without(run, tiny_data, tmp_path):
     train_here(tiny_data, tmp_path)
     assert not (tmp_path / "tensorboard").exists()
@@ -305,6 +306,7 @@ def test_after_a_kill_nothing_stands_twice(
     assert len(resumed.Tensors("run/text_summary")) == 2
 
 
+@pytest.mark.slow
 def test_overwriting_removes_an_older_runs_events(run, tiny_data, tmp_path):
     output, base = tmp_path / "run", tiny_data[1]
     shutil.copytree(run[0], output)
@@ -315,6 +317,7 @@ def test_overwriting_removes_an_older_runs_events(run, tiny_data, tmp_path):
     assert not event_files(output)
 
 
+@pytest.mark.slow
 def test_a_later_stage_continues_the_axis(decoder_run, tiny_data, tmp_path):
     own, base = tmp_path / "own", tiny_data[1]
     shutil.copytree(decoder_run, own)

@@ -40,6 +40,7 @@ def rates(tiny_data, output, *arguments):
     return [json.loads(line)["lr"] for line in lines], process.stdout
 
 
+@pytest.mark.slow
 def test_without_a_better_bleu_the_rate_falls_and_training_stops(tiny_data, tmp_path):
     """A rate of nothing never improves on the first epoch."""
     found, printed = rates(
@@ -50,6 +51,7 @@ def test_without_a_better_bleu_the_rate_falls_and_training_stops(tiny_data, tmp_
     assert "no better BLEU-4 for 5 epochs" in printed
 
 
+@pytest.mark.slow
 def test_the_cosine_schedule_ends_near_zero(tiny_data, tmp_path):
     found, _ = rates(tiny_data, tmp_path, "--schedule", "cosine", "--epochs", 4)
     start = train.DEMO_DEFAULTS["decoder_lr"]
@@ -57,6 +59,7 @@ def test_the_cosine_schedule_ends_near_zero(tiny_data, tmp_path):
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_several_options_and_those_typed_beside_it_win(tiny_data, tmp_path):
     bare = {"encoder_stages": "last", "feature_norm": "none", "query": "state", "gate": "scalar"}
     for name, arguments, expected in (
@@ -99,6 +102,7 @@ def test_a_run_goes_on_in_another_folder_with_another_learning_rate(tiny_data, t
     assert {path: path.read_bytes() for path in first.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_resuming_names_what_it_takes_and_what_it_cannot(tiny_data, tmp_path):
     _, base = tiny_data
     rates(tiny_data, tmp_path, "--epochs", 1)
@@ -195,6 +199,7 @@ def assert_equal_runs(undisturbed, folder, base):
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_signal_while_features_are_cached_ends_at_once(undisturbed, tiny_data, tmp_path):
     """Nothing is lost: what was cached stays."""
     folder, data = tmp_path / "data", tiny_data[0]
@@ -399,6 +404,7 @@ def usage(free):
     return lambda _: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
 
 
+@pytest.mark.slow
 def test_a_folder_without_room_for_a_checkpoint_is_found_at_the_start(
     tiny_data, tmp_path, monkeypatch
 ):
@@ -503,6 +509,7 @@ def test_a_damaged_state_is_not_continued(tiny_data, tmp_path, damaged, words):
     assert words in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_the_record_says_what_the_run_was_made_with(tiny_data, tmp_path, monkeypatch):
     folder, base = tiny_data
     run_tiny(tiny_data, tmp_path, "--epochs", 1, "--seed", 5)

@@ -72,6 +72,7 @@ def cats(scenes, checkpoint, tmp_path_factory):
     return folder, summary["base"]
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_a_models_weights_with_new_words(cats, trained, tmp_path):
     """And learns to say the new word; a resumed run goes on with it."""
     folder, base = cats
@@ -98,6 +99,7 @@ def test_a_run_begins_from_a_models_weights_with_new_words(cats, trained, tmp_pa
     assert "resuming from" in more.stdout and "extended by" not in more.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_be_extended_is_one_line(tiny_data, trained, checkpoint, cats, tmp_path):
     run = ["train.py", "--output_folder", tmp_path, "--device", "cpu", "--extend_vocabulary"]
     assert "goes with --model" in failure(run_here(*run, "--data_folder", cats[0], *LEARN))

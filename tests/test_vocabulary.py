@@ -284,6 +284,7 @@ def load(output, tiny_data):
     return checkpoints.load_checkpoint(checkpoints.checkpoint_path(output, tiny_data[1]))
 
 
+@pytest.mark.slow
 def test_words_begin_as_asked_and_stay_so_when_a_run_goes_on(start, tiny_data, tmp_path):
     run, file, vectors = start
     word_map = datasets.read_word_map(*tiny_data)
