@@ -8,6 +8,8 @@ a state would be alike, b is one, or as many as together have b next words.
 
 import torch
 
+from contract import of_all
+
 
 class Beams:
     """The partial captions of some images, each state's likeliest first.
@@ -143,9 +145,7 @@ class History:
         if alphas is not None:
             new.append((self.alphas, alphas.view(len(words), -1, alphas.shape[1])))
         for steps, values in new:
-            steps.append(
-                values.new_zeros(self.count, *values.shape[1:]).index_copy(0, images, values)
-            )
+            steps.append(of_all(values, images, self.count))
 
     def trace(self, best, end):
         """Words (I·G·keep, T) and alphas (I·G·keep, T, L) or None of the `Best` captions, `end`

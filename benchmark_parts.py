@@ -66,6 +66,12 @@ class Row:
 # ---------------------------------------------------------------------------------- benchmarks
 
 
+def step_sides(scene, settings):
+    """Training steps of the decoder on features: the textbook's, and ours."""
+    theirs = partial(scene.step, partial(scene.textbook, scene.features))
+    return theirs, partial(scene.step, partial(scene.ours, scene.features, settings.amp))
+
+
 def decoder_step(settings):
     """A training step of the decoder on features: 80 captions of 16 images."""
     scene = Scene(settings)
@@ -213,16 +219,13 @@ def input_files(settings):
     """Input files of small photographs, and of such as telephones take."""
     for count, width, height in ((256, 640, 480), (24, 4032, 3024)):
         with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            paths = _write_photographs(folder, count, width, height)
-            theirs = partial(textbook.input_files, paths, folder / "textbook.hdf5", 256)
-            ours = partial(_write_input_files, folder)
-            seconds = alternate(torch.device("cpu"), settings.slow_rounds, theirs, ours)
+            sides = input_files_sides(Path(folder), count, width, height)
+            seconds = alternate(torch.device("cpu"), settings.slow_rounds, *sides)
         yield Row(f"input files of {count} photographs, {width} × {height}", None, *seconds)
 
 
-def _write_photographs(folder, count, width, height):
-    """Writes JPEGs, with a karpathy.json; their paths."""
+def input_files_sides(folder, count, width, height):
+    """Input files of JPEGs, which it writes into a folder: the textbook's way, and ours."""
     rng, images = np.random.default_rng(0), []
     for i in range(count):
         small = Image.fromarray(rng.integers(256, size=(48, 64, 3), dtype=np.uint8))
@@ -231,14 +234,15 @@ def _write_photographs(folder, count, width, height):
         split = "train" if i else "val"
         images.append({"filename": f"{i}.jpg", "split": split, "sentences": sentences})
     (folder / "karpathy.json").write_text(json.dumps({"images": images}))
-    return [folder / image["filename"] for image in images]
+    paths = [folder / image["filename"] for image in images]
 
+    def ours():
+        with redirect_stdout(None):
+            utils.create_input_files(
+                "flickr8k", folder / "karpathy.json", folder, output_folder=folder / "ours"
+            )
 
-def _write_input_files(folder):
-    with redirect_stdout(None):
-        utils.create_input_files(
-            "flickr8k", folder / "karpathy.json", folder, output_folder=folder / "ours"
-        )
+    return partial(textbook.input_files, paths, folder / "textbook.hdf5", 256), ours
 
 
 # -------------------------------------------------------------------------------------- memory
@@ -246,27 +250,28 @@ def _write_input_files(folder):
 
 def peak_memory(settings):
     """Bytes that some of the work takes at its peak beyond model and data."""
-    for name, target, prepare in (
+    works = [
         ("a training step", 3, _prepare_step),
         ("beam-5 evaluation from features", None, _prepare_search),
-        ("input files", None, _prepare_input_files),
-    ):
+    ]
+    if settings.device.type != "cuda":  # no GPU makes them
+        works.append(("input files", None, _prepare_input_files))
+    for name, target, prepare in works:
         measure = partial(_peak_of, settings, prepare)
         if settings.device.type == "cuda":
-            if prepare is _prepare_input_files:  # which no GPU makes
-                continue
-            theirs, ours = map(measure, ("textbook", "ours"))
+            theirs, ours = map(measure, (0, 1))
         else:  # a process for each, whose peak only grows
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-                theirs, ours = pool.map(measure, ("textbook", "ours"))
+                theirs, ours = pool.map(measure, (0, 1))
         sizes = f"{size_of(theirs)} / {size_of(ours)}"
         yield Row(f"peak memory of {name}, {sizes}", target, theirs, ours)
 
 
 def _peak_of(settings, prepare, side):
+    """Of one of the two sides that `prepare` gives."""
     with tempfile.TemporaryDirectory() as folder:
-        work = prepare(settings, side, Path(folder))
+        work = prepare(settings, Path(folder))[side]
         cuda = settings.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -277,22 +282,16 @@ def _peak_of(settings, prepare, side):
         return (torch.cuda.max_memory_allocated() if cuda else process_peak()) - before
 
 
-def _prepare_step(settings, side, _):
-    scene = Scene(settings)
-    amp = {"amp": settings.amp} if side == "ours" else {}
-    return partial(scene.step, partial(getattr(scene, side), scene.features, **amp))
+def _prepare_step(settings, _):
+    return step_sides(Scene(settings), settings)
 
 
-def _prepare_search(settings, side, _):
-    theirs, ours = search_sides(Scene(settings, images=64), settings, few=4)
-    return ours if side == "ours" else theirs
+def _prepare_search(settings, _):
+    return search_sides(Scene(settings, images=64), settings, few=4)
 
 
-def _prepare_input_files(_, side, folder):
-    paths = _write_photographs(folder, 64, 640, 480)
-    if side == "ours":
-        return partial(_write_input_files, folder)
-    return partial(textbook.input_files, paths, folder / "textbook.hdf5", 256)
+def _prepare_input_files(_, folder):
+    return input_files_sides(folder, 64, 640, 480)
 
 
 # -------------------------------------------------------------------------------------- growth
@@ -311,9 +310,8 @@ def growth(settings):
         seconds = []
         for value in values:
             scene = Scene(settings, **{name: value})
-            theirs = partial(scene.step, partial(scene.textbook, scene.features))
-            ours = partial(scene.step, partial(scene.ours, scene.features, settings.amp))
-            seconds.append(alternate(settings.device, settings.slow_rounds, theirs, ours))
+            sides = step_sides(scene, settings)
+            seconds.append(alternate(settings.device, settings.slow_rounds, *sides))
         found[axis] = (values, seconds)
     counts = [1, 4, 16]
     seconds = []

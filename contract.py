@@ -38,7 +38,7 @@ class Selectable(Protocol):
 class Rows(NamedTuple):
     """Which captions the rows of a step are, of K of each of I images."""
 
-    slots: Tensor  # (n,) int64, each row's place among the I·K captions, image by image; all differ
+    slots: Tensor  # (n,) int64 ascending, each row's place among the I·K captions, image by image
     per_image: int  # K
 
     @property
@@ -51,6 +51,14 @@ def all_rows(words, images):
     """The `Rows` of words (I·K,) of so many images where none is left out."""
     count = words.shape[0]  # which, unlike len, may be a graph's own number
     return Rows(torch.arange(count, device=words.device), count // images)
+
+
+def of_all(values, slots, count, others=0):
+    """(count, …): the values (n, …) of some, whose places (n,) ascend, and what the others have."""
+    if len(values) == count:
+        return values
+    whole = values.new_full((count, *values.shape[1:]), others)
+    return whole.index_copy(0, slots, values)
 
 
 class Drawn(NamedTuple):

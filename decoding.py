@@ -16,7 +16,7 @@ from torch import Tensor
 
 from beams import Beams, Best, History
 from constraints import FREE, MAX_LENGTH, Rules
-from contract import all_rows
+from contract import all_rows, of_all
 
 # Finished images leave the batch once it is no fuller than this: leaving copies the others, and on
 # a CPU every new batch size has its kernels compiled.
@@ -100,7 +100,7 @@ def _search_one(decoder, encoder_out, word_map, per_image, max_length, constrain
         if said is not None:
             ended = (said[rows] == rules.end).any(dim=1)
             own = words.squeeze(1).masked_fill(ended, rules.end)
-            said = rules.remember(said, _of_all(own, rows, len(said), rules.end))
+            said = rules.remember(said, of_all(own, rows, len(said), rules.end))
         return log_probs.gather(1, words).squeeze(1), words.squeeze(1)
 
     words, log_probs, alphas = _to_the_end(
@@ -188,25 +188,17 @@ def _to_the_end(decoder, encoder_out, word_map, per_image, max_length, choose):
     def next_words(scores, step, rows):
         log_p, words = choose(scores, step, rows)
         ended = done[rows]
-        log_probs.append(_of_all(log_p.masked_fill(ended, 0.0), rows, count))
+        log_probs.append(of_all(log_p.masked_fill(ended, 0.0), rows, count))
         words = words.masked_fill(ended, end)
         done[rows] = words == end
         return words, words != end
 
     steps = roll_out(decoder, encoder_out, start, next_words)
     for rows, _, alpha, words in itertools.islice(steps, max_length + 1):
-        history.append(_of_all(words, rows, count, end))
-        alphas.append(None if alpha is None else _of_all(alpha, rows, count))
+        history.append(of_all(words, rows, count, end))
+        alphas.append(None if alpha is None else of_all(alpha, rows, count))
     alphas = None if alphas[0] is None else torch.stack(alphas, dim=1)
     return torch.stack(history, dim=1), torch.stack(log_probs, dim=1), alphas
-
-
-def _of_all(values, rows, count, others=0):
-    """(count, …) of the values (n, …) of some rows, and what the others have."""
-    if len(values) == count:
-        return values
-    whole = values.new_full((count, *values.shape[1:]), others)
-    return whole.index_copy(0, rows, values)
 
 
 def drawn_from(probabilities, generator=None, top_k=None, top_p=None):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from contract import Forward, pack
+from contract import Forward, of_all, pack
 from decoding import drawn_from, roll_out
 from objectives import CrossEntropy
 
@@ -61,8 +61,7 @@ class ScheduledSampling(CrossEntropy):
             share: probability of each word after `<start>` to be the decoder's own.
         """
         steps = lengths.cpu() - 1
-
-        ends = steps.to(captions.device)
+        count, ends = len(captions), steps.to(captions.device)
 
         @torch.no_grad()
         def choose(scores, step, rows):
@@ -71,19 +70,11 @@ class ScheduledSampling(CrossEntropy):
             words = drawn_from(likely).squeeze(1).where(own, captions[rows, step + 1])
             return words, ends[rows] > step + 1
 
-        rolled = roll_out(decoder, encoder_out, captions[:, 0], choose)
-        rows, scores, alphas, _ = zip(*rolled, strict=True)
-        counts = [len(own) for own in rows]
-        # where in all steps' scores, one below the other, each caption's are
-        places = ends.new_zeros(len(captions), len(rows))
-        of_steps = torch.arange(sum(counts), device=captions.device).split(counts)
-        for step, (own, where) in enumerate(zip(rows, of_steps, strict=True)):
-            places[own, step] = where
-        packed = pack(places, steps)
-        scores = packed._replace(data=torch.cat(scores)[packed.data])
-        if alphas[0] is not None:
-            real = torch.arange(len(rows), device=captions.device) < ends.unsqueeze(1)
-            alphas = torch.cat(alphas)[places] * real.unsqueeze(2)
-        else:
-            alphas = None
-        return Forward(scores, pack(captions[:, 1:], steps), alphas)
+        rolled = list(roll_out(decoder, encoder_out, captions[:, 0], choose))
+        scores = torch.stack([of_all(own, rows, count) for rows, own, *_ in rolled], dim=1)
+        alphas = None
+        if rolled[0][2] is not None:
+            alphas = torch.stack([of_all(own, rows, count) for rows, _, own, _ in rolled], dim=1)
+            real = torch.arange(len(rolled), device=captions.device) < ends.unsqueeze(1)
+            alphas = alphas * real.unsqueeze(2)
+        return Forward(pack(scores, steps), pack(captions[:, 1:], steps), alphas)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from annotations import AnnotationVectors, MapConfig, compute_dtype, project
-from contract import Decoder, Forward, Rows, pack, register
+from contract import Decoder, Forward, Rows, of_all, pack, register
 
 MAX_LAYERS = 100  # a checkpoint's configuration is not to be trusted
 
@@ -128,9 +128,8 @@ class Layer(nn.Module):
         """softmax(q kᵀ / √d) v, written out as its weights are asked for; the captions of an image
         share its keys."""
         query = self.cross_query(x)
-        if rows is not None:  # zeros in the place of those that are left out
-            whole = query.new_zeros(keys.shape[0] * rows.per_image, *query.shape[1:])
-            query = whole.index_copy(0, rows.slots, query)
+        if rows is not None:
+            query = of_all(query, rows.slots, len(keys) * rows.per_image)
         captions = query.shape
         query = self._heads(query.view(keys.shape[0], -1, x.shape[2]), 1).squeeze(1)
         energies = query @ keys.transpose(2, 3) / math.sqrt(query.shape[3])

@@ -66,9 +66,8 @@ def _open(path, side=None):
     """`open_image`, and the picture's width and height.
 
     Args:
-        side: of the square that will be made of it, pixels. A JPEG far larger is decoded at a half,
-            a quarter or an eighth of its scale, where that divides its width and height and leaves
-            its shorter side twice as long as that, in a fraction of the time.
+        side: of the square that will be made of it, pixels, for which a JPEG far larger is decoded
+            at a reduced `_scale`, in a fraction of the time.
     """
     is_file = isinstance(path, str | os.PathLike)
     if is_file:
@@ -84,15 +83,9 @@ def _open(path, side=None):
             check_size(image)
             turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
             size = image.size[::-1] if turned else image.size
-            if side is not None:
-                fine = [
-                    [length // scale for length in image.size]
-                    for scale in (8, 4, 2)
-                    if min(image.size) >= 2 * scale * side
-                    and not any(length % scale for length in image.size)  # else it shifts a little
-                ]
-                if fine:
-                    image.draft(None, fine[0])  # does nothing to what is no JPEG
+            if side is not None and (scale := _scale(image.size, side)):
+                # does nothing to what is no JPEG
+                image.draft(None, [length // scale for length in image.size])
             return to_rgb(image), size
     except Image.DecompressionBombError as error:  # over twice Pillow's own bound, far above ours
         raise UserError(
@@ -104,6 +97,13 @@ def _open(path, side=None):
         ) from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
         raise UserError(f"cannot read image {path}: {error or type(error).__name__}") from error
+
+
+def _scale(size, side):
+    """8, 4 or 2, by which the largest can be divided without a rest, as else the picture shifts a
+    little, and leaves twice the side of its square or more; None where none does."""
+    fine = (s for s in (8, 4, 2) if min(size) >= 2 * s * side and not any(x % s for x in size))
+    return next(fine, None)
 
 
 def _formats(path):
