@@ -253,7 +253,10 @@ def caption(checkpoint, image):
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        (["--beam_groups", 3, "--beam_size", 6], {"beam_groups": 3, "beam_size": 6}),
+        (
+            ["--beam_groups", 3, "--beam_size", 6, "--diversity_penalty", 10],
+            {"beam_groups": 3, "beam_size": 6, "diversity_penalty": 10.0},
+        ),
         (["--no_repeat_ngram", 1], {"no_repeat_ngram": 1}),
         (["--min_words", 12, "--max_words", 13], {"min_words": 12, "max_words": 13}),
         (["--max_len", 3], {"max_words": 3}),

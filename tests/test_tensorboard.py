@@ -33,7 +33,7 @@ CAPTIONS, STEPS = 80, 3  # of an epoch of the tiny data: 8 images in batches of 
 LONGEST = 6  # words of a caption of validation
 RUN = ["--attention_dim", 8, "--embed_dim", 8, "--decoder_dim", 8, "--encoded_image_size", 3]
 RUN += ["--encoder", OFFLINE, "--device", "cpu", "--batch_size", 30, "--finetune_batch_size", 30]
-RUN += ["--stage", "both", "--epochs", 1, "--decoder_lr", 0.02]
+RUN += ["--stage", "both", "--epochs", 1, "--decoder_lr", 0.02, "--amp", "off"]
 DECODER = ["--stage", "decoder", "--tensorboard"]
 
 
