@@ -192,7 +192,7 @@ def evaluation(settings):
             textbook.beam_search(scene.decoder, encoder_out, scene.word_map, BEAM, WORDS)
 
     encoder = copy.deepcopy(scene.encoder).to(memory_format=torch.channels_last)
-    encoder.fold_batch_norm()
+    encoder.freeze(torch.bfloat16 if settings.amp else torch.float32)
     model = Captioner(
         encoder, scene.decoder, scene.word_map, 256, settings.device, settings.amp, {}
     )

@@ -125,8 +125,9 @@ class Captioner:
         if look is not None:
             _check_look(" + ".join(map(str, paths)), look, decoder.looks)
             decoder.set_look(look)
-        encoder.to(device, memory_format=torch.channels_last).fold_batch_norm()
         amp = amp == "auto" and has_fast_bfloat16(device)
+        encoder.to(device, memory_format=torch.channels_last)
+        encoder.freeze(torch.bfloat16 if amp else torch.float32)
         about, *others = abouts
         decoder = decoder.to(device).eval()
         size, fit = max(sizes), about["fit"]

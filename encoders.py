@@ -1,16 +1,14 @@
 """Encoders: ImageNet networks without their pooling and classifier (§3.1.1)."""
 
-import copy
 import math
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
+import freezing
 from groundwork.devices import shapes_only
 from networks import OFFLINE_ENCODER, EncoderError, find_network
 from stages import pack
@@ -150,26 +148,29 @@ class Encoder(nn.Module):
         return late
 
     @torch.no_grad()
-    def fold_batch_norm(self):
-        """Makes each BatchNorm a part of the convolution before it, for captioning alone.
+    def freeze(self, dtype=torch.float32):
+        """Makes the network faster for captioning alone, as `freezing` does.
 
-        The features stay the same but for rounding, and take fewer operations; the state dict is
-        another. A network whose modules do not run in their order is left as it is.
+        The features stay the same but for rounding; the state dict is another. A network that does
+        not compute the same so, as its modules do not run in their order, is left as it is.
+
+        Args:
+            dtype: that it is to compute in, float32 or by autocast bfloat16.
         """
-        if not any(type(module) is nn.BatchNorm2d for module in self.resnet.modules()):
-            return
-        folded = copy.deepcopy(self.resnet)
-        for parent in list(folded.modules()):
-            for (first, conv), (second, norm) in pairwise(parent.named_children()):
-                if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
-                    setattr(parent, first, fuse_conv_bn_eval(conv, norm))
-                    setattr(parent, second, nn.Identity())
-        side = self.image_size or PROBE
-        image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-        image = image.to(self.mean)
-        features = self.resnet(image)
-        if (folded(image) - features).norm() < 1e-3 * features.norm():
-            self.resnet = folded
+        self._replace(freezing.fold_batch_norm, torch.float32, 1e-3)
+        if dtype == torch.bfloat16 and self.mean.device.type == "cpu":
+            self._replace(freezing.keep_in_bfloat16, dtype, 0.1)  # whose rounding makes 0.05
+
+    def _replace(self, change, dtype, apart):
+        """Puts the changed network in the place of this one, if the features of an image, in that
+        precision, are no further apart than this part of them."""
+        side, device, before = self.image_size or PROBE, self.mean.device, self.resnet
+        image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            expected = self.features(image)
+            self.resnet = change(before)
+            if not (self.features(image) - expected).norm() < apart * expected.norm():
+                self.resnet = before
 
     def train(self, mode=True):
         """Stays in evaluation mode: BatchNorm keeps its ImageNet statistics in both stages."""

@@ -70,10 +70,10 @@ class Encoders(nn.Module):
         found = [encoder.features(_resized(images, size)) for encoder, size in pairs]
         return Features(tuple(found[i] for i in self.sources))
 
-    def fold_batch_norm(self):
-        """As `Encoder.fold_batch_norm`."""
+    def freeze(self, dtype=torch.float32):
+        """As `Encoder.freeze`."""
         for encoder in self.encoders:
-            encoder.fold_batch_norm()
+            encoder.freeze(dtype)
 
 
 def _alike(one, other):

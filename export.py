@@ -33,11 +33,13 @@ def parse_arguments():
     )
     add(
         "--format",
-        choices=["onnx", "aoti"],
+        choices=["onnx", "int8", "aoti"],
         nargs="+",
         action=Gathered,
-        help="of the graphs; None: onnx, and with --run the first that the folder has",
+        help="of the graphs; None: onnx, with --quantize int8, and with --run the first that the "
+        "folder has",
     )
+    add("--quantize", help="image files, 50 or so, of which int8 takes its scales", **SEVERAL)
     add("--output_folder", default="exported", help="an export in it is replaced")
     add("--run", metavar="FOLDER", help="caption --img with what was exported to it")
     add(
@@ -53,16 +55,22 @@ def parse_arguments():
         "print milliseconds a photograph and the share of equal captions",
     )
     add("--threads", type=positive, default=1, help="that --run computes with")
+    add("--results", metavar="FILE", help="of --run: for the captions as COCO results JSON")
     options, typed = parser.parse_args(), parser.typed()
     if options.run is None:
-        for name in ("time", "threads"):
+        for name in ("time", "threads", "results"):
             if name in typed:
                 parser.error(f"--{name} is for --run")
+        options.format = options.format or ["int8" if options.quantize else "onnx"]
+        if ("int8" in options.format) != (options.quantize is not None):
+            parser.error("--format int8 and --quantize, the photographs that it takes, go together")
         return options
     if not options.img:
         parser.error("--run captions photographs: name them by --img")
+    if options.time and options.results:
+        parser.error("--results goes without --time")
     of_model = () if options.time else ("model", "word_map", "look")
-    for name in ("output_folder", *of_model):
+    for name in ("output_folder", "quantize", *of_model):
         if name in typed:
             parser.error(f"--{name} is for exporting, and goes without --run")
     return options
@@ -88,14 +96,20 @@ def export(options):
     import exporting
     from choosing import Search
 
-    formats = list(dict.fromkeys(options.format or ["onnx"]))
+    formats = list(dict.fromkeys(options.format))
     exporting.check_possible(formats)
     images = dict(open_images(options.img)) if options.img else {"a drawn scene": draw_scene()}
+    for path in options.quantize or []:
+        check_readable(path)
     with folder_for(options.output_folder) as place:
         check_writable(place / exported.ABOUT)
         model = load_model(options)
         Search(beam_size=options.beam_size).check_words(model.word_map)
-        with exporting.written(model, formats) as folder:
+        squares = (
+            exported.square(image, model.image_size, model.fit)
+            for _, image in open_images(options.quantize or [])
+        )
+        with exporting.written(model, formats, squares) as folder:
             for format in formats:
                 check(model, exported.Captioner(folder, format), images, options.beam_size)
             kept = exporting.keep(folder, place)
@@ -124,18 +138,22 @@ def draw_scene():
 
 def check(model, graphs, images, beam_size):
     """Raises UserError where what is exported captions an image in other words than the model, or
-    by another log p; prints that it does not."""
+    by another log p, as int8 alone may; prints the captions."""
     for name, image in images.items():
         [expected] = model.caption(image, beam_size=beam_size)
         found = graphs.caption(image, beam_size)
         apart = abs(found.log_prob - expected.log_prob)
-        if found.words != expected.words or apart > CLOSE:
+        said = f"{graphs.format}: {name}: '{found.text}'"
+        if graphs.format == "int8" and found.words != expected.words:
+            print(f"{said}, in PyTorch '{expected.text}'")
+            continue
+        if graphs.format != "int8" and (found.words != expected.words or apart > CLOSE):
             raise UserError(
                 f"{graphs.format}: nothing is kept, as of {name} the export's caption "
                 f"'{found.text}' ({found.log_prob:.4f}) is not the model's, '{expected.text}' "
                 f"({expected.log_prob:.4f})"
             )
-        print(f"{graphs.format}: {name}: '{found.text}', as in PyTorch, log p {apart:.1e} apart")
+        print(f"{said}, as in PyTorch, log p {apart:.1e} apart")
 
 
 # ----------------------------------------------------------------------------------- captioning
@@ -171,14 +189,22 @@ def open_exported(folder, format, threads):
 
 
 def caption(options):
-    """Prints what the exported model says of each photograph."""
+    """Prints what the exported model says of each photograph, and writes --results."""
+    from coco_results import image_ids, write_results
     from word_rules import rule_of
 
+    ids = image_ids(options.img) if options.results else {}
+    if options.results:
+        check_writable(options.results)
     graphs = open_exported(options.run, (options.format or [None])[0], options.threads)
     rule = rule_of(graphs.about["word_map"])
+    texts = []
     for path, image in open_images(options.img):
         found = graphs.caption(image, options.beam_size)
-        print(f"{path}: {rule.join(found.words)} (log p {found.log_prob:.2f})")
+        texts.append(rule.join(found.words))
+        print(f"{path}: {texts[-1]} (log p {found.log_prob:.2f})")
+    if options.results:
+        write_results(options.results, [{"id": ids[path]} for path in options.img], texts)
 
 
 def compare(options):

@@ -7,8 +7,8 @@ model = Captioner("exported")
 caption = model.caption(PIL.Image.open("x.jpg"), beam_size=5)
 print(caption.text, caption.log_prob)
 
-The folder has two graphs, ONNX or compiled by AOTInductor, and captioner.json, which says how to
-use them. I are images, K partial captions of each, both of any number:
+The folder has two graphs, ONNX, also in int8, or compiled by AOTInductor, and captioner.json, which
+says how to use them. I are images, K partial captions of each, both of any number:
 
 - encoder: images (I, 3, S, S) uint8, RGB, to all that is computed once an image, `memory`, and the
   decoder's first `state`, a few arrays (I, …) each.
@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 GRAPHS = "encoder", "step"
-ENDINGS = {"onnx": ".onnx", "aoti": ".pt2"}  # of the graphs' files, by their format
+# of the graphs' files, by their format
+ENDINGS = {"onnx": ".onnx", "int8": ".int8.onnx", "aoti": ".pt2"}
 ABOUT = "captioner.json"
 GROUND = 124, 116, 104  # of the fit "pad": the mean colour of ImageNet
 KEYS = {  # what it has
@@ -64,7 +65,7 @@ class Captioner:
         self.about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
         self.format = format or self.about["formats"][0]
         self.words = sorted(self.about["word_map"], key=self.about["word_map"].get)
-        load = {"onnx": load_onnx, "aoti": load_aoti}[self.format]
+        load = load_aoti if self.format == "aoti" else load_onnx
         self.encoder, self.step = (
             load(self.folder / (name + ENDINGS[self.format]), threads) for name in GRAPHS
         )

@@ -193,10 +193,10 @@ def _refusing(what, done):
 
 def check_possible(formats):
     """Raises UserError where a package or the compiler is missing that a format needs."""
-    if "onnx" in formats:
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-        if missing:
-            raise UserError(f"--format onnx needs packages: pip install {' '.join(missing)}")
+    for format in formats:
+        packages = ("onnx", "onnxscript", "onnxruntime") if format in ("onnx", "int8") else ()
+        if missing := [name for name in packages if not find_spec(name)]:
+            raise UserError(f"--format {format} needs packages: pip install {' '.join(missing)}")
     if "aoti" in formats:
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
         if shutil.which(compiler) is None:
@@ -206,7 +206,7 @@ def check_possible(formats):
             )
 
 
-def write_onnx(graph, path):
+def write_onnx(graph, path, squares=None):
     """Writes a graph as ONNX."""
     program = torch.onnx.export(
         graph.program,
@@ -219,7 +219,20 @@ def write_onnx(graph, path):
     program.save(path, external_data=size > ONE_FILE)
 
 
-def write_aoti(graph, path):
+def write_int8(graph, path, squares):
+    """Writes a graph as ONNX in int8; its scales are those that it has on the squares."""
+    import quantizing  # which takes a package that not everyone has
+
+    with TemporaryDirectory() as folder:
+        source = Path(folder, "float32.onnx")
+        write_onnx(graph, source)
+        if graph.inputs == ["images"]:
+            quantizing.quantize_encoder(source, path, squares)
+        else:
+            quantizing.quantize_step(source, path)
+
+
+def write_aoti(graph, path, squares=None):
     """Compiles a graph for this machine's processor."""
     from torch._inductor import aoti_compile_and_package  # takes seconds to import
 
@@ -228,16 +241,22 @@ def write_aoti(graph, path):
     aoti_compile_and_package(graph.program, package_path=str(path), inductor_configs=options)
 
 
-WRITERS = {"onnx": ("ONNX", write_onnx), "aoti": ("an AOTInductor package", write_aoti)}
+WRITERS = {
+    "onnx": ("ONNX", write_onnx),
+    "int8": ("ONNX in int8", write_int8),
+    "aoti": ("an AOTInductor package", write_aoti),
+}
 
 
 @contextmanager
-def written(model, formats):
+def written(model, formats, squares=()):
     """For the block a folder with the exported captioner, which `keep` keeps.
 
     Args:
         model: as of `trace`.
         formats: of `exported.ENDINGS`.
+        squares: an iterable of photographs, as `exported.square` makes them, of which int8 takes
+            its scales.
 
     Raises:
         UserError: the model cannot be exported so.
@@ -263,7 +282,7 @@ def written(model, formats):
                 name, write = WRITERS[format]
                 for part, graph in graphs.items():
                     with _refusing(f"the {part}'s graph", f"written as {name}"):
-                        write(graph, Path(folder, part + ENDINGS[format]))
+                        write(graph, Path(folder, part + ENDINGS[format]), squares)
         write_json(Path(folder, ABOUT), about, ensure_ascii=False)
         yield Path(folder)
 

@@ -273,7 +273,7 @@ def test_encoders_that_are_alike_run_once_and_each_sees_its_own_size(monkeypatch
     expected = features(same, squares)  # of whole numbers, as the others are not
     assert found.parts[4].shape == expected.shape
     assert (found.parts[4] - expected).norm() < 0.01 * expected.norm()
-    together.fold_batch_norm()
+    together.freeze()
     for folded, part in zip(together.features(images).parts, found.parts, strict=True):
         close(folded, part, 1e-3)
 

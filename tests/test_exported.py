@@ -2,15 +2,18 @@
 
 import errno
 import json
+import math
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, close, failure, run_here, small_checkpoint
+from onnx import TensorProto, load
 from PIL import Image
 from test_decoders import STAGES, TINY, build, every_decoder, every_variant, name_of
 from torch import nn
@@ -174,7 +177,7 @@ def with_encoder(variant, name, stages=("last",)):
 
 
 def assert_photographs_equal(encoder, decoder, side):
-    encoder.fold_batch_norm()
+    encoder.freeze()
     model = Captioner(encoder, decoder, TINY, side, torch.device("cpu"), False, {})
     images = np.random.default_rng(0).integers(256, size=(3, 50, 70, 3), dtype=np.uint8)
     with exporting.written(model, ["onnx"]) as folder:
@@ -322,7 +325,13 @@ def test_words_are_joined_as_their_rule_has_it(rule, onnx, photograph, tmp_path)
         (["--run", "x", "--img", "y", "--model", "z"], "--model is for exporting"),
         (["--run", "x", "--img", "y", "--time", "--output_folder", "z"], "--output_folder is for"),
         (["--run", "nowhere", "--img", "y"], "there is no exported model in nowhere"),
+        (["--run", "x", "--img", "y", "--quantize", "z"], "--quantize is for exporting"),
+        (["--run", "x", "--img", "y", "--results", "z", "--time"], "--results goes without --time"),
+        (["--results", "z"], "--results is for --run"),
         (["--format", "tflite"], "invalid choice: 'tflite'"),
+        (["--format", "int8"], "--format int8 and --quantize, the photographs that it takes"),
+        (["--format", "onnx", "--quantize", "x.jpg"], "--format int8 and --quantize"),
+        (["--quantize", "nowhere.jpg"], "nowhere.jpg"),
     ],
 )
 def test_options_that_do_not_go_together_are_one_line(arguments, words):
@@ -435,6 +444,66 @@ def test_a_full_disk_leaves_the_export_that_is_there(onnx, tmp_path, monkeypatch
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+# ------------------------------------------------------------------------------------------ int8
+
+
+def shares(path):
+    """Of the weights in a file of ONNX the share that is of 8 bits."""
+    sizes = Counter()
+    for tensor in load(path).graph.initializer:
+        sizes[tensor.data_type] += math.prod(tensor.dims)
+    return sizes[TensorProto.INT8] / sizes.total()
+
+
+@pytest.mark.slow
+@every_decoder
+def test_int8_computes_nearly_the_same(variant):
+    """What is rounded is off by half a step of 255 between the least and the greatest, so that
+    values behind a few products are off by some hundredths of their spread."""
+    model = make_model(variant, decoder_dim=16, attention_dim=16)
+    images = np.stack(photographs(3)).transpose(0, 3, 1, 2)
+    with torch.no_grad(), exporting.written(model, ["onnx", "int8"], images) as folder:
+        exact, rounded = (exported.Captioner(folder, format) for format in ("onnx", "int8"))
+        found = [(graphs.encoder(images), graphs) for graphs in (exact, rounded)]
+        assert shares(folder / "step.int8.onnx") > 0.5 and shares(folder / "step.onnx") == 0
+        assert shares(folder / "encoder.int8.onnx") > 0.5
+    for own, other in zip(*(arrays for arrays, _ in found), strict=True):
+        assert_near(own, other)
+    words = np.full((3, 1), TINY["<start>"])
+    log_probs = [
+        graphs.step(words, *(own[:, None] for own in arrays[memory:]), *arrays[:memory])[0]
+        for arrays, graphs in found
+        for memory in [graphs.about["memory"]]
+    ]
+    assert_near(*log_probs)
+    assert not np.array_equal(*log_probs)
+
+
+def assert_near(exact, rounded):
+    """First states are zeros, or have no words yet."""
+    assert exact.shape == rounded.shape
+    assert np.abs(exact - rounded).sum() <= 0.1 * exact.size * (exact.std() if exact.size else 0)
+
+
+@pytest.mark.slow
+def test_int8_is_written_with_its_scales_and_captions(small, photograph, tmp_path):
+    folder = tmp_path / "exported"
+    process = export(small, folder, "--quantize", photograph, "--img", photograph)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(f"int8: {photograph}: '")
+    names = ["captioner.json", "encoder.int8.onnx", "step.int8.onnx"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    results = tmp_path / "results.json"
+    run = run_here(
+        "export.py", "--run", folder, "--img", photograph, "--beam_size", 2, "--results", results
+    )
+    assert run.returncode == 0, run.stderr
+    caption = exported.Captioner(folder).caption(Image.open(photograph), 2)
+    assert run.stdout == f"{photograph}: {caption.text} (log p {caption.log_prob:.2f})\n"
+    expected = [{"image_id": photograph.name, "caption": caption.text}]
+    assert json.loads(results.read_text()) == expected
+
+
 # ----------------------------------------------------------------------------------- both formats
 
 
@@ -451,6 +520,6 @@ def test_a_trained_model_is_exported_in_both_formats(checkpoint, scenes, tmp_pat
     lines = [
         f"{i}: {c.text} (log p {c.log_prob:.2f})" for i, c in zip(images, expected, strict=True)
     ]
-    for format in exported.ENDINGS:
+    for format in ("onnx", "aoti"):
         run = run_here("export.py", "--run", tmp_path, "--format", format, "--img", *images)
         assert run.stdout.splitlines() == lines

@@ -216,7 +216,7 @@ def test_inception_v3_gives_mixed_7c_and_its_pooled_vector(inception):
     assert not any("Aux" in name for name in encoder.state_dict())
     encoder = Encoder("inception_v3", weights=file, stages=["fc"])
     near(encoder.features(images), vectors[0][:, None, None])
-    encoder.fold_batch_norm()
+    encoder.freeze()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
     near(encoder.features(images), vectors[0][:, None, None])
 

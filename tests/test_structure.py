@@ -104,8 +104,8 @@ except SystemExit as exit:
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
     "models annotations attentions recurrent transformer merge kernels fused objectives sampling "
-    "stages encoders networks efficientnet_lite contract decoding beams constraints choosing "
-    "vocabulary rewards self_critical ensemble word_rules",
+    "stages encoders networks freezing efficientnet_lite contract decoding beams constraints "
+    "choosing vocabulary rewards self_critical ensemble word_rules",
     "utils word_maps mirroring datasets views storage input_files embeddings features demo "
     "gathered "
     "captioned formats formats_archives formats_json formats_parquet formats_tables downloads",
@@ -115,7 +115,8 @@ FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork i
     "textbook benchmark_data",
     "config training_options engine checkpoints run_state optimization training_data "
     "training_report training continuation transfer choices listing",
-    "captioner hubconf exported exporting benchmark_parts benchmark_report benchmark_variants",
+    "captioner hubconf exported exporting quantizing benchmark_parts benchmark_report "
+    "benchmark_variants",
 ]
 
 

@@ -1,0 +1,132 @@
+"""Networks made faster for captioning: they compute the same."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import freezing
+from encoders import Encoder
+from networks import OFFLINE_ENCODER
+
+needs_operation = pytest.mark.skipif(
+    not freezing.can_join(), reason="oneDNN does not compute in bfloat16 here"
+)
+
+
+def make(*layers):
+    torch.manual_seed(0)
+    network = nn.Sequential(*layers).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after training
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return network
+
+
+def maps(channels=8):
+    return torch.randn(2, channels, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+def kinds_of(network):
+    return [type(module) for module in network.modules()]
+
+
+class Doubling(nn.Conv2d):
+    """A convolution that nn.Conv2d's own forward does not compute."""
+
+    def forward(self, x):
+        return 2 * F.conv2d(x, self.weight, self.bias)
+
+
+class Padding(nn.Conv2d):
+    """One that nn.Conv2d's own does, in part."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+@torch.no_grad()
+def test_a_batch_norm_becomes_part_of_its_convolution():
+    network = make(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))
+    folded = freezing.fold_batch_norm(network)
+    torch.testing.assert_close(folded(maps()), network(maps()), rtol=1e-4, atol=1e-5)
+    assert kinds_of(folded).count(nn.BatchNorm2d) == 1  # that has no convolution before it
+    assert kinds_of(network).count(nn.BatchNorm2d) == 2
+
+
+@needs_operation
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [*freezing.ACTIVATIONS, nn.Tanh])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(8, 8, 3),
+        nn.Conv2d(8, 16, 5, stride=2, padding=2, dilation=2, groups=4, bias=False),
+        Padding(8, 8, 3, stride=2),
+        Doubling(8, 8, 3),
+        nn.Conv2d(8, 8, 3, padding="same"),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+    ],
+    ids=["plain", "every option", "padding", "doubling", "same", "reflect"],
+)
+def test_convolutions_compute_what_follows_them(conv, activation):
+    layer = activation()
+    network = make(conv, layer)
+    kept = freezing.keep_in_bfloat16(network)
+    expected = layer(conv.bfloat16()(maps().bfloat16()))
+    conv.float()
+    for precise in (torch.bfloat16, torch.float32):  # as autocast gives the first of them
+        with torch.autocast("cpu", torch.bfloat16):
+            found = kept(maps().to(precise))
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    joined = kinds_of(kept).count(nn.Identity)
+    simple = type(conv) is Padding or (type(conv) is nn.Conv2d and conv.padding_mode == "zeros")
+    assert joined == (simple and conv.padding != "same" and activation in freezing.ACTIVATIONS)
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+
+
+@torch.no_grad()
+def test_a_function_that_others_follow_elsewhere_stays():
+    """As ResNet's, which has one for several places."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(8, 8, 1), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.conv(x) + x)
+
+    network = make(Block())
+    kept = freezing.keep_in_bfloat16(network)
+    assert nn.ReLU in kinds_of(kept)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(kept(maps()), network(maps()), rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [OFFLINE_ENCODER, "mobilenet_v3_small", "resnet18"])
+def test_features_of_a_frozen_encoder_are_the_same(name):
+    encoder = Encoder(name, weights="DEFAULT" if name == OFFLINE_ENCODER else None)
+    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
+    for dtype, apart in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            expected = encoder.features(images)
+            encoder.freeze(dtype)
+            assert nn.BatchNorm2d not in kinds_of(encoder)
+            assert (encoder.features(images) - expected).norm() < apart * expected.norm()
+    if name == OFFLINE_ENCODER and freezing.can_join():
+        assert nn.ReLU6 not in kinds_of(encoder)
+
+
+@torch.no_grad()
+def test_a_network_that_would_compute_otherwise_is_left_as_it_is(monkeypatch):
+    encoder = Encoder("resnet18", weights=None)
+    before = encoder.resnet
+    monkeypatch.setattr(
+        freezing, "fold_batch_norm", lambda network: nn.Sequential(network, nn.Tanh())
+    )
+    monkeypatch.setattr(freezing, "keep_in_bfloat16", freezing.fold_batch_norm)
+    encoder.freeze(torch.bfloat16)
+    assert encoder.resnet is before
