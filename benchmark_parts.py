@@ -78,7 +78,7 @@ def decoder_step(settings):
     theirs = partial(scene.step, lambda: scene.textbook(scene.features))
     check_equal(scene)
     check_kernels(scene)
-    for amp, target in ((False, 8), (True, 15)):
+    for amp, target in ((False, 14), (True, 30)):
         if amp and not settings.amp:
             continue
         ours = partial(scene.step, lambda amp=amp: scene.ours(scene.features, amp))
@@ -127,7 +127,7 @@ def stage1_epoch(settings):
                 their_optimizer.step()
 
         seconds = alternate(settings.device, settings.slow_rounds, theirs, ours)
-        yield Row("stage-1 epoch after the first", 50, *seconds, count_work(ours), settings.amp)
+        yield Row("stage-1 epoch after the first", 100, *seconds, count_work(ours), settings.amp)
 
 
 def finetuning_step(settings):
@@ -151,7 +151,7 @@ def finetuning_step(settings):
     their_step, ours_step = partial(scene.step, theirs), partial(scene.step, ours)
     scene.encoder.to(memory_format=torch.channels_last)
     seconds = alternate(settings.device, settings.slow_rounds, their_step, ours_step)
-    yield Row("fine-tuning step", 4, *seconds, count_work(ours_step), settings.amp)
+    yield Row("fine-tuning step", 16, *seconds, count_work(ours_step), settings.amp)
 
 
 def search_sides(scene, settings, few):
@@ -205,8 +205,8 @@ def evaluation(settings):
     scene.encoder.to(memory_format=torch.channels_last)
     from_photographs = theirs_from_photographs, ours_from_photographs
     for name, target, counts, sides in (
-        ("evaluation from features, an image", 30, (few, count), (theirs, ours)),
-        ("evaluation from photographs, an image", 8, (few, count), from_photographs),
+        ("evaluation from features, an image", 60, (few, count), (theirs, ours)),
+        ("evaluation from photographs, an image", 12, (few, count), from_photographs),
         ("one photograph alone", 4, (1, 1), [partial(side, 1) for side in from_photographs]),
     ):
         seconds = alternate(settings.device, settings.rounds, *sides)
@@ -221,7 +221,7 @@ def input_files(settings):
         with tempfile.TemporaryDirectory() as folder:
             sides = input_files_sides(Path(folder), count, width, height)
             seconds = alternate(torch.device("cpu"), settings.slow_rounds, *sides)
-        yield Row(f"input files of {count} photographs, {width} × {height}", None, *seconds)
+        yield Row(f"input files of {count} photographs, {width} × {height}", 3, *seconds)
 
 
 def input_files_sides(folder, count, width, height):
@@ -251,7 +251,7 @@ def input_files_sides(folder, count, width, height):
 def peak_memory(settings):
     """Bytes that some of the work takes at its peak beyond model and data."""
     works = [
-        ("a training step", 3, _prepare_step),
+        ("a training step", 6, _prepare_step),
         ("beam-5 evaluation from features", None, _prepare_search),
     ]
     if settings.device.type != "cuda":  # no GPU makes them

@@ -48,11 +48,13 @@ def draw(rows, grown):
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.2])
     bars = left.subplots()
     names = [f"{textwrap.fill(row.name, 26)}: {row.ratio:.1f}×" for row in rows]
-    bars.barh(names, [row.ratio for row in rows], color="#4c72b0", label="measured")
+    longer = [row.ratio - 1 for row in rows]  # than 1, from which bars go to both sides
+    bars.barh(names, longer, left=1, color="#4c72b0", label="measured")
     goals = [(row.target, i) for i, row in enumerate(rows) if row.target]
     bars.scatter(*zip(*goals, strict=True), color="black", marker="|", s=300, label="goal")
     bars.set_xscale("log")
-    bars.set_xlim(0.8, 1.5 * max(row.ratio for row in rows))
+    ends = [1, *(row.ratio for row in rows), *(target for target, _ in goals)]
+    bars.set_xlim(0.8 * min(ends), 1.5 * max(ends))
     bars.xaxis.set_major_formatter("{x:g}×")
     bars.invert_yaxis()
     bars.set_title("times faster than the textbook formulation", loc="left")

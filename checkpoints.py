@@ -16,7 +16,7 @@ from torch import Tensor
 import contract
 from encoders import Encoder, encoder_shapes
 from groundwork import kinds, provenance, published, torch_files
-from groundwork.errors import UserError
+from groundwork.errors import UserError, in_a_line
 from groundwork.files import atomic_write, check_listable, check_readable
 from groundwork.options import FITS, MAX_GRID, MAX_IMAGE_SIZE
 from groundwork.wording import counted, some
@@ -238,8 +238,9 @@ def load_checkpoint(path, keys=MODEL_KEYS):
     except Exception as error:  # of many classes, for files that are no checkpoints
         if kind := kinds.kind_of(path):
             raise UserError(_of_another_kind(path, kind)) from error
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged or no checkpoint of train.py: {reason}") from error
+        raise UserError(
+            f"{path} is damaged or no checkpoint of train.py: {in_a_line(error)}"
+        ) from error
     if isinstance(checkpoint, dict):
         checkpoint |= {key: value for key, value in OLDER.items() if key not in checkpoint}
     if fault := _fault(checkpoint, keys):
@@ -336,8 +337,9 @@ def build_models(checkpoint, **changes):
         encoder.load_state_dict(checkpoint["encoder"])
         decoder = _build_decoder(checkpoint, changes)
     except (ValueError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the checkpoint's weights do not fit its models: {reason}") from error
+        raise UserError(
+            f"the checkpoint's weights do not fit its models: {in_a_line(error)}"
+        ) from error
     if not _reads(decoder.config, encoder):
         raise UserError(f"the checkpoint's decoder is not for the features of {name!r}")
     return encoder.eval(), decoder.eval()

@@ -10,7 +10,7 @@ from attentions import ATTENTIONS
 from config import ModelConfig
 from contract import DECODERS, build_decoder, config_fields, make_config
 from groundwork.devices import shapes_only
-from groundwork.errors import UserError
+from groundwork.errors import UserError, in_a_line
 from groundwork.options import as_flags
 from training_options import SCST_OPTIONS
 
@@ -188,6 +188,5 @@ def _check_sizes(values, typed):
         shown = {"decoder", "attention", "embeddings", *own} & typed.keys()
         flags = as_flags({key: typed[key] for key in typed if key in shown})
         origin = f"; the {dim} values of a word are those of {source}" if source else ""
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{flags or f'--decoder {name}'}: {reason}{origin}") from error
+        raise UserError(f"{flags or f'--decoder {name}'}: {in_a_line(error)}{origin}") from error
     vocabulary.check_layers(decoder, [option for option in BEGUN if values[option]])

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from groundwork.devices import shapes_only
+from groundwork.errors import in_a_line
 
 DECODERS: dict[str, type["Decoder"]] = {}  # by the name that --decoder takes and checkpoints keep
 
@@ -271,6 +272,5 @@ def build_decoder(name, config, state=None):
             decoder = DECODERS[name](config)
         decoder.load_state_dict(own)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"not a decoder of this model: {reason}") from error
+        raise ValueError(f"not a decoder of this model: {in_a_line(error)}") from error
     return decoder

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import freezing
 from groundwork.devices import shapes_only
+from groundwork.errors import in_a_line
 from networks import OFFLINE_ENCODER, EncoderError, find_network
 from stages import pack
 
@@ -102,7 +103,7 @@ class Encoder(nn.Module):
                 raise
             raise EncoderError(
                 f"encoder {self.name!r} cannot take images of {images.shape[3]} pixels: make the "
-                f"input files with a larger --image_size ({' '.join(str(error).split())[:100]})"
+                f"input files with a larger --image_size ({in_a_line(error)})"
             ) from error
         grids = [as_grid(output) for as_grid, output in zip(self.layouts, outputs, strict=True)]
         return pack(grids, self.stage_factors)
@@ -158,8 +159,9 @@ class Encoder(nn.Module):
             dtype: that it is to compute in, float32 or by autocast bfloat16.
         """
         self._replace(freezing.fold_batch_norm, torch.float32, 1e-3)
-        if dtype == torch.bfloat16 and self.mean.device.type == "cpu":
-            self._replace(freezing.keep_in_bfloat16, dtype, 0.1)  # whose rounding makes 0.05
+        if self.mean.device.type == "cpu":
+            apart = 0.1 if dtype == torch.bfloat16 else 1e-3  # of the former rounding makes 0.05
+            self._replace(partial(freezing.through_onednn, dtype=dtype), dtype, apart)
 
     def _replace(self, change, dtype, apart):
         """Puts the changed network in the place of this one, if the features of an image, in that
@@ -217,9 +219,8 @@ class Encoder(nn.Module):
         try:
             outputs = _outputs(self.resnet.eval(), names, torch.zeros(1, 3, side, side))
         except Exception as error:  # of a thousand networks, errors of many classes
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise EncoderError(
-                f"encoder {self.name!r} cannot run as a backbone: {reason}"
+                f"encoder {self.name!r} cannot run as a backbone: {in_a_line(error)}"
             ) from error
         return dict(zip(names, outputs, strict=True))
 

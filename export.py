@@ -9,7 +9,7 @@ import statistics
 import time
 from pathlib import Path
 
-from groundwork.errors import UserError, run
+from groundwork.errors import UserError, in_a_line, run
 from groundwork.files import check_readable, check_writable, folder_for, read_json
 from groundwork.options import SEVERAL, Gathered, Parser, add_model_option, number
 from groundwork.tables import print_table
@@ -184,8 +184,7 @@ def open_exported(folder, format, threads):
     except ImportError as error:
         raise UserError(f"{folder} takes a package: pip install {error.name}") from error
     except Exception as error:  # of many classes, onnxruntime's own among them
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} cannot be used, export again: {reason}") from error
+        raise UserError(f"{folder} cannot be used, export again: {in_a_line(error)}") from error
 
 
 def caption(options):

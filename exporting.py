@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 import kernels
 from constraints import MAX_LENGTH
 from exported import ABOUT, ENDINGS, GRAPHS
-from groundwork.errors import UserError
+from groundwork.errors import UserError, in_a_line
 from groundwork.files import (
     flush,
     flush_folder,
@@ -182,8 +182,7 @@ def _refusing(what, done):
     except (UserError, OSError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what} cannot be {done}: {reason}") from error
+        raise UserError(f"{what} cannot be {done}: {in_a_line(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from efficientnet_lite import MEAN, STD, VARIANTS, efficientnet_lite
 from groundwork import kinds
-from groundwork.errors import UserError
+from groundwork.errors import UserError, in_a_line
 from groundwork.files import check_readable
 
 OFFLINE_ENCODERS = [f"timm:{name}" for name in VARIANTS]  # whose weights packages carry
@@ -149,7 +149,7 @@ class TorchvisionNetwork:
             raise EncoderError(
                 f"cannot get the ImageNet weights of {self.name!r}: place {self.published.url} as "
                 f"{file}, or pass the file with --encoder_weights, or use --encoder "
-                f"{OFFLINE_ENCODER}, which needs no download ({' '.join(str(error).split())[:200]})"
+                f"{OFFLINE_ENCODER}, which needs no download ({in_a_line(error)})"
             ) from error
         return state, self.published.url
 
@@ -247,7 +247,7 @@ class TimmNetwork:
             raise EncoderError(
                 f"cannot download the weights of {self.name!r} from {address}: pass its "
                 f"model.safetensors or pytorch_model.bin with --encoder_weights, or use --encoder "
-                f"{OFFLINE_ENCODER}, which needs no download ({' '.join(str(error).split())[:200]})"
+                f"{OFFLINE_ENCODER}, which needs no download ({in_a_line(error)})"
             ) from error
 
 
@@ -351,5 +351,4 @@ def _load_state(model, state, source, names):
 
 
 def _another_network(source, error):
-    reason = " ".join(str(error).split())[:300]
-    return EncoderError(f"{source}: weights of another network: {reason}")
+    return EncoderError(f"{source}: weights of another network: {in_a_line(error)}")

@@ -20,6 +20,11 @@ def printable(text):
     return "".join(c if c.isprintable() or c in joiners else repr(c)[1:-1] for c in str(text))
 
 
+def in_a_line(error):
+    """What a library's error says, as a part of a line; where it says nothing, its class."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def run(main):
     """Calls main(); an error the user can mend ends the process with one line and status 1.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
 
 def alternate(device, rounds, *functions, best=False):
@@ -61,9 +61,17 @@ class Speeds(NamedTuple):
 
 def count_work(function):
     """The `Work` of function()."""
-    with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
+    # of convolutions in groups PyTorch counts a weight's gradient as if they were in one
+    mended = {torch.ops.aten.convolution_backward: _flops_of_convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=mended) as counter, _Traffic() as traffic:
         function()
     return Work(counter.get_total_flops(), traffic.bytes)
+
+
+def _flops_of_convolution_backward(of_output, image, weight, *others, **_):
+    """Of shapes: each of the two gradients takes what the convolution took."""
+    *_, transposed, _, _, wanted = others
+    return sum(wanted[:2]) * conv_flop_count(image, weight, of_output, transposed)
 
 
 class _Traffic(TorchDispatchMode):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import failure, run_here
 from PIL import Image
+from torch import nn
 
 import benchmark_variants
 from attentions import ATTENTIONS, HardAttention
@@ -73,6 +74,17 @@ def test_work_is_products_flops_and_the_others_bytes():
         total.index_select(0, rows).view(-1)  # 3 of its rows, thrice
 
     assert timing.count_work(work) == (2 * 4 * 6 * 8, 4 * (2 * 32 + 2 * 32 + 3 * 24))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gradients_of_a_convolution_take_what_it_takes_itself(groups):
+    conv = nn.Conv2d(4, 8, 3, padding=1, groups=groups, bias=False)
+    image = torch.randn(2, 4, 5, 6, requires_grad=True)
+    products = 2 * 8 * 5 * 6 * (4 // groups) * 3 * 3  # a value of the map from 9 places each
+    assert timing.count_work(lambda: conv(image)).flops == 2 * products
+    assert timing.count_work(lambda: conv(image).sum().backward()).flops == 3 * 2 * products
+    frozen = image.detach()
+    assert timing.count_work(lambda: conv(frozen).sum().backward()).flops == 2 * 2 * products
 
 
 def test_the_report_holds_ratios_goals_and_shares(tmp_path):

@@ -9,10 +9,6 @@ import freezing
 from encoders import Encoder
 from networks import OFFLINE_ENCODER
 
-needs_operation = pytest.mark.skipif(
-    not freezing.can_join(), reason="oneDNN does not compute in bfloat16 here"
-)
-
 
 def make(*layers):
     torch.manual_seed(0)
@@ -55,9 +51,17 @@ def test_a_batch_norm_becomes_part_of_its_convolution():
     assert kinds_of(network).count(nn.BatchNorm2d) == 2
 
 
-@needs_operation
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """float32 comes to oneDNN by this way with one thread alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("activation", [*freezing.ACTIVATIONS, nn.Tanh])
+@pytest.mark.parametrize("following", [*freezing.FOLLOWING, nn.Tanh])
 @pytest.mark.parametrize(
     "conv",
     [
@@ -70,20 +74,39 @@ def test_a_batch_norm_becomes_part_of_its_convolution():
     ],
     ids=["plain", "every option", "padding", "doubling", "same", "reflect"],
 )
-def test_convolutions_compute_what_follows_them(conv, activation):
-    layer = activation()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolutions_compute_what_follows_them(dtype, conv, following, threads):
+    layer = following()
     network = make(conv, layer)
-    kept = freezing.keep_in_bfloat16(network)
-    expected = layer(conv.bfloat16()(maps().bfloat16()))
-    conv.float()
-    for precise in (torch.bfloat16, torch.float32):  # as autocast gives the first of them
-        with torch.autocast("cpu", torch.bfloat16):
-            found = kept(maps().to(precise))
-        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-    joined = kinds_of(kept).count(nn.Identity)
-    simple = type(conv) is Padding or (type(conv) is nn.Conv2d and conv.padding_mode == "zeros")
-    assert joined == (simple and conv.padding != "same" and activation in freezing.ACTIVATIONS)
+    changed = freezing.through_onednn(network, dtype)
+    images, low = maps(), dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype, enabled=low):
+        expected = network(images)
+        for given in (images, images.to(dtype)):
+            found = changed(given)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, expected, rtol=0.02 if low else 1e-4, atol=1e-2)
     assert all(p.dtype == torch.float32 for p in network.parameters())
+    simple = type(conv) is Padding or (type(conv) is nn.Conv2d and conv.padding_mode == "zeros")
+    joins = simple and conv.padding != "same" and freezing.can_call_onednn(dtype)
+    if following is not nn.Identity:
+        assert (following in kinds_of(changed)) == (not joins or following is nn.Tanh)
+
+
+def test_gradients_and_exports_do_without_onednn():
+    network = make(nn.Conv2d(8, 8, 3), nn.ReLU()).requires_grad_(False)
+    changed = freezing.through_onednn(network, torch.float32)
+    found, expected = (maps().requires_grad_() for _ in range(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        changed(found).sum().backward()
+        network(expected).sum().backward()
+        graph = str(torch.export.export(changed, (maps(),)).graph)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found.grad, expected.grad)
+    assert "conv2d" in graph and "mkldnn" not in graph
 
 
 @torch.no_grad()
@@ -99,10 +122,10 @@ def test_a_function_that_others_follow_elsewhere_stays():
             return self.relu(self.conv(x) + x)
 
     network = make(Block())
-    kept = freezing.keep_in_bfloat16(network)
-    assert nn.ReLU in kinds_of(kept)
+    changed = freezing.through_onednn(network, torch.bfloat16)
+    assert nn.ReLU in kinds_of(changed)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(kept(maps()), network(maps()), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(changed(maps()), network(maps()), rtol=0.02, atol=0.02)
 
 
 @torch.no_grad()
@@ -116,17 +139,15 @@ def test_features_of_a_frozen_encoder_are_the_same(name):
             encoder.freeze(dtype)
             assert nn.BatchNorm2d not in kinds_of(encoder)
             assert (encoder.features(images) - expected).norm() < apart * expected.norm()
-    if name == OFFLINE_ENCODER and freezing.can_join():
-        assert nn.ReLU6 not in kinds_of(encoder)
+            if name == OFFLINE_ENCODER and freezing.can_call_onednn(dtype):
+                assert nn.ReLU6 not in kinds_of(encoder)
 
 
 @torch.no_grad()
 def test_a_network_that_would_compute_otherwise_is_left_as_it_is(monkeypatch):
     encoder = Encoder("resnet18", weights=None)
     before = encoder.resnet
-    monkeypatch.setattr(
-        freezing, "fold_batch_norm", lambda network: nn.Sequential(network, nn.Tanh())
-    )
-    monkeypatch.setattr(freezing, "keep_in_bfloat16", freezing.fold_batch_norm)
+    for name in ("fold_batch_norm", "through_onednn"):
+        monkeypatch.setattr(freezing, name, lambda network, **_: nn.Sequential(network, nn.Tanh()))
     encoder.freeze(torch.bfloat16)
     assert encoder.resnet is before
