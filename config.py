@@ -77,7 +77,7 @@ class SearchConfig:
     """How a split is captioned."""
 
     search: Any  # a `choosing.Search` with any width of the beam
-    batch_size: int = 50  # images
+    batch_size: int = 128  # images
     workers: int | None = None  # processes that read ahead; None: the device's usual
     seed: int | None = None  # of what is drawn
 

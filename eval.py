@@ -52,7 +52,7 @@ def parse_arguments():
         "lists, one a line or as JSON, COCO results among it",
     )
     add("--beam_size", type=positive, nargs="+", default=[5], help="one, or several to compare")
-    add("--batch_size", type=positive, default=50, help="images")
+    add("--batch_size", type=positive, default=128, help="images")
     add(
         "--output_folder",
         "--results_folder",
