@@ -189,11 +189,12 @@ def open_exported(folder, format, threads):
 
 def caption(options):
     """Prints what the exported model says of each photograph, and writes --results."""
-    from coco_results import image_ids, write_results
     from word_rules import rule_of
 
-    ids = image_ids(options.img) if options.results else {}
     if options.results:
+        from coco_results import image_ids, write_results  # which takes PyTorch
+
+        ids = image_ids(options.img)
         check_writable(options.results)
     graphs = open_exported(options.run, (options.format or [None])[0], options.threads)
     rule = rule_of(graphs.about["word_map"])

@@ -149,7 +149,7 @@ def test_where_it_looked_is_measured_in_every_epoch(run, tiny_data):
     """As the finished model looks when it captions the validation images."""
     (output, _), (folder, base) = run, tiny_data
     found = series(read(output, base))
-    model = Captioner.load(checkpoints.checkpoint_path(output, base))
+    model = Captioner.load(checkpoints.checkpoint_path(output, base), amp="off")
     images = datasets.open_images(folder, base, "VAL")
     squares = [torch.from_numpy(image) for image in images]
     captions = list(model.caption(squares, beam_size=1, max_words=LONGEST))
