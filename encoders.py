@@ -156,7 +156,8 @@ class Encoder(nn.Module):
         not compute the same so, as its modules do not run in their order, is left as it is.
 
         Args:
-            dtype: that it is to compute in, float32 or by autocast bfloat16.
+            dtype: that it is to compute in from then on: float32, or bfloat16, for which `features`
+                has to be called under autocast.
         """
         self._replace(freezing.fold_batch_norm, torch.float32, 1e-3)
         if self.mean.device.type == "cpu":

@@ -1,8 +1,9 @@
 """Writes a trained model as graphs that run without PyTorch, and captions with them.
 
-As ONNX it runs in onnxruntime, as an AOTInductor package, compiled for this machine's processor, in
-PyTorch without Python. After writing, photographs are captioned by both, and the captions compared.
-With --run what was exported captions photographs, and with --time it is timed beside PyTorch.
+As ONNX, in float32 or int8, it runs in onnxruntime; as an AOTInductor package, compiled for this
+machine's processor, in PyTorch, from Python or C++. After writing, photographs are captioned by
+both and the captions compared. With --run what was exported captions photographs, and with --time
+it is timed beside PyTorch.
 """
 
 import statistics
@@ -36,10 +37,14 @@ def parse_arguments():
         choices=["onnx", "int8", "aoti"],
         nargs="+",
         action=Gathered,
-        help="of the graphs; None: onnx, with --quantize int8, and with --run the first that the "
-        "folder has",
+        help="to write: onnx by default, int8 with --quantize; with --run: to caption with, the "
+        "first that the folder has by default",
     )
-    add("--quantize", help="image files, 50 or so, of which int8 takes its scales", **SEVERAL)
+    add(
+        "--quantize",
+        help="photographs, 50 to 100, for int8 to measure activations on",
+        **SEVERAL,
+    )
     add("--output_folder", default="exported", help="an export in it is replaced")
     add("--run", metavar="FOLDER", help="caption --img with what was exported to it")
     add(
@@ -54,21 +59,25 @@ def parse_arguments():
         help="of --run: caption --img with --model in PyTorch, too, greedily and by the beam, and "
         "print milliseconds a photograph and the share of equal captions",
     )
-    add("--threads", type=positive, default=1, help="that --run computes with")
-    add("--results", metavar="FILE", help="of --run: for the captions as COCO results JSON")
+    add("--threads", type=positive, default=1, help="number of threads, for --run")
+    add("--results", metavar="FILE", help="with --run: for the captions as COCO results JSON")
     options, typed = parser.parse_args(), parser.typed()
     if options.run is None:
         for name in ("time", "threads", "results"):
             if name in typed:
                 parser.error(f"--{name} is for --run")
         options.format = options.format or ["int8" if options.quantize else "onnx"]
-        if ("int8" in options.format) != (options.quantize is not None):
-            parser.error("--format int8 and --quantize, the photographs that it takes, go together")
+        if "int8" in options.format and not options.quantize:
+            parser.error("--format int8 takes photographs: name some by --quantize")
+        if options.quantize and "int8" not in options.format:
+            parser.error("--quantize is for --format int8: name it, too, or leave --quantize out")
         return options
     if not options.img:
         parser.error("--run captions photographs: name them by --img")
     if options.time and options.results:
         parser.error("--results goes without --time")
+    if options.format and len(options.format) > 1 and not options.time:
+        parser.error("--run captions by one --format; several are for --time")
     of_model = () if options.time else ("model", "word_map", "look")
     for name in ("output_folder", "quantize", *of_model):
         if name in typed:
@@ -105,10 +114,10 @@ def export(options):
         check_writable(place / exported.ABOUT)
         model = load_model(options)
         Search(beam_size=options.beam_size).check_words(model.word_map)
-        squares = (
+        squares = [
             exported.square(image, model.image_size, model.fit)
             for _, image in open_images(options.quantize or [])
-        )
+        ]
         with exporting.written(model, formats, squares) as folder:
             for format in formats:
                 check(model, exported.Captioner(folder, format), images, options.beam_size)
@@ -141,13 +150,16 @@ def check(model, graphs, images, beam_size):
     by another log p, as int8 alone may; prints the captions."""
     for name, image in images.items():
         [expected] = model.caption(image, beam_size=beam_size)
-        found = graphs.caption(image, beam_size)
+        try:
+            found = graphs.caption(image, beam_size)
+        except ValueError as error:
+            raise UserError(f"{graphs.format}: nothing is kept: {error}") from error
         apart = abs(found.log_prob - expected.log_prob)
         said = f"{graphs.format}: {name}: '{found.text}'"
         if graphs.format == "int8" and found.words != expected.words:
             print(f"{said}, in PyTorch '{expected.text}'")
             continue
-        if graphs.format != "int8" and (found.words != expected.words or apart > CLOSE):
+        if graphs.format != "int8" and (found.words != expected.words or not apart <= CLOSE):
             raise UserError(
                 f"{graphs.format}: nothing is kept, as of {name} the export's caption "
                 f"'{found.text}' ({found.log_prob:.4f}) is not the model's, '{expected.text}' "
@@ -178,7 +190,9 @@ def open_exported(folder, format, threads):
         raise UserError(f"{about} is not as export.py writes it: {fault}")
     if format not in (None, *found["formats"]):
         has = ", ".join(found["formats"])
-        raise UserError(f"{folder} has no {format}, but {has}: export with --format {format}, too")
+        more = " --quantize PHOTOGRAPHS" if format == "int8" else ""
+        again = " ".join([*found["formats"], format]) + more
+        raise UserError(f"{folder} has no {format}, but {has}: export with --format {again}")
     try:
         return exported.Captioner(folder, format, threads)
     except ImportError as error:

@@ -78,6 +78,9 @@ class Captioner:
             beam_size: partial captions kept at each step; 1 for greedy decoding.
             max_words: of the caption, at most; None: as the folder says.
             length_penalty: α: captions are compared by log p / (words + 1)^α.
+
+        Raises:
+            ValueError: no caption has a finite log p.
         """
         pixels = square(image, self.about["image_size"], self.about["fit"])
         found = self.encoder(pixels[np.newaxis])
@@ -120,6 +123,8 @@ class Captioner:
                 break
             total, said, state = total[going], said[going], [own[:, rows[going]] for own in state]
             looks = [own[going] for own in looks]
+        if best[1] is None:
+            raise ValueError("the graphs give no caption a finite log p")
         return best[1]
 
 

@@ -1,5 +1,5 @@
-"""A trained captioner as two graphs that leave Python: what `torch.export` traces, written as ONNX
-or compiled by AOTInductor. `exported` runs them, and says what goes in and comes out.
+"""A trained captioner as two graphs that leave Python: what `torch.export` traces, written as ONNX,
+also in int8, or compiled by AOTInductor. `exported` runs them, and says what goes in and comes out.
 
 The graphs are of the formulas: of the fast energies the plain ones take the place.
 """
@@ -214,14 +214,22 @@ def write_onnx(graph, path, squares=None):
         input_names=graph.inputs,
         output_names=graph.outputs,
     )
-    size = sum(tensor.nbytes for tensor in graph.program.state_dict.values())
-    program.save(path, external_data=size > ONE_FILE)
+    program.save(path, external_data=size_of_weights(graph) > ONE_FILE)
+
+
+def size_of_weights(graph):
+    """Bytes."""
+    return sum(tensor.nbytes for tensor in graph.program.state_dict.values())
 
 
 def write_int8(graph, path, squares):
     """Writes a graph as ONNX in int8; its scales are those that it has on the squares."""
     import quantizing  # which takes a package that not everyone has
 
+    if not squares:
+        raise UserError("--format int8 takes photographs, and there are none")
+    if size_of_weights(graph) > ONE_FILE:
+        raise UserError("--format int8: weights of more than 2 GB are not quantized")
     with TemporaryDirectory() as folder:
         source = Path(folder, "float32.onnx")
         write_onnx(graph, source)
@@ -254,8 +262,7 @@ def written(model, formats, squares=()):
     Args:
         model: as of `trace`.
         formats: of `exported.ENDINGS`.
-        squares: an iterable of photographs, as `exported.square` makes them, of which int8 takes
-            its scales.
+        squares: photographs, as `exported.square` makes them, on which int8 measures its scales.
 
     Raises:
         UserError: the model cannot be exported so.

@@ -1,6 +1,7 @@
 """An encoder's network made faster for captioning alone, where its weights stay as they are."""
 
 import copy
+from collections import Counter
 from functools import partial
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ FOLLOWING = {
     nn.Hardswish: ("hardswish", []),
     nn.SiLU: ("swish", []),
 }
-SIDE = 32  # of the map that a convolution is tried on, no smaller than its kernel
+SIDE = 32  # of the map that a convolution is tried on, or that of a kernel that is larger
 
 
 def fold_batch_norm(network):
@@ -28,7 +29,8 @@ def fold_batch_norm(network):
     folded = copy.deepcopy(network)
     for parent in list(folded.modules()):
         for (first, conv), (second, norm) in pairwise(parent.named_children()):
-            if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
+            fits = isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d
+            if fits and norm.track_running_stats:
                 setattr(parent, first, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, second, nn.Identity())
     return folded
@@ -50,17 +52,18 @@ def through_onednn(network, dtype):
 
     They compute the activation function behind them in the same pass, where it follows in an
     nn.Sequential. In bfloat16 their weights are kept in it, of which autocast would make copies at
-    each call. In float32 it pays with one thread, for which PyTorch does without oneDNN; with more
-    they compute as before.
+    each call. In float32 this helps with one thread, where PyTorch does without oneDNN; with more
+    they compute as before. A convolution that stands in several places stays as it is.
 
     Args:
-        dtype: float32, or bfloat16 to be called by autocast.
+        dtype: float32, or bfloat16, which the network is then to be called in by autocast.
     """
     changed = copy.deepcopy(network)
+    places = Counter(child for parent in changed.modules() for child in parent.children())
     for parent in list(changed.modules()):
         layers = [pair for pair in parent.named_children() if type(pair[1]) is not nn.Identity]
         for (_, conv), (name, layer) in pairwise([*layers, (None, None)]):
-            if not isinstance(conv, nn.Conv2d):
+            if not isinstance(conv, nn.Conv2d) or places[conv] > 1:
                 continue
             conv.to(dtype)
             follows = isinstance(parent, nn.Sequential) and type(layer) in FOLLOWING
@@ -70,29 +73,51 @@ def through_onednn(network, dtype):
 
 
 def _call_onednn(conv, following):
-    """Makes the convolution call oneDNN, and compute what follows it. One that does not come out
-    the same, as its class computes otherwise than nn.Conv2d, stays as it was: whether it did."""
-    if not can_call_onednn(conv.weight.dtype) or isinstance(conv.padding, str):
+    """Makes the convolution call oneDNN, and compute what follows it.
+
+    Returns:
+        whether it did: one whose class computes otherwise than nn.Conv2d stays as it was.
+    """
+    changed = "_conv_forward" in vars(conv)
+    if changed or not can_call_onednn(conv.weight.dtype) or not _is_plain(conv):
         return False
-    grid = torch.rand(1, conv.in_channels, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    kernels = zip(conv.kernel_size, conv.dilation, strict=True)
+    sides = [max(SIDE, dilation * (kernel - 1) + 1) for kernel, dilation in kernels]
+    grid = torch.rand(1, conv.in_channels, *sides, generator=torch.Generator().manual_seed(0))
     grid = grid.to(conv.weight.dtype, memory_format=torch.channels_last) - 0.5
-    expected = following(conv(grid))
+    map_alone = conv(grid)
     places = conv.padding, conv.stride, conv.dilation, conv.groups
-    conv._conv_forward = partial(_convolve, places, following)
-    found = conv(grid)
-    if found.shape == expected.shape and (found - expected).norm() <= 0.01 * expected.norm():
-        return True
-    del conv._conv_forward
-    return False
+    for last in (nn.Identity(), following):
+        expected = last(map_alone.clone())
+        conv._conv_forward = partial(_convolve, places, last)
+        found = conv(grid)
+        same = found.shape == expected.shape
+        if not (same and (found - expected).norm() <= 0.01 * expected.norm()):
+            del conv._conv_forward
+            return False
+    return True
+
+
+def _is_plain(conv):
+    """Whether oneDNN pads as the convolution does: by numbers of zeros."""
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def _convolve(places, following, x, weight, bias):
-    """In place of `nn.Conv2d._conv_forward`, with what follows. oneDNN's operation has no
-    gradients, and other programs do not know it."""
+    """In place of `nn.Conv2d._conv_forward`, with what follows."""
     x = x.to(weight.dtype)
-    several = x.dtype == torch.float32 and torch.get_num_threads() > 1
-    if several or x.requires_grad or torch.compiler.is_exporting():
+    if not _suits_onednn(x, weight):
         padding, stride, *others = places
         return following(F.conv2d(x, weight, bias, stride, padding, *others))
     kind, limits = FOLLOWING[type(following)]
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *places, kind, limits, "")
+
+
+def _suits_onednn(x, weight):
+    """Whether its operation, which has no gradients and is no other program's, can take these, and
+    is faster."""
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if learns or torch.compiler.is_exporting() or x.dim() != 4 or x.device.type != "cpu":
+        return False
+    alone = torch.get_num_threads() == 1
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and alone)

@@ -1,7 +1,8 @@
 """Graphs in ONNX made int8: weights and activations as whole numbers of 8 bits, by onnxruntime.
 
-Encoders are quantized statically: scales of the activations are those that they have on some
-photographs, once and for all. What the decoder's step multiplies gets its scales anew at each word.
+Encoders are quantized statically: the scales of their activations, how much a step of the 255 is,
+are measured once, on some photographs. Those of what the decoder's step multiplies are measured at
+each word.
 """
 
 from pathlib import Path

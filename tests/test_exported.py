@@ -20,6 +20,7 @@ from torch import nn
 
 import checkpoints
 import decoding
+import export as script
 import exported
 import exporting
 from captioner import Captioner
@@ -329,8 +330,12 @@ def test_words_are_joined_as_their_rule_has_it(rule, onnx, photograph, tmp_path)
         (["--run", "x", "--img", "y", "--results", "z", "--time"], "--results goes without --time"),
         (["--results", "z"], "--results is for --run"),
         (["--format", "tflite"], "invalid choice: 'tflite'"),
-        (["--format", "int8"], "--format int8 and --quantize, the photographs that it takes"),
-        (["--format", "onnx", "--quantize", "x.jpg"], "--format int8 and --quantize"),
+        (["--format", "int8"], "--format int8 takes photographs: name some by --quantize"),
+        (["--format", "onnx", "--quantize", "x.jpg"], "--quantize is for --format int8: name it"),
+        (
+            ["--run", "x", "--img", "y", "--format", "onnx", "aoti"],
+            "--run captions by one --format",
+        ),
         (["--quantize", "nowhere.jpg"], "nowhere.jpg"),
     ],
 )
@@ -370,7 +375,8 @@ def damage(name, contents):
         (damage("captioner.json", None), "there is no exported model in"),
         (damage("step.onnx", None), "cannot be used, export again"),
         (damage("encoder.onnx", "no graph"), "cannot be used, export again"),
-        (lambda folder: ["--format", "aoti"], "has no aoti, but onnx: export with --format aoti"),
+        (lambda _: ["--format", "aoti"], "has no aoti, but onnx: export with --format onnx aoti"),
+        (lambda _: ["--format", "int8"], "export with --format onnx int8 --quantize PHOTOGRAPHS"),
     ],
 )
 def test_a_damaged_export_is_one_line(onnx, photograph, tmp_path, do, words):
@@ -485,13 +491,40 @@ def assert_near(exact, rounded):
     assert np.abs(exact - rounded).sum() <= 0.1 * exact.size * (exact.std() if exact.size else 0)
 
 
+def test_an_int8_export_says_where_its_captions_differ(small, photograph, monkeypatch, capsys):
+    model = Captioner.load(small, "cpu", "off")
+    [expected] = model.caption(photograph, beam_size=2)
+    image = {"x.jpg": Image.open(photograph)}
+
+    class Graphs:
+        def __init__(self, format, log_prob):
+            self.format, self.log_prob = format, log_prob
+
+        def caption(self, image, beam_size):
+            return exported.Caption(["a"], self.log_prob, None, "a")
+
+    script.check(model, Graphs("int8", -1.0), image, 2)
+    assert capsys.readouterr().out == f"int8: x.jpg: 'a', in PyTorch '{expected.text}'\n"
+    for format, log_prob in (("onnx", -1.0), ("onnx", math.nan)):
+        with pytest.raises(UserError, match="nothing is kept, as of x.jpg the export's caption"):
+            script.check(model, Graphs(format, log_prob), image, 2)
+
+
+def test_what_is_no_photograph_quantizes_nothing(small, tmp_path):
+    text = tmp_path / "x.jpg"
+    text.write_text("no picture")
+    line = failure(export(small, tmp_path / "exported", "--quantize", text))
+    assert str(text) in line and not (tmp_path / "exported").exists()
+
+
 @pytest.mark.slow
 def test_int8_is_written_with_its_scales_and_captions(small, photograph, tmp_path):
     folder = tmp_path / "exported"
-    process = export(small, folder, "--quantize", photograph, "--img", photograph)
+    formats = "--format", "int8", "onnx"
+    process = export(small, folder, *formats, "--quantize", photograph, "--img", photograph)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith(f"int8: {photograph}: '")
-    names = ["captioner.json", "encoder.int8.onnx", "step.int8.onnx"]
+    names = ["captioner.json", "encoder.int8.onnx", "encoder.onnx", "step.int8.onnx", "step.onnx"]
     assert sorted(path.name for path in folder.iterdir()) == names
     results = tmp_path / "results.json"
     run = run_here(

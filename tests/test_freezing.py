@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import freezing
 from encoders import Encoder
@@ -28,6 +29,21 @@ def kinds_of(network):
     return [type(module) for module in network.modules()]
 
 
+def calls(function):
+    """How many of oneDNN's own operations it calls."""
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            Counting.count += "_convolution_pointwise" in str(operation)
+            return operation(*args, **(kwargs or {}))
+
+    with Counting():
+        function()
+    return Counting.count
+
+
 class Doubling(nn.Conv2d):
     """A convolution that nn.Conv2d's own forward does not compute."""
 
@@ -36,7 +52,7 @@ class Doubling(nn.Conv2d):
 
 
 class Padding(nn.Conv2d):
-    """One that nn.Conv2d's own does, in part."""
+    """A convolution that pads first, and then calls nn.Conv2d's forward."""
 
     def forward(self, x):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
@@ -80,15 +96,19 @@ def test_convolutions_compute_what_follows_them(dtype, conv, following, threads)
     network = make(conv, layer)
     changed = freezing.through_onednn(network, dtype)
     images, low = maps(), dtype == torch.bfloat16
+    simple = type(conv) is Padding or (type(conv) is nn.Conv2d and conv.padding_mode == "zeros")
+    joins = simple and conv.padding != "same" and freezing.can_call_onednn(dtype)
     with torch.autocast("cpu", dtype, enabled=low):
         expected = network(images)
         for given in (images, images.to(dtype)):
             found = changed(given)
             assert found.dtype == dtype
-            torch.testing.assert_close(found, expected, rtol=0.02 if low else 1e-4, atol=1e-2)
+            apart = {"rtol": 0.02, "atol": 0.01} if low else {"rtol": 1e-4, "atol": 1e-5}
+            torch.testing.assert_close(found, expected, **apart)
+            if joins:
+                called = low or threads == 1
+                assert calls(lambda given=given: changed(given)) == called
     assert all(p.dtype == torch.float32 for p in network.parameters())
-    simple = type(conv) is Padding or (type(conv) is nn.Conv2d and conv.padding_mode == "zeros")
-    joins = simple and conv.padding != "same" and freezing.can_call_onednn(dtype)
     if following is not nn.Identity:
         assert (following in kinds_of(changed)) == (not joins or following is nn.Tanh)
 
@@ -129,18 +149,39 @@ def test_a_function_that_others_follow_elsewhere_stays():
 
 
 @torch.no_grad()
+def test_convolutions_that_cannot_be_changed_stay():
+    """Those in several places, and those changed already."""
+    shared = nn.Conv2d(8, 8, 1)
+    network = make(nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared, nn.Tanh()))
+    once = freezing.through_onednn(network, torch.float32)
+    torch.testing.assert_close(once(maps()), network(maps()))
+    network = make(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 7, padding=18, dilation=6))
+    twice = freezing.through_onednn(freezing.through_onednn(network, torch.float32), torch.float32)
+    torch.testing.assert_close(twice(maps()), network(maps()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(twice(maps()[0]), network(maps()[0]), rtol=1e-4, atol=1e-5)
+    own = nn.BatchNorm2d(8, track_running_stats=False)
+    batch_statistics = nn.Sequential(nn.Conv2d(8, 8, 1), own).eval()
+    folded = freezing.fold_batch_norm(batch_statistics)
+    torch.testing.assert_close(folded(maps()), batch_statistics(maps()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [OFFLINE_ENCODER, "mobilenet_v3_small", "resnet18"])
-def test_features_of_a_frozen_encoder_are_the_same(name):
+def test_features_of_a_frozen_encoder_are_the_same(name, dtype):
     encoder = Encoder(name, weights="DEFAULT" if name == OFFLINE_ENCODER else None)
     images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
-    for dtype, apart in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
-        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            expected = encoder.features(images)
-            encoder.freeze(dtype)
-            assert nn.BatchNorm2d not in kinds_of(encoder)
-            assert (encoder.features(images) - expected).norm() < apart * expected.norm()
-            if name == OFFLINE_ENCODER and freezing.can_call_onednn(dtype):
-                assert nn.ReLU6 not in kinds_of(encoder)
+    low = dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype, enabled=low):
+        expected = encoder.features(images)
+        encoder.freeze(dtype)
+        apart = (encoder.features(images) - expected).norm() / expected.norm()
+        assert apart < (0.1 if low else 1e-3)
+    assert nn.BatchNorm2d not in kinds_of(encoder)
+    convs = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
+    assert {conv.weight.dtype for conv in convs} == {dtype}
+    if name == OFFLINE_ENCODER and freezing.can_call_onednn(dtype):
+        assert nn.ReLU6 not in kinds_of(encoder)
 
 
 @torch.no_grad()
