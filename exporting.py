@@ -226,7 +226,7 @@ def write_int8(graph, path, squares):
     """Writes a graph as ONNX in int8; its scales are those that it has on the squares."""
     import quantizing  # which takes a package that not everyone has
 
-    if not squares:
+    if len(squares) == 0:
         raise UserError("--format int8 takes photographs, and there are none")
     if size_of_weights(graph) > ONE_FILE:
         raise UserError("--format int8: weights of more than 2 GB are not quantized")

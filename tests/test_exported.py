@@ -510,6 +510,16 @@ def test_an_int8_export_says_where_its_captions_differ(small, photograph, monkey
             script.check(model, Graphs(format, log_prob), image, 2)
 
 
+@pytest.mark.slow
+def test_int8_without_photographs_is_refused():
+    with (
+        torch.no_grad(),
+        pytest.raises(UserError, match="--format int8 takes photographs, and there are none"),
+        exporting.written(make_model(("gru", {})), ["int8"]),
+    ):
+        pass
+
+
 def test_what_is_no_photograph_quantizes_nothing(small, tmp_path):
     text = tmp_path / "x.jpg"
     text.write_text("no picture")
