@@ -3,7 +3,8 @@
 The textbook formulation (`textbook.py`) is the one of the public PyTorch code for this model. Both
 sides have the same weights and data, and before they are timed their results are compared. Runs
 alternate; the figures are medians. With --variants the sides are training steps of every decoder
-and attention, and of the LSTM with soft attention, in the sizes of --recipe attending.
+and attention, and of the LSTM with soft attention, in the sizes of --recipe attending. With
+--profile the operations are printed that take the time of our side.
 """
 
 from groundwork.errors import run
@@ -26,11 +27,21 @@ def parse_arguments():
         help="time every decoder and attention beside the LSTM with soft attention instead; takes "
         "--rounds, --device and --amp",
     )
+    add(
+        "--profile",
+        action="store_true",
+        help="print which operations take the time of our side instead, and how much of it a GPU "
+        "computes; takes --geometry, --device and --amp",
+    )
     add_device_options(parser)
     options = parser.parse_args()
-    idle = {"geometry", "slow_rounds", "output_folder"} & parser.typed().keys()
-    if options.variants and idle:
-        parser.error(f"--variants makes no use of --{min(idle)}: leave it out")
+    for mode, takes in (
+        ("variants", {"rounds", "device", "amp"}),
+        ("profile", {"geometry", "device", "amp"}),
+    ):
+        idle = parser.typed().keys() - takes - {mode}
+        if getattr(options, mode) and idle:
+            parser.error(f"--{mode} makes no use of --{min(idle)}: leave it out")
     return options
 
 
@@ -54,6 +65,11 @@ def main():
         print_table(device, amp, options.rounds)
         return
     settings = Settings(options.geometry, device, amp, options.rounds, options.slow_rounds)
+    if options.profile:
+        from benchmark_profile import print_profiles
+
+        print_profiles(settings)
+        return
     folder = make_folder(options.output_folder)
     check_writable(folder / f"benchmark_{options.geometry}.md")  # better now than in an hour
     speeds = measure_speeds(device, {False, amp})

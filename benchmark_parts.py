@@ -138,20 +138,25 @@ def finetuning_step(settings):
         pooled, theirs = scene.encoder(scene.images), textbook.encode(scene.encoder, scene.images)
         assert (pooled.flatten(1, 2) - theirs).norm() < 1e-4 * theirs.norm()
     scene.encoder.fine_tune(True)
+    scene.encoder.to(memory_format=torch.channels_last)
+    sides = finetuning_sides(scene, settings)
+    seconds = alternate(settings.device, settings.slow_rounds, *sides)
+    yield Row("fine-tuning step", 16, *seconds, count_work(sides[1]), settings.amp)
 
-    def ours(amp=settings.amp):
-        with scene.autocast(amp):
-            features = scene.encoder.features(scene.images)
-        return scene.ours(features, amp)
+
+def finetuning_sides(scene, settings):
+    """Training steps of the decoder and an encoder that learns: the textbook's, and ours."""
 
     def theirs():
         encoder_out = textbook.encode(scene.encoder, scene.rows(scene.images))
         return textbook.loss(scene.decoder, encoder_out, scene.captions, scene.lengths)
 
-    their_step, ours_step = partial(scene.step, theirs), partial(scene.step, ours)
-    scene.encoder.to(memory_format=torch.channels_last)
-    seconds = alternate(settings.device, settings.slow_rounds, their_step, ours_step)
-    yield Row("fine-tuning step", 16, *seconds, count_work(ours_step), settings.amp)
+    def ours():
+        with scene.autocast(settings.amp):
+            features = scene.encoder.features(scene.images)
+        return scene.ours(features, settings.amp)
+
+    return partial(scene.step, theirs), partial(scene.step, ours)
 
 
 def search_sides(scene, settings, few):
@@ -173,6 +178,29 @@ def search_sides(scene, settings, few):
     return theirs, ours
 
 
+def photographs_sides(scene, settings):
+    """The textbook's search of the first images, how many they are given, and ours."""
+
+    def theirs(count):
+        for image in scene.images[:count]:
+            with torch.no_grad():
+                encoder_out = textbook.encode(scene.encoder, image[None])
+            textbook.beam_search(scene.decoder, encoder_out, scene.word_map, BEAM, WORDS)
+
+    encoder = copy.deepcopy(scene.encoder).to(memory_format=torch.channels_last)
+    encoder.freeze(torch.bfloat16 if settings.amp else torch.float32)
+    model = Captioner(
+        encoder, scene.decoder, scene.word_map, 256, settings.device, settings.amp, {}
+    )
+
+    def ours(count):
+        for features in model.encode_ahead(scene.images[:count].split(32)):
+            with model.autocast():
+                search(scene, features)
+
+    return theirs, ours
+
+
 def search(scene, features):
     return decoding.beam_search(scene.decoder, features, scene.word_map, BEAM, WORDS)
 
@@ -185,28 +213,12 @@ def evaluation(settings):
     theirs, ours = search_sides(scene, settings, few)
     assert [caption.words for caption in ours(amp=False)[:few]] == theirs()
 
-    def theirs_from_photographs(count=few):
-        for image in scene.images[:count]:
-            with torch.no_grad():
-                encoder_out = textbook.encode(scene.encoder, image[None])
-            textbook.beam_search(scene.decoder, encoder_out, scene.word_map, BEAM, WORDS)
-
-    encoder = copy.deepcopy(scene.encoder).to(memory_format=torch.channels_last)
-    encoder.freeze(torch.bfloat16 if settings.amp else torch.float32)
-    model = Captioner(
-        encoder, scene.decoder, scene.word_map, 256, settings.device, settings.amp, {}
-    )
-
-    def ours_from_photographs(count=count):
-        for features in model.encode_ahead(scene.images[:count].split(32)):
-            with model.autocast():
-                search(scene, features)
-
+    from_photographs = photographs_sides(scene, settings)
     scene.encoder.to(memory_format=torch.channels_last)
-    from_photographs = theirs_from_photographs, ours_from_photographs
+    several = [partial(side, n) for side, n in zip(from_photographs, (few, count), strict=True)]
     for name, target, counts, sides in (
         ("evaluation from features, an image", 60, (few, count), (theirs, ours)),
-        ("evaluation from photographs, an image", 12, (few, count), from_photographs),
+        ("evaluation from photographs, an image", 12, (few, count), several),
         ("one photograph alone", 4, (1, 1), [partial(side, 1) for side in from_photographs]),
     ):
         seconds = alternate(settings.device, settings.rounds, *sides)

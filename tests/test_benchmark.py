@@ -1,6 +1,7 @@
 """The benchmark's two sides do the same; its table and picture hold what was measured."""
 
 import argparse
+import re
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from benchmark_data import (
     write_input_files,
 )
 from benchmark_parts import SHARES, WORDS, Row, search_sides
+from benchmark_profile import profile_of
 from benchmark_report import describe, draw
 from contract import DECODERS
 from datasets import CaptionDataset
@@ -164,7 +166,48 @@ def test_of_hard_attention_the_drawn_steps_are_timed(small, monkeypatch):
     assert looks == ["sample"] * 6
 
 
-@pytest.mark.parametrize("option", ["geometry=lite2", "slow_rounds=3", "output_folder=x"])
-def test_options_of_the_other_benchmark_are_refused(option):
-    line = failure(run_here("benchmark.py", "--variants", f"--{option}"))
-    assert f"--{option.partition('=')[0]}" in line and "--variants" in line
+@pytest.mark.parametrize(
+    ("mode", "option"),
+    [
+        ("variants", "geometry=lite2"),
+        ("variants", "slow_rounds=3"),
+        ("variants", "output_folder=x"),
+        ("variants", "profile"),
+        ("profile", "rounds=3"),
+        ("profile", "output_folder=x"),
+    ],
+)
+def test_options_of_the_other_benchmark_are_refused(mode, option):
+    line = failure(run_here("benchmark.py", f"--{mode}", f"--{option}"))
+    assert f"--{option.partition('=')[0]}" in line and f"--{mode}" in line
+
+
+def test_a_profile_is_the_operations_shares():
+    a, b = torch.randn(2, 400, 400)
+
+    def work():
+        for _ in range(9):
+            a @ b
+        a.relu()
+
+    shares, busy = profile_of(work, SETTINGS.device)
+    assert busy is None and sum(shares.values()) == pytest.approx(1)
+    assert next(iter(shares)) == "aten::mm" and shares["aten::mm"] > 0.6
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
+@pytest.mark.slow
+def test_where_the_time_goes_is_printed():
+    process = run_here("benchmark.py", "--profile", "--geometry", "lite2", "--device", "cpu")
+    assert process.returncode == 0, process.stderr
+    about, *rows = process.stdout.splitlines()
+    assert about.startswith("lite2 geometry, CPU")
+    assert [row.partition(",")[0].partition(":")[0] for row in rows] == [
+        "decoder training step",
+        "fine-tuning step",
+        "beam-5 evaluation from features",
+        "beam-5 evaluation from photographs",
+        "beam-5",
+    ]
+    assert all(re.search(r": \S+ \d+%, ", row) for row in rows)
+    assert "mm " in rows[0] and "convolution_backward " in rows[1]

@@ -116,7 +116,7 @@ FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork i
     "config training_options engine checkpoints run_state optimization training_data "
     "training_report training continuation transfer choices listing",
     "captioner hubconf exported exporting quantizing benchmark_parts benchmark_report "
-    "benchmark_variants",
+    "benchmark_profile benchmark_variants",
 ]
 
 

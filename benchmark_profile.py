@@ -1,0 +1,69 @@
+"""Where the time of the benchmark's works goes, by PyTorch's profiler."""
+
+import time
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmark_data import Scene
+from benchmark_parts import finetuning_sides, photographs_sides, search_sides, step_sides
+from benchmark_report import machine
+from groundwork.progress import say
+from groundwork.timing import synchronize
+
+SHOWN = 10  # operations
+
+
+class Profile(NamedTuple):
+    """What a function spends its time on."""
+
+    shares: dict[str, float]  # by operation, of the time of all, the greatest first
+    busy: float | None  # part of the time in which a GPU computes; None on a CPU
+
+
+def profile_of(function, device):
+    """The `Profile` of function(), after a call that is not measured."""
+    function()
+    synchronize(device)
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
+    with profile(activities=activities) as found:
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds = time.perf_counter() - started
+    kind = "self_device_time_total" if cuda else "self_cpu_time_total"  # microseconds
+    times = {event.key: getattr(event, kind) for event in found.key_averages()}
+    total = sum(times.values())
+    names = sorted(times, key=times.get, reverse=True)
+    shares = {name: times[name] / total for name in names}
+    return Profile(shares, total / 1e6 / seconds if cuda else None)
+
+
+def works(settings):
+    """Yields each work's name, and ours of it as a function."""
+    precision = "bfloat16" if settings.amp else "float32"
+    step = step_sides(Scene(settings), settings)[1]
+    yield f"decoder training step, {precision}", step
+    scene = Scene(settings, images=6)
+    scene.encoder.fine_tune(True)
+    scene.encoder.to(memory_format=torch.channels_last)
+    yield "fine-tuning step", finetuning_sides(scene, settings)[1]
+    scene = Scene(settings, images=64)
+    yield "beam-5 evaluation from features", search_sides(scene, settings, few=4)[1]
+    from_photographs = photographs_sides(scene, settings)[1]
+    yield "beam-5 evaluation from photographs", partial(from_photographs, 64)
+    yield "beam-5, one photograph alone", partial(from_photographs, 1)
+
+
+def print_profiles(settings):
+    """Prints each work with the operations that take most of its time, as soon as it is known."""
+    say(f"{settings.geometry} geometry, {machine(settings.device)}; shares of the time")
+    for name, function in works(settings):
+        found = profile_of(function, settings.device)
+        waits = "" if found.busy is None else f"; the GPU computes {found.busy:.0%} of the time"
+        most = list(found.shares.items())[:SHOWN]
+        parts = ", ".join(f"{name.removeprefix('aten::')} {share:.0%}" for name, share in most)
+        say(f"{name}: {parts}{waits}")
