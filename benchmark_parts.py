@@ -75,7 +75,7 @@ def step_sides(scene, settings):
 def decoder_step(settings):
     """A training step of the decoder on features: 80 captions of 16 images."""
     scene = Scene(settings)
-    theirs = partial(scene.step, lambda: scene.textbook(scene.features))
+    theirs, _ = step_sides(scene, settings)
     check_equal(scene)
     check_kernels(scene)
     for amp, target in ((False, 14), (True, 30)):
@@ -137,8 +137,6 @@ def finetuning_step(settings):
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         pooled, theirs = scene.encoder(scene.images), textbook.encode(scene.encoder, scene.images)
         assert (pooled.flatten(1, 2) - theirs).norm() < 1e-4 * theirs.norm()
-    scene.encoder.fine_tune(True)
-    scene.encoder.to(memory_format=torch.channels_last)
     sides = finetuning_sides(scene, settings)
     seconds = alternate(settings.device, settings.slow_rounds, *sides)
     yield Row("fine-tuning step", 16, *seconds, count_work(sides[1]), settings.amp)
@@ -146,6 +144,8 @@ def finetuning_step(settings):
 
 def finetuning_sides(scene, settings):
     """Training steps of the decoder and an encoder that learns: the textbook's, and ours."""
+    scene.encoder.fine_tune(True)
+    scene.encoder.to(memory_format=torch.channels_last)
 
     def theirs():
         encoder_out = textbook.encode(scene.encoder, scene.rows(scene.images))
@@ -187,7 +187,8 @@ def photographs_sides(scene, settings):
                 encoder_out = textbook.encode(scene.encoder, image[None])
             textbook.beam_search(scene.decoder, encoder_out, scene.word_map, BEAM, WORDS)
 
-    encoder = copy.deepcopy(scene.encoder).to(memory_format=torch.channels_last)
+    scene.encoder.to(memory_format=torch.channels_last)
+    encoder = copy.deepcopy(scene.encoder)
     encoder.freeze(torch.bfloat16 if settings.amp else torch.float32)
     model = Captioner(
         encoder, scene.decoder, scene.word_map, 256, settings.device, settings.amp, {}
@@ -214,7 +215,6 @@ def evaluation(settings):
     assert [caption.words for caption in ours(amp=False)[:few]] == theirs()
 
     from_photographs = photographs_sides(scene, settings)
-    scene.encoder.to(memory_format=torch.channels_last)
     several = [partial(side, n) for side, n in zip(from_photographs, (few, count), strict=True)]
     for name, target, counts, sides in (
         ("evaluation from features, an image", 60, (few, count), (theirs, ours)),

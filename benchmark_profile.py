@@ -4,7 +4,6 @@ import time
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark_data import Scene
@@ -47,10 +46,7 @@ def works(settings):
     precision = "bfloat16" if settings.amp else "float32"
     step = step_sides(Scene(settings), settings)[1]
     yield f"decoder training step, {precision}", step
-    scene = Scene(settings, images=6)
-    scene.encoder.fine_tune(True)
-    scene.encoder.to(memory_format=torch.channels_last)
-    yield "fine-tuning step", finetuning_sides(scene, settings)[1]
+    yield "fine-tuning step", finetuning_sides(Scene(settings, images=6), settings)[1]
     scene = Scene(settings, images=64)
     yield "beam-5 evaluation from features", search_sides(scene, settings, few=4)[1]
     from_photographs = photographs_sides(scene, settings)[1]

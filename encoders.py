@@ -159,21 +159,11 @@ class Encoder(nn.Module):
             dtype: that it is to compute in from then on: float32, or bfloat16, for which `features`
                 has to be called under autocast.
         """
-        self._replace(freezing.fold_batch_norm, torch.float32, 1e-3)
+        _replace_network(self, freezing.fold_batch_norm, torch.float32, 1e-3)
         if self.mean.device.type == "cpu":
             apart = 0.1 if dtype == torch.bfloat16 else 1e-3  # of the former rounding makes 0.05
-            self._replace(partial(freezing.through_onednn, dtype=dtype), dtype, apart)
-
-    def _replace(self, change, dtype, apart):
-        """Puts the changed network in the place of this one, if the features of an image, in that
-        precision, are no further apart than this part of them."""
-        side, device, before = self.image_size or PROBE, self.mean.device, self.resnet
-        image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            expected = self.features(image)
-            self.resnet = change(before)
-            if not (self.features(image) - expected).norm() < apart * expected.norm():
-                self.resnet = before
+            through_onednn = partial(freezing.through_onednn, dtype=dtype)
+            _replace_network(self, through_onednn, dtype, apart)
 
     def train(self, mode=True):
         """Stays in evaluation mode: BatchNorm keeps its ImageNet statistics in both stages."""
@@ -270,6 +260,22 @@ class Encoder(nn.Module):
             f"encoder {self.name!r} gives no grid of features; use a convolutional network, or a "
             "vision transformer of square images"
         )
+
+
+def _replace_network(encoder, change, dtype, apart):
+    """Puts the changed network in the place of an encoder's, if the features of an image, in that
+    precision, are no further apart than this part of them."""
+    before, device = encoder.resnet, encoder.mean.device
+    changed = change(before)
+    if changed is before:
+        return
+    side = encoder.image_size or PROBE
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        expected = encoder.features(image)
+        encoder.resnet = changed
+        if not (encoder.features(image) - expected).norm() < apart * expected.norm():
+            encoder.resnet = before
 
 
 def _layers(network):

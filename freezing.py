@@ -18,14 +18,17 @@ FOLLOWING = {
     nn.Hardswish: ("hardswish", []),
     nn.SiLU: ("swish", []),
 }
-SIDE = 32  # of the map that a convolution is tried on, or that of a kernel that is larger
+SIDE = 8  # of the map that a convolution is tried on, or that of a kernel that is larger
 
 
 def fold_batch_norm(network):
-    """A copy of a network in which each BatchNorm is a part of the convolution before it.
+    """A copy of a network in which each BatchNorm is a part of the convolution before it; one that
+    has none itself.
 
     It computes the same but for rounding, if its modules run in their order.
     """
+    if not any(type(module) is nn.BatchNorm2d for module in network.modules()):
+        return network
     folded = copy.deepcopy(network)
     for parent in list(folded.modules()):
         for (first, conv), (second, norm) in pairwise(parent.named_children()):

@@ -24,22 +24,20 @@ class Squares(CalibrationDataReader):
 
     Args:
         squares: arrays (3, S, S) uint8.
-        name: of the graph's input.
     """
 
-    def __init__(self, squares, name):
-        self.inputs = ({name: square[np.newaxis]} for square in squares)
+    def __init__(self, squares):
+        self.inputs = ({"images": square[np.newaxis]} for square in squares)
 
     def get_next(self):
         return next(self.inputs, None)
 
 
-def quantize_encoder(source, path, squares, name="images"):
+def quantize_encoder(source, path, squares):
     """Writes the graph of `source` to `path`, in int8 as far as onnxruntime has operations.
 
     Args:
-        squares: an iterable of arrays (3, S, S) uint8, of which the scales are taken.
-        name: of the graph's input.
+        squares: an iterable of arrays (3, S, S) uint8, on which the scales are measured.
     """
     with TemporaryDirectory() as folder:
         prepared = Path(folder, "prepared.onnx")  # its shapes inferred, its convolutions fused
@@ -47,7 +45,7 @@ def quantize_encoder(source, path, squares, name="images"):
         quantize_static(
             prepared,
             path,
-            Squares(squares, name),
+            Squares(squares),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
