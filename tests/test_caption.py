@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, failure, run_here
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
+from square_font import make_font
 
 import caption as script
 import fused
@@ -350,25 +349,6 @@ print(*(name for name in {heavy} if name in sys.modules))
 KNOWN, UNKNOWN = "\U0010f000", "\U0010f001"  # for private use: no other font has them
 
 
-def make_font(path):
-    """A font with one character, a black square of 1000 units."""
-    pen = TTGlyphPen(None)
-    pen.moveTo((0, 0))
-    for corner in ((0, 1000), (1000, 1000), (1000, 0)):
-        pen.lineTo(corner)
-    pen.closePath()
-    font = FontBuilder(1000, isTTF=True)
-    font.setupGlyphOrder([".notdef", "square"])
-    font.setupCharacterMap({ord(KNOWN): "square"})
-    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
-    font.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
-    font.setupHorizontalHeader(ascent=1000, descent=0)
-    font.setupNameTable({"familyName": "Square", "styleName": "Regular"})
-    font.setupOS2()
-    font.setupPost()
-    font.save(path)
-
-
 DRAW = """
 import sys
 import numpy as np
@@ -382,8 +362,7 @@ for i, word in enumerate({words!r}):
 
 @pytest.mark.slow
 def test_words_are_drawn_in_a_font_that_has_them_or_a_line_says_which_none_has(tmp_path):
-    (tmp_path / "fonts").mkdir()
-    make_font(tmp_path / "fonts" / "square.ttf")
+    make_font(tmp_path / "fonts" / "square.ttf", KNOWN)
     (tmp_path / "fonts" / "broken.ttf").write_text("no font")
     process = subprocess.run(
         [sys.executable, "-c", DRAW.format(words=[KNOWN, UNKNOWN, f"x{UNKNOWN}"])],

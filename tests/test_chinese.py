@@ -6,8 +6,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-from conftest import LEARN, run_here
+from conftest import LEARN, run_here, run_script
 from PIL import Image, ImageDraw
+from square_font import make_font
 from test_word_rules import NEW
 
 from groundwork.files import read_json
@@ -71,9 +72,11 @@ def test_chinese_is_learned_scored_drawn_and_reported(rule, drawn, page, tmp_pat
         for text, reference in zip(captions, references, strict=True)
     ]
     assert np.mean(right) >= 0.5
-    shown = run_here(
+    make_font(tmp_path / "fonts" / "square.ttf", "".join([*FORMS, *COLOURS, *SHAPES]))
+    shown = run_script(
         "caption.py", "--img", drawn / "test_0.png", "--model", tmp_path, "--device", "cpu",
         "--output_folder", tmp_path / "pictures", "--must_include", "图片", "--json",
+        env={"XDG_DATA_HOME": str(tmp_path)},
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     [found] = json.loads(shown.stdout)
