@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import freezing
+from depthwise import precise_gradients
 from groundwork.devices import shapes_only
 from groundwork.errors import in_a_line
 from networks import OFFLINE_ENCODER, EncoderError, find_network
@@ -97,7 +98,8 @@ class Encoder(nn.Module):
         images = (images - self.mean) / self.std
         images = images.contiguous(memory_format=torch.channels_last)
         try:
-            outputs = _outputs(self.resnet, self.taps, images)
+            with precise_gradients(images):
+                outputs = _outputs(self.resnet, self.taps, images)
         except RuntimeError as error:
             if images.shape[3] >= PROBE:  # at which it has run before
                 raise
