@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import kernels
 import stages
+from contract import Rows
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,19 @@ class Annotations(NamedTuple):
         )
         return torch.cat(list(means), dim=1)
 
-    def weighted(self, weights: Tensor, slots: Tensor, per_image: int) -> Tensor:
+    def weighted(self, weights: Tensor, rows: Rows) -> Tensor:
         """Σ_i α_ti a_i (eq. 13), (n, D), of weights α (n, L) in the compute precision.
 
         Args:
-            slots: (n,) int64, each row's place among I images × K captions, image by image.
-            per_image: K.
+            rows: which captions they are.
         """
+        slots = None if rows.whole else rows.slots
         contexts = []
         for vectors, pooling in zip(self.vectors, self.poolings, strict=True):
             # Σ_i α_i (P a)_i = Σ_j (Pᵀα)_j a_j
             own = weights if pooling is None else weights @ pooling
-            contexts.append(kernels.context(vectors, own, slots, per_image))
-        return torch.cat(contexts, dim=1)
+            contexts.append(kernels.context(vectors, own, slots, rows.per_image))
+        return torch.cat(contexts, dim=1) if len(contexts) > 1 else contexts[0]
 
 
 class AnnotationVectors(nn.Module):
@@ -135,7 +136,7 @@ class AnnotationVectors(nn.Module):
         grid = math.isqrt(vectors.shape[1])
         if grid == self.encoded_image_size:
             return None
-        return kernels.pooling_matrix(grid, self.encoded_image_size).to(vectors)
+        return kernels.pooling_matrix(grid, self.encoded_image_size, vectors.device).to(vectors)
 
 
 def project(layer: nn.Linear, annotations: Annotations) -> Tensor:
@@ -159,6 +160,11 @@ def of_rows(values: Tensor, images: Tensor) -> Tensor:
     if images.dtype == torch.bool:
         images = images.nonzero().squeeze(1)
     return values.index_select(0, images)
+
+
+def first(values: Tensor, n: int) -> Tensor:
+    """The first n rows; all of them as they are, as a slice has a gradient of its own."""
+    return values if n == len(values) else values[:n]
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import kernels
 from annotations import Annotations, AnnotationVectors, MapConfig, of_rows, project
+from contract import Rows
 from groundwork import distributed
 
 ATTENTIONS: dict[str, type["Attention"]] = {}  # by the name that --attention takes
@@ -127,8 +128,7 @@ class Attention(AnnotationVectors):
         self,
         annotations: Annotations,
         query: Tensor,
-        slots: Tensor,
-        per_image: int,
+        rows: Rows,
         cell: Tensor | None = None,
     ) -> Look:
         """Looks at each row's image.
@@ -136,16 +136,15 @@ class Attention(AnnotationVectors):
         Args:
             annotations: of I images.
             query: (n, query_dim) W_h h_{t-1} + b, n ≤ I·K.
-            slots: (n,) int64, each row's place among I images × K captions, image by image.
-            per_image: K.
+            rows: which captions they are.
             cell: (n, decoder_dim) the decoder's memory, for the attentions that ask for it.
 
         Returns:
             a `Look`; its alphas sum to one in each row.
         """
-        alphas = self.log_alphas(annotations, query, slots // per_image).softmax(dim=1)  # eq. 5
+        alphas = self.log_alphas(annotations, query, rows.images).softmax(dim=1)  # eq. 5
         weights = alphas.to(query.dtype)
-        return Look(annotations.weighted(weights, slots, per_image), alphas)
+        return Look(annotations.weighted(weights, rows), alphas)
 
     def log_alphas(self, annotations, query, images):
         """log α but for a constant in each row, (n, L) float32."""
@@ -191,17 +190,17 @@ class HardAttention(Attention):
             self.generator = torch.Generator(encoder_out.device).manual_seed(seed)
         return super().prepare(encoder_out)._replace(look=look)
 
-    def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
-        log_alphas = self.log_alphas(annotations, query, slots // per_image).log_softmax(dim=1)
+    def forward(self, annotations, query, rows, cell=None) -> Look:
+        log_alphas = self.log_alphas(annotations, query, rows.images).log_softmax(dim=1)
         alphas = log_alphas.exp()
         if annotations.look == "soft" or self.softly:
-            return Look(annotations.weighted(alphas.to(query.dtype), slots, per_image), alphas)
+            return Look(annotations.weighted(alphas.to(query.dtype), rows), alphas)
         if annotations.look == "argmax":
             places = alphas.detach().argmax(dim=1, keepdim=True)
         else:
             places = torch.multinomial(alphas.detach(), 1, generator=self.generator)
         chosen = torch.zeros_like(alphas, dtype=query.dtype).scatter(1, places, 1.0)
-        context = annotations.weighted(chosen, slots, per_image)
+        context = annotations.weighted(chosen, rows)
         if not self.training:
             return Look(context, alphas)
         entropy = -(alphas * log_alphas).sum(dim=1)
@@ -230,8 +229,8 @@ class NoAttention(AnnotationVectors):
         mean = self.annotate(encoder_out).mean()
         return Annotations((mean.unsqueeze(1),), (None,))
 
-    def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
-        return Look(of_rows(annotations.vectors[0], slots // per_image).squeeze(1), None)
+    def forward(self, annotations, query, rows, cell=None) -> Look:
+        return Look(of_rows(annotations.vectors[0], rows.images).squeeze(1), None)
 
 
 class TanhAttention(Attention):
@@ -293,15 +292,15 @@ class AdaptiveAttention(TanhAttention):
     def query_dim(config) -> int:
         return config.attention_dim + config.decoder_dim  # that of the attention, and s_t's gate
 
-    def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
+    def forward(self, annotations, query, rows, cell=None) -> Look:
         query, gate = query.split([self.attention_dim, query.shape[1] - self.attention_dim], dim=1)
         sentinel = torch.sigmoid(gate) * torch.tanh(cell).to(gate.dtype)
         key = self.sentinel_att(sentinel).to(query.dtype)
         own = self.score(key.unsqueeze(1), query).float() + self.full_att.bias
-        places = self.log_alphas(annotations, query, slots // per_image)
+        places = self.log_alphas(annotations, query, rows.images)
         weights = torch.cat([places, own], dim=1).softmax(dim=1)
         alphas, beta = weights[:, :-1], weights[:, -1:].to(query.dtype)
-        context = annotations.weighted(alphas.to(query.dtype), slots, per_image)
+        context = annotations.weighted(alphas.to(query.dtype), rows)
         return Look(context + beta * self.sentinel(sentinel).to(query.dtype), alphas)
 
 
@@ -330,8 +329,8 @@ class MultiHeadAttention(Attention):
         keys, values = (project(own, annotations) for own in (self.encoder_att, self.value_att))
         return Annotations((values,), (None,), keys)
 
-    def forward(self, annotations, query, slots, per_image, cell=None) -> Look:
-        images = slots // per_image
+    def forward(self, annotations, query, rows, cell=None) -> Look:
+        images = rows.images
         heads = self.heads, self.attention_dim // self.heads
         query = query.unflatten(1, heads).unsqueeze(2)  # (n, heads, 1, d)
         keys, values = (  # (n, heads, L, d)

@@ -7,6 +7,8 @@ and attention, and of the LSTM with soft attention, in the sizes of --recipe att
 --profile the operations are printed that take the time of our side.
 """
 
+import os
+
 from groundwork.errors import run
 from groundwork.options import Parser, add_device_options, number
 
@@ -47,6 +49,7 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler speaks of itself otherwise
     import fused
     from benchmark_data import Settings
     from benchmark_parts import SHARES, growth
@@ -84,7 +87,7 @@ def main():
                     bar.write(f"{row.name}: {row.ratio:.1f}×")
                     rows.append(row)
             bar.update(share)
-    report = describe(settings, speeds, rows)
+    report = describe(settings, speeds, rows, grown)
     print(report)
     with atomic_write(folder / f"benchmark_{settings.geometry}.md") as temporary:
         temporary.write_text(report + "\n", encoding="utf-8")

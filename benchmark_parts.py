@@ -21,13 +21,16 @@ import utils
 from benchmark_data import (
     BASE,
     PER_IMAGE,
+    Loss,
     Scene,
     check_equal,
     check_kernels,
     write_input_files,
 )
 from captioner import Captioner
+from cuda_graphs import without_graphs
 from datasets import CaptionDataset, LengthSampler
+from engine import Network, add_gradients
 from features import cache_features
 from groundwork.timing import (
     Work,
@@ -37,7 +40,6 @@ from groundwork.timing import (
     process_peak,
 )
 from groundwork.wording import size_of
-from objectives import caption_loss
 
 WORDS = 11  # of a caption that is searched for
 BEAM = 5
@@ -53,6 +55,7 @@ class Row:
     ours: float
     work: Work | None = None
     amp: bool = False
+    captions: int | None = None  # that the time is of
 
     @property
     def ratio(self):
@@ -63,13 +66,18 @@ class Row:
         return self.target is not None and self.ratio < self.target
 
 
+def _work_of(ours):
+    with without_graphs():  # of which nothing could be counted
+        return count_work(ours)
+
+
 # ---------------------------------------------------------------------------------- benchmarks
 
 
 def step_sides(scene, settings):
     """Training steps of the decoder on features: the textbook's, and ours."""
     theirs = partial(scene.step, partial(scene.textbook, scene.features))
-    return theirs, partial(scene.step, partial(scene.ours, scene.features, settings.amp))
+    return theirs, partial(scene.ours, scene.features, settings.amp)
 
 
 def decoder_step(settings):
@@ -81,10 +89,10 @@ def decoder_step(settings):
     for amp, target in ((False, 14), (True, 30)):
         if amp and not settings.amp:
             continue
-        ours = partial(scene.step, lambda amp=amp: scene.ours(scene.features, amp))
+        ours = partial(scene.ours, scene.features, amp)
         seconds = alternate(settings.device, settings.rounds, theirs, ours)
         name = f"decoder training step, {'bfloat16' if amp else 'float32'}"
-        yield Row(name, target, *seconds, count_work(ours), amp)
+        yield Row(name, target, *seconds, _work_of(ours), amp, len(scene.captions))
 
 
 def stage1_epoch(settings):
@@ -92,6 +100,7 @@ def stage1_epoch(settings):
     scene = Scene(settings, images=64)
     parameters = list(scene.decoder.parameters())
     optimizer = torch.optim.Adam(parameters, 4e-4, fused=True)
+    network = Network(scene.encoder, scene.decoder, settings.device, settings.amp)
     their_optimizer = torch.optim.Adam(parameters, 4e-4)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -102,13 +111,8 @@ def stage1_epoch(settings):
         loader = DataLoader(data, batch_sampler=LengthSampler(data.lengths, 16))
 
         def ours():
-            for source, captions, lengths in loader:
-                optimizer.zero_grad(set_to_none=True)
-                source, captions = source.to(settings.device), captions.to(settings.device)
-                with scene.autocast(settings.amp):
-                    outputs = scene.decoder(source, captions.flatten(0, 1), lengths.flatten())
-                    loss = caption_loss(*outputs)
-                loss.backward()
+            for batch in loader:
+                add_gradients(network, [batch], Loss(), parameters)
                 optimizer.step()
 
         images = CaptionDataset(folder, BASE, "TRAIN")
@@ -127,7 +131,10 @@ def stage1_epoch(settings):
                 their_optimizer.step()
 
         seconds = alternate(settings.device, settings.slow_rounds, theirs, ours)
-        yield Row("stage-1 epoch after the first", 100, *seconds, count_work(ours), settings.amp)
+        count = len(scene.captions)
+        yield Row(
+            "stage-1 epoch after the first", 100, *seconds, _work_of(ours), settings.amp, count
+        )
 
 
 def finetuning_step(settings):
@@ -139,24 +146,21 @@ def finetuning_step(settings):
         assert (pooled.flatten(1, 2) - theirs).norm() < 1e-4 * theirs.norm()
     sides = finetuning_sides(scene, settings)
     seconds = alternate(settings.device, settings.slow_rounds, *sides)
-    yield Row("fine-tuning step", 16, *seconds, count_work(sides[1]), settings.amp)
+    work, count = _work_of(sides[1]), len(scene.captions)
+    yield Row("fine-tuning step", 16, *seconds, work, settings.amp, count)
 
 
 def finetuning_sides(scene, settings):
     """Training steps of the decoder and an encoder that learns: the textbook's, and ours."""
     scene.encoder.fine_tune(True)
+    scene.tunes_encoder = True
     scene.encoder.to(memory_format=torch.channels_last)
 
     def theirs():
         encoder_out = textbook.encode(scene.encoder, scene.rows(scene.images))
         return textbook.loss(scene.decoder, encoder_out, scene.captions, scene.lengths)
 
-    def ours():
-        with scene.autocast(settings.amp):
-            features = scene.encoder.features(scene.images)
-        return scene.ours(features, settings.amp)
-
-    return partial(scene.step, theirs), partial(scene.step, ours)
+    return partial(scene.step, theirs), partial(scene.ours, scene.images, settings.amp)
 
 
 def search_sides(scene, settings, few):
@@ -223,8 +227,8 @@ def evaluation(settings):
     ):
         seconds = alternate(settings.device, settings.rounds, *sides)
         seconds = [own / of for own, of in zip(seconds, counts, strict=True)]
-        work = count_work(sides[1]).of_each(counts[1])
-        yield Row(f"beam-5 {name}", target, *seconds, work, settings.amp)
+        work = _work_of(sides[1]).of_each(counts[1])
+        yield Row(f"beam-5 {name}", target, *seconds, work, settings.amp, 1)
 
 
 def input_files(settings):
@@ -325,7 +329,7 @@ def growth(settings):
             sides = step_sides(scene, settings)
             seconds.append(alternate(settings.device, settings.slow_rounds, *sides))
         found[axis] = (values, seconds)
-    counts = [1, 4, 16]
+    counts = [1, 4, 16] + [50] * (settings.device.type == "cuda")  # one after the other in theirs
     seconds = []
     for count in counts:
         sides = search_sides(Scene(settings, images=count), settings, count)

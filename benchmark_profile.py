@@ -1,9 +1,12 @@
 """Where the time of the benchmark's works goes, by PyTorch's profiler."""
 
+import re
 import time
+from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark_data import Scene
@@ -23,22 +26,36 @@ class Profile(NamedTuple):
 
 
 def profile_of(function, device):
-    """The `Profile` of function(), after a call that is not measured."""
+    """The `Profile` of function(), after a call that is not measured, or on a GPU three, in which
+    CUDA graphs are recorded, and one that is timed."""
+    cuda = device.type == "cuda"
+    for _ in range(3 if cuda else 1):
+        function()
+    synchronize(device)
+    started = time.perf_counter()
     function()
     synchronize(device)
-    cuda = device.type == "cuda"
+    seconds = time.perf_counter() - started  # without the profiler, which takes time itself
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
     with profile(activities=activities) as found:
-        started = time.perf_counter()
         function()
         synchronize(device)
-        seconds = time.perf_counter() - started
-    kind = "self_device_time_total" if cuda else "self_cpu_time_total"  # microseconds
-    times = {event.key: getattr(event, kind) for event in found.key_averages()}
+    times = Counter()  # microseconds
+    for event in found.key_averages():
+        if not cuda:
+            times[event.key] += event.self_cpu_time_total
+        elif event.device_type == DeviceType.CUDA:  # a kernel
+            times[_name_of_kernel(event.key)] += event.self_device_time_total
     total = sum(times.values())
     names = sorted(times, key=times.get, reverse=True)
     shares = {name: times[name] / total for name in names}
     return Profile(shares, total / 1e6 / seconds if cuda else None)
+
+
+def _name_of_kernel(signature):
+    """Its function's name, of "void at::native::(anonymous namespace)::NAME<…>(…)"."""
+    name = signature.removeprefix("void ").replace("(anonymous namespace)", "")
+    return re.split(r"[<(]", name)[0].rpartition("::")[2]
 
 
 def works(settings):

@@ -4,6 +4,7 @@ import textwrap
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from groundwork.wording import counted
 
@@ -18,8 +19,10 @@ def machine(device):
     return f"{kind}, PyTorch {torch.__version__}"
 
 
-def describe(settings, speeds, rows):
-    """The table in Markdown, and what it was measured on."""
+def describe(settings, speeds, rows, grown):
+    """The table in Markdown, and what it was measured on; of a GPU, which has a name, in captions a
+    second, too, and the times that `draw` shows."""
+    gpu = settings.device.type == "cuda"
     products = ", ".join(
         f"{flops / 1e9:,.0f} GFLOP/s in {'bfloat16' if amp else 'float32'}"
         for amp, flops in speeds.flops.items()
@@ -28,8 +31,9 @@ def describe(settings, speeds, rows):
         f"{settings.geometry} geometry, {machine(settings.device)}; large products of matrices run "
         f"at {products}, sums of tensors at {speeds.bytes / 1e9:,.0f} GB/s.",
         "",
-        "| | textbook / ours | at least | of the matrix products' speed | of the roofline |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | textbook / ours | at least | of the matrix products' speed | of the roofline |"
+        + " captions/s |" * gpu,
+        "| --- | ---: | ---: | ---: | ---: |" + " ---: |" * gpu,
     ]
     for row in rows:
         shares = "| | |"
@@ -38,7 +42,14 @@ def describe(settings, speeds, rows):
             shares = f"| {product:.0%} | {speeds.limit(row.work, row.amp) / row.ours:.0%} |"
         target = f"{row.target}×" if row.target else ""
         target += ", missed" if row.missed else ""
-        lines.append(f"| {row.name} | {row.ratio:.1f}× | {target} {shares}")
+        rate = f" {row.captions / row.ours:,.0f} |" if row.captions else " |"
+        lines.append(f"| {row.name} | {row.ratio:.1f}× | {target} {shares}" + rate * gpu)
+    if gpu:
+        lines += ["", "Milliseconds, textbook / ours:", ""]
+        for axis, (values, seconds) in grown.items():
+            times = (f"{1e3 * theirs:.1f} / {1e3 * ours:.1f}" for theirs, ours in seconds)
+            pairs = zip(values, times, strict=True)
+            lines.append(f"- {axis}: " + ", ".join(f"{value:,}: {time}" for value, time in pairs))
     return "\n".join(lines)
 
 
@@ -57,7 +68,7 @@ def draw(rows, grown):
     bars.set_xlim(0.8 * min(ends), 1.5 * max(ends))
     bars.xaxis.set_major_formatter("{x:g}×")
     bars.invert_yaxis()
-    bars.set_title("times faster than the textbook formulation", loc="left")
+    bars.set_title("time or memory, textbook formulation / ours", loc="left")
     bars.spines[["top", "right"]].set_visible(False)
     bars.legend(loc="lower right", frameon=False, markerscale=0.5)
     for axes, (axis, (values, seconds)) in zip(
@@ -70,6 +81,8 @@ def draw(rows, grown):
         axes.set_yscale("log")
         axes.set_xticks(values, [f"{value:,}" for value in values], minor=False)
         axes.set_xticks([], minor=True)
+        for numbers in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            numbers(LogFormatter())  # as 10, where the usual one has a power
         axes.set_xlabel(axis)
         axes.set_ylabel("time, relative to our least")
         axes.grid(alpha=0.25)

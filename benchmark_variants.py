@@ -13,13 +13,13 @@ import torch
 import checkpoints  # noqa: F401, so that all decoders are known
 import rewards
 from attentions import ATTENTIONS
+from benchmark_data import Loss
 from benchmark_report import machine
 from constraints import MAX_LENGTH
 from contract import DECODERS, build_decoder, config_fields, make_config
-from engine import Network
+from engine import Network, add_gradients
 from groundwork.progress import progress, say
 from groundwork.timing import alternate
-from objectives import CrossEntropy
 from self_critical import SelfCritical
 from training_options import ATTENDING
 
@@ -44,7 +44,7 @@ def print_table(device, amp, rounds):
     say("")
     say("| decoder | attention | parameters | time, of `lstm` with `soft` 1 |")
     say("| --- | --- | ---: | ---: |")
-    step = _make_step(device, amp, CrossEntropy())
+    step = _make_step(device, amp, Loss())
     usual = _decoder("lstm", "soft", device)
     variants = [("lstm", attention, step) for attention in ATTENTIONS]
     variants += [(name, None, step) for name in DECODERS if name != "lstm"]
@@ -78,10 +78,7 @@ def _make_step(device, amp, objective):
 
     def step(decoder):
         network = Network(None, decoder, device, amp)
-        decoder.zero_grad(set_to_none=True)
-        with network.autocast():
-            loss = objective(*objective.read(network, features, captions, lengths))
-        loss.backward()
+        add_gradients(network, [(features, captions, lengths)], objective, [*decoder.parameters()])
 
     return step
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from operator import itemgetter
 from os import PathLike
 
@@ -261,24 +262,30 @@ class Captioner:
             with self.autocast():
                 return self.encoder.features(images.to(self.device, non_blocking=True))
 
+        batches = iter(batches)
         if self.device.type != "cuda":
             yield from map(encode, batches)
             return
-        stream = torch.cuda.Stream(self.device)
 
         def encode_aside(images):
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._aside):
                 features = encode(images)
-            stream.synchronize()
+            self._aside.synchronize()
             return features
 
         with ThreadPoolExecutor(1) as pool:
-            ahead = deque()
+            ahead = deque(map(encode, islice(batches, 1)))  # the first here: nothing is in use yet
             for images in batches:
-                ahead.append(pool.submit(encode_aside, images))
-                if len(ahead) == 2:
-                    yield ahead.popleft().result()
-            yield from (future.result() for future in ahead)
+                following = pool.submit(encode_aside, images)
+                yield ahead.popleft()
+                ahead.append(following.result())
+            yield from ahead
+
+    @cached_property
+    def _aside(self):
+        """The CUDA stream on which batches are encoded ahead. One, as PyTorch keeps memory for each
+        stream."""
+        return torch.cuda.Stream(self.device)
 
     def search(self, features, search=BEAM, n=1, generator=None):
         """Captions of features from `encode_ahead`: for each image a list of `n` or fewer.

@@ -158,14 +158,15 @@ class Rules:
     """Which words may come at a step, of captions that keep to `Constraints`.
 
     In a search a caption is in one of the `states` of a `Machine`, by which of the words have come
-    that must. In the last of them alone it may end.
+    that must. In the last of them alone it may end. Rules are equal that allow the same.
     """
 
     ROWS = 32  # whose scores a CPU's cache holds
 
     def __init__(self, constraints, word_map, max_length, device):
         never, self.end = [word_map[word] for word in unsayable(word_map)], word_map["<end>"]
-        self.never = torch.tensor(never, device=device)
+        # one of them twice, so that both are of a length, and a graph's input
+        self.never = torch.tensor([*never, never[0]], device=device)
         self.not_yet = torch.tensor([*never, self.end], device=device)
         self.max_length, self.min_words = max_length, constraints.min_words
         self.ngram = constraints.no_repeat_ngram
@@ -173,6 +174,13 @@ class Rules:
         self.states = machine.states
         self.needed = torch.tensor(machine.words, dtype=torch.int64, device=device)
         self.after = torch.tensor(machine.after, dtype=torch.int64, device=device)
+        self._all = constraints, max_length, self.end, (*never,), (*machine.words,), device
+
+    def __eq__(self, other):
+        return isinstance(other, Rules) and self._all == other._all
+
+    def __hash__(self):
+        return hash(self._all)
 
     def begin(self, rows):
         """What is remembered of the words of so many captions: (rows, 0) int64, or None where it
@@ -183,16 +191,24 @@ class Rules:
         """`said`, or some rows of it, with the next word (n,) of each."""
         return None if said is None else torch.cat([said[rows], words.unsqueeze(1)], dim=1)
 
-    def __call__(self, scores, step, said=None):
+    def excluded(self, step, words):
+        """Those of so many words in the vocabulary that no caption goes on with, int64, when it has
+        `step` words."""
+        if step == self.max_length:
+            words = torch.arange(words, device=self.never.device)
+            return words[words != self.end]
+        return self.not_yet if step < self.min_words else self.never
+
+    def __call__(self, scores, excluded, said=None):
         """log p (n, V) float32 of scores, the model's own, -inf for the words that may not come.
 
         Args:
-            step: how many words there are.
-            said: which, (n, step), from `begin` and `remember`.
+            excluded: from `excluded`.
+            said: the words there are, (n, t), from `begin` and `remember`.
         """
         log_probs = scores.log_softmax(dim=1, dtype=torch.float32)
-        log_probs.index_fill_(1, self._excluded(scores, step), -torch.inf)
-        if said is not None and step >= self.ngram:
+        log_probs.index_fill_(1, excluded, -torch.inf)
+        if said is not None and said.shape[1] >= self.ngram:
             followed, same = _following(said, self.ngram)
             repeats = same & (followed != self.end)  # which captions that have ended go on saying
             log_probs.scatter_add_(1, followed, torch.where(repeats, -torch.inf, 0.0))
@@ -200,24 +216,20 @@ class Rules:
 
     def renormalised(self, scores, step):
         """Over the words that may come, as long as repetitions may; gradients pass."""
-        scores = scores.float().index_fill(1, self._excluded(scores, step), -torch.inf)
-        return scores.log_softmax(dim=1)
+        excluded = self.excluded(step, scores.shape[1])
+        return scores.float().index_fill(1, excluded, -torch.inf).log_softmax(dim=1)
 
-    def _excluded(self, scores, step):
-        if step == self.max_length:
-            words = torch.arange(scores.shape[1], device=scores.device)
-            return words[words != self.end]
-        return self.not_yet if step < self.min_words else self.never
-
-    def likeliest(self, k, scores, step, said=None):
+    def likeliest(self, k, scores, excluded, said=None):
         """The k greatest log p of each row and their words, (n, k) each; where words must come, the
         k greatest of the others and, behind them, those that must, however likely they are."""
         rows = self.ROWS if scores.device.type == "cpu" else len(scores)
         said = itertools.repeat(None) if said is None else said.split(rows)
         parts = [
-            self._likeliest(k, self(part, step, own))
+            self._likeliest(k, self(part, excluded, own))
             for part, own in zip(scores.split(rows), said, strict=False)
         ]
+        if len(parts) == 1:
+            return parts[0]
         return (torch.cat(values) for values in zip(*parts, strict=True))
 
     def _likeliest(self, k, log_probs):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import kernels
 from groundwork.devices import shapes_only
 from groundwork.errors import in_a_line
 
@@ -39,19 +40,39 @@ class Selectable(Protocol):
 class Rows(NamedTuple):
     """Which captions the rows of a step are, of K of each of I images."""
 
-    slots: Tensor  # (n,) int64 ascending, each row's place among the I·K captions, image by image
+    slots: Tensor  # (n,) int64, each row's place among the I·K captions, image by image
+    images: Tensor  # (n,) int64, the image of each row
     per_image: int  # K
+    whole: bool = False  # whether they are all of the captions, image by image
 
-    @property
-    def images(self) -> Tensor:
-        """The image of each row, (n,) int64."""
-        return self.slots // self.per_image
+    def select(self, rows: Tensor) -> "Rows":
+        """Some of them: indices."""
+        return Rows(self.slots[rows], self.images[rows], self.per_image)
+
+    def first(self, n: int) -> "Rows":
+        """The first n of them."""
+        if n == len(self.slots):
+            return self
+        return Rows(self.slots[:n], self.images[:n], self.per_image)
+
+
+def rows_of(slots, per_image):
+    """The `Rows` of slots, of K captions of each image."""
+    return Rows(slots, slots // per_image, per_image)
 
 
 def all_rows(words, images):
     """The `Rows` of words (I·K,) of so many images where none is left out."""
     count = words.shape[0]  # which, unlike len, may be a graph's own number
-    return Rows(torch.arange(count, device=words.device), count // images)
+    slots = torch.arange(count, device=words.device)
+    return rows_of(slots, count // images)._replace(whole=True)
+
+
+def packed_rows(inputs, images):
+    """The `Rows` of a first step of packed captions, of so many images."""
+    if inputs.sorted_indices is None:
+        return all_rows(torch.arange(int(inputs.batch_sizes[0]), device=inputs.data.device), images)
+    return rows_of(inputs.sorted_indices, len(inputs.sorted_indices) // images)
 
 
 def of_all(values, slots, count, others=0):
@@ -109,6 +130,11 @@ class Decoder(nn.Module):
         """The ways in which it can look at an image while it decodes, the usual one first: the
         `LOOKS` of a part of it that has such a choice; empty where none has."""
         return next((part.LOOKS for part in self._lookers()), ())
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws at random while it decodes."""
+        return any(part.look == "sample" for part in self._lookers())
 
     def set_look(self, look: str, seed: int = 0):
         """From now on decodes in one of the ways of `looks`; training goes its own.
@@ -189,6 +215,23 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
 
+def forward_whole(decoder, encoder_out, captions, lengths):
+    """`Decoder.forward` of captions that are all computed on to the end, in shapes that do not
+    depend on their lengths, as a CUDA graph has them. Past a caption's end its alphas are zero and
+    its targets `kernels.IGNORED`.
+
+    Args:
+        encoder_out, captions: as there.
+        lengths: (I·K,) int64 on the captions' device.
+    """
+    steps = torch.full((len(captions),), captions.shape[1] - 1)
+    read = decoder(encoder_out, captions, steps + 1)
+    past = torch.arange(1, captions.shape[1], device=captions.device) >= lengths.unsqueeze(1)
+    targets = pack(captions[:, 1:].masked_fill(past, kernels.IGNORED), steps)
+    alphas = None if read.alphas is None else read.alphas.masked_fill(past.unsqueeze(2), 0.0)
+    return read._replace(targets=targets, alphas=alphas)
+
+
 def seen(looks, inputs):
     """What `Forward` tells of the looks of a batch: alphas, and what was drawn.
 
@@ -199,8 +242,9 @@ def seen(looks, inputs):
     alphas = drawn = None
     if looks[0].alphas is not None:
         rows = len(looks[0].alphas)
-        alphas = [F.pad(look.alphas, (0, 0, 0, rows - len(look.alphas))) for look in looks]
-        alphas = torch.stack(alphas, dim=1)[inputs.unsorted_indices]
+        alphas = torch.stack([_filled_up(look.alphas, rows) for look in looks], dim=1)
+        if inputs.unsorted_indices is not None:
+            alphas = alphas[inputs.unsorted_indices]
     if looks[0].log_p is not None:
         log_p, entropy = (
             torch.cat([getattr(look, name) for look in looks]) for name in ("log_p", "entropy")
@@ -209,8 +253,17 @@ def seen(looks, inputs):
     return alphas, drawn
 
 
+def _filled_up(values, rows):
+    """(rows, …): values (n, …), and zeros."""
+    return F.pad(values, (0, 0, 0, rows - len(values))) if len(values) < rows else values
+
+
 def pack(sequences: Tensor, lengths: Tensor) -> PackedSequence:
-    """Sequences (n, T) of those lengths, packed."""
+    """Sequences (n, T, …) of those lengths, on the CPU, packed."""
+    longest = int(lengths.max())
+    if int(lengths.min()) == longest:  # as they lie: nothing of their order moves to a GPU
+        rows = sequences[:, :longest].transpose(0, 1).flatten(0, 1)
+        return PackedSequence(rows, torch.full((longest,), len(sequences)))
     return pack_padded_sequence(sequences, lengths, batch_first=True, enforce_sorted=False)
 
 

@@ -8,8 +8,10 @@ part of it no probability, over the rest.
 
 import itertools
 import math
+from contextlib import ExitStack
+from functools import partial
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from beams import Beams, Best, History
 from constraints import FREE, MAX_LENGTH, Rules
 from contract import all_rows, of_all
+from cuda_graphs import graphed, graphs_on
 
 # Finished images leave the batch once it is no fuller than this: leaving copies the others, and on
 # a CPU every new batch size has its kernels compiled.
@@ -95,7 +98,8 @@ def _search_one(decoder, encoder_out, word_map, per_image, max_length, constrain
 
     def next_words(scores, step, rows):
         nonlocal said
-        log_probs = rules(scores, step, None if said is None else said[rows])
+        excluded = rules.excluded(step, scores.shape[1])
+        log_probs = rules(scores, excluded, None if said is None else said[rows])
         words = choose(log_probs)
         if said is not None:
             ended = (said[rows] == rules.end).any(dim=1)
@@ -165,7 +169,7 @@ def roll_out(decoder, encoder_out, words, choose):
             return
         if still < LEAVE * len(words):
             kept = going.nonzero().squeeze(1)
-            rows, words = rows._replace(slots=rows.slots[kept]), words[kept]
+            rows, words = rows.select(kept), words[kept]
             state = state.select(kept)
 
 
@@ -293,45 +297,113 @@ def _search(
 ):
     """The `keep` best captions of each image and group, among those that finish; ended early where
     no other can come among them."""
-    device, count, end = encoder_out.device, len(encoder_out), word_map["<end>"]
+    device, count = encoder_out.device, len(encoder_out)
     rules = Rules(constraints, word_map, max_length, device)
     shape = count, groups, rules.states, beam_size // groups
-    beams = Beams(shape, diversity_penalty, len(word_map), device)
+    replays = graphs_on(device) and not decoder.draws
+    # beams that are alike before the first word; in a graph its rows are as ever
+    alike = shape[3] if replays else -(-shape[3] // len(word_map))
+    beams = Beams.begin(shape, alike, diversity_penalty, device)
     k = beams.log_probs[0].numel()  # rows of an image, before the first word
-    memory = decoder.prepare(encoder_out)
-    state = decoder.init_state(memory)
-    state = state.select(torch.arange(count, device=device).repeat_interleave(k))
-
-    active = torch.arange(count, device=device)  # the images still searched
-    words = torch.full((count, k), word_map["<start>"], device=device)
-    said = rules.begin(count * k)
-    best, history = Best((count, groups, keep), device), History(count)
+    memory, images = decoder.prepare(encoder_out), torch.arange(count, device=device)
+    search = Search(
+        torch.full((count, k), word_map["<start>"], device=device),
+        decoder.init_state(memory).select(images.repeat_interleave(k)),
+        memory,
+        beams,
+        Best.begin((count, groups, keep), device),
+        rules.begin(count * k),
+        images,
+        torch.zeros((), dtype=torch.int64, device=device),
+    )
     width = min(beams.candidates, len(word_map))
-    for step in range(max_length + 1):
-        scores, alphas, state = decoder.step(words.flatten(), state, memory)
-        likeliest = rules.likeliest(width, scores, step, said)
-        parents, words, finished = beams.extend(*likeliest, rules.arriving(width), end)
-        history.append(active, words, parents, alphas)
-        best.update(active, finished, step, length_penalty)
-
-        # log p only falls, and dividing by the greatest length lifts it most
-        bound = beams.likeliest / (max_length + 1) ** length_penalty
-        going = (bound > best.score[active, :, -1]).any(dim=1)
-        still = int(going.sum())  # the only time in a step that the host waits for the device
-        if still == 0:
-            break
-        rows = torch.arange(len(active), device=device)[:, None] * k + parents
-        k = words.shape[1]
-        if still < LEAVE * len(active):
-            memory = memory.select(going)
-            beams.select(going)
-            rows, active, words = (tensor[going] for tensor in (rows, active, words))
-        state = state.select(rows.flatten())
-        said = rules.remember(said, words.flatten(), rows.flatten())
-    words, alphas = history.trace(best, end)
-    captions = iter(_captions(words, alphas, best.log_prob.flatten(), end))
+    history, advance = History(count), partial(_advance, decoder)
+    with ExitStack() as stack:
+        if replays:
+            advance = stack.enter_context(graphed(_advance, decoder))
+        for step in range(max_length + 1):
+            options = rules.excluded(step, len(word_map)), rules, width, length_penalty
+            search, (going, *found) = advance(search, options)
+            history.append(*found)
+            still = int(going.sum())  # the only time in a step that the host waits for the device
+            if still == 0:
+                break
+            staying = _staying(going, still, replays)
+            search = search if staying is None else search.select(staying)
+    words, alphas = history.trace(search.best, rules.end)
+    captions = iter(_captions(words, alphas, search.best.log_prob.flatten(), rules.end))
     found = [[list(itertools.islice(captions, keep)) for _ in range(groups)] for _ in range(count)]
     return [_in_turn(of_groups, length_penalty) for of_groups in found]
+
+
+class Search(NamedTuple):
+    """Where the search of I images stands, of which n are still searched, with K rows each."""
+
+    words: Tensor  # (n, K) int64, the last
+    state: Any  # the decoder's, of n·K rows
+    memory: Any  # of n images
+    beams: Beams  # of n images
+    best: Best  # of I images
+    said: Tensor | None  # (n·K, t) int64, from `Rules.begin` and `Rules.remember`
+    images: Tensor  # (n,) int64, which of the I
+    step: Tensor  # scalar int64, how many words there are
+
+    def select(self, images):
+        """That of some of the n alone: indices."""
+        per_image = torch.arange(self.words.shape[1], device=images.device)
+        rows = (images[:, None] * len(per_image) + per_image).flatten()
+        return self._replace(
+            words=self.words[images],
+            state=self.state.select(rows),
+            memory=self.memory.select(images),
+            beams=self.beams.select(images),
+            said=None if self.said is None else self.said[rows],
+            images=self.images[images],
+        )
+
+
+def _advance(decoder, search, options):
+    """The search with one word more; which of the images may still find a better caption, bool
+    (n,); and what `History.append` takes.
+
+    Args:
+        options: words that may not come, from `Rules.excluded`; the `Rules`; how many next words of
+            a row are looked at; and the length penalty.
+    """
+    excluded, rules, width, length_penalty = options
+    count, k = search.words.shape
+    scores, alphas, state = decoder.step(search.words.flatten(), search.state, search.memory)
+    likeliest = rules.likeliest(width, scores, excluded, search.said)
+    arriving = rules.arriving(width)
+    beams, parents, words, finished = search.beams.extend(*likeliest, arriving, rules.end)
+    best = search.best.update(search.images, finished, search.step, length_penalty)
+    # log p only falls, and dividing by the greatest length lifts it most
+    bound = beams.likeliest / (rules.max_length + 1) ** length_penalty
+    going = (bound > best.score[search.images, :, -1]).any(dim=1)
+    rows = (torch.arange(count, device=words.device)[:, None] * k + parents).flatten()
+    following = search._replace(
+        words=words,
+        state=state.select(rows),
+        beams=beams,
+        best=best,
+        said=rules.remember(search.said, words.flatten(), rows),
+        step=search.step + 1,
+    )
+    return following, (going, search.images, words, parents, alphas)
+
+
+def _staying(going, still, replays):
+    """Which of the images, bool (n,), stay in the batch: indices, or None where all do.
+
+    Leaving copies the others. So it waits for a fourth to be done; on a GPU whose graphs are for
+    the shapes that have occurred for a half, which leaves whole.
+    """
+    if replays:
+        half = len(going) // 2
+        if not 0 < still <= half:
+            return None
+        return (~going).sort(stable=True).indices[:half].sort().values  # those that are done last
+    return going.nonzero().squeeze(1) if still < LEAVE * len(going) else None
 
 
 def _in_turn(of_groups, length_penalty):

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import decoding
-from contract import Decoder, pack
+from contract import Decoder, forward_whole, pack
+from cuda_graphs import give_gradients, graphed, graphs_on
 from encoders import Encoder
 from groundwork import distributed
 from groundwork.devices import autocast
@@ -47,6 +49,15 @@ class Network:
         """
         captions = captions.flatten(0, 1).to(self.device, non_blocking=True)
         return self.decoder(features, captions, lengths.flatten())
+
+    def replays(self, objective):
+        """Whether training steps compute the decoder's part in CUDA graphs."""
+        if not graphs_on(self.device) or torch.is_anomaly_enabled():
+            return False
+        # nor where runs that end alike are asked for: what has been recorded depends on where a run
+        # has begun
+        exact = torch.are_deterministic_algorithms_enabled()
+        return not exact and objective.fixed(self.decoder)
 
     def targets(self, captions, lengths):
         """The words to predict of true captions, packed as in `contract.Forward`."""
@@ -146,20 +157,8 @@ def train_step(network, batches, objective, optimizer, grad_clip, means, flags):
     The gradients of several batches add up to that of one batch that holds them all, as each has
     its part of the loss; an attention's moving baseline alone moves with each.
     """
-    loss, measured, own, sizes = 0.0, 0.0, None, None
-    if len(batches) > 1:  # of all, before the first is read
-        own = sum(objective.sizes(network.targets(*truth)) for _, *truth in batches)
-    optimizer.zero_grad(set_to_none=True)
-    for source, captions, lengths in batches:
-        with network.autocast():
-            read = objective.read(network, network.encode(source), captions, lengths)
-            own = objective.sizes(read.targets) if own is None else own
-            sizes = distributed.add_up(own.clone()) if sizes is None else sizes
-            part = objective(*read, sizes=sizes)
-        measured += objective.measured(read)
-        _backward(part)
-        loss += part.detach()
     trained = parameters(optimizer)
+    loss, measured, own = add_gradients(network, batches, objective, trained)
     distributed.add_up_gradients(trained)
     gradients = [p.grad for p in trained if p.grad is not None]
     largest = nn.utils.get_total_norm(gradients, math.inf)
@@ -175,6 +174,94 @@ def train_step(network, batches, objective, optimizer, grad_clip, means, flags):
     else:
         fault = "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
     return Step(value, fault, [bool(flag) for flag in flags])
+
+
+def add_gradients(network, batches, objective, trained):
+    """Makes the gradients of a step's loss, of this process's batches.
+
+    Args:
+        network, batches, objective: as `train_step` takes them.
+        trained: the parameters; what gradients they had is lost.
+
+    Returns:
+        the loss, a scalar; what the objective has measured; and its sizes of these batches.
+    """
+    loss, measured, own, sizes = 0.0, 0.0, None, None
+    replays = network.replays(objective)
+    for parameter in trained:
+        parameter.grad = None
+    if replays:
+        give_gradients(network.decoder)
+    together = len(batches) > 1 or (replays and distributed.world_size > 1)
+    if together:  # of all, before the first is read; in a graph processes cannot add up
+        own = sum(objective.sizes(network.targets(*truth)) for _, *truth in batches)
+        sizes = distributed.add_up(own.clone())
+    compute = _replay if replays else _of_batch
+    for batch in batches:
+        part, found, own = compute(network, batch, objective, own, sizes)
+        loss += part
+        measured += found
+    return loss, measured, own
+
+
+def _of_batch(network, batch, objective, own, sizes):
+    """Adds the gradients of a batch's part of the loss.
+
+    Args:
+        own, sizes: `objective.sizes` of all the step's batches, of this process and of all; None
+            where this is the only one, and they are what it has.
+
+    Returns:
+        the part of the loss, what the objective has measured, and `own`.
+    """
+    source, captions, lengths = batch
+    with network.autocast():
+        read = objective.read(network, network.encode(source), captions, lengths)
+        if sizes is None:
+            own = objective.sizes(read.targets)
+            sizes = distributed.add_up(own.clone())
+        loss = objective(*read, sizes=sizes)
+    measured = objective.measured(read)
+    del read  # the scores' memory is free in the backward pass
+    _backward(loss)
+    return loss.detach(), measured, own
+
+
+WORDS = 4  # to a multiple of which captions are filled up that are computed in one CUDA graph
+
+
+def _replay(network, batch, objective, own, sizes):
+    """As `_of_batch`, the decoder's part in a CUDA graph."""
+    source, captions, lengths = batch
+    with network.autocast():
+        features = network.encode(source)
+    captions = captions.flatten(0, 1).to(network.device, non_blocking=True)
+    longest = int(lengths.max())
+    captions = F.pad(captions, (0, longest + -longest % WORDS - captions.shape[1]))
+    ends = lengths.flatten().to(network.device, non_blocking=True)
+    given = features.detach(), captions, ends, own, sizes
+    options = objective, features.requires_grad, network.device, network.amp
+    with graphed(_decoder_gradients, network.decoder) as compute:
+        _, (*found, of_features) = compute(None, (*given, *options))
+    if of_features is not None:
+        features.backward(of_features)
+    return found
+
+
+def _decoder_gradients(decoder, _, given):
+    """What is computed in a CUDA graph: as `_of_batch`, and the gradient of the features, where one
+    is asked for."""
+    features, captions, lengths, own, sizes, objective, tunes, device, amp = given
+    features = features.detach().requires_grad_(tunes)
+    with autocast(device, amp):
+        read = forward_whole(decoder, features, captions, lengths)
+        if sizes is None:
+            own = sizes = objective.sizes(read.targets)
+        loss = objective(*read, sizes=sizes)
+    measured = objective.measured(read)
+    del read  # the scores' memory is free in the backward pass
+    _backward(loss)
+    return None, (loss.detach(), measured, own, features.grad)
 
 
 def _backward(loss):

@@ -38,6 +38,10 @@ IMAGES, BEAMS, WORDS = 2, 3, 4
 ONE_FILE = 2**31 - 2**20  # bytes of weights that an ONNX file holds; more lie in a file beside it
 
 
+def _is_fast(value):
+    return isinstance(value, kernels.Energies)
+
+
 class Layout:
     """Which tensors of a memory, or of a state, belong to single images, or rows: those of which
     its `select` gives others. What remains, as weights laid out anew, is the graph's own.
@@ -47,15 +51,16 @@ class Layout:
     """
 
     def __init__(self, whole):
-        values, self.spec = tree_flatten(whole)
-        fast = [isinstance(value, kernels.Energies) for value in values]
-        some = tree_leaves(whole.select(torch.arange(1)))
+        values, self.spec = tree_flatten(whole, is_leaf=_is_fast)
+        fast = list(map(_is_fast, values))
+        some = tree_leaves(whole.select(torch.arange(1)), is_leaf=_is_fast)
         self.own = [a is not b and not f for a, b, f in zip(values, some, fast, strict=True)]
         self.shared = [None if f else value for value, f in zip(values, fast, strict=True)]
 
     def apart(self, whole) -> list[Tensor]:
         """The tensors of single images, or rows."""
-        return [value for value, own in zip(tree_leaves(whole), self.own, strict=True) if own]
+        values = tree_leaves(whole, is_leaf=_is_fast)
+        return [value for value, own in zip(values, self.own, strict=True) if own]
 
     def together(self, tensors):
         """The memory, or state, of those tensors."""

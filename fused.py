@@ -112,7 +112,13 @@ def energies(projected: Tensor, query: Tensor, w: Tensor, images: Tensor, activa
 
 
 def slopes(
-    grad: Tensor, projected: Tensor, query: Tensor, images: Tensor, activation, of_projected: Tensor
+    grad: Tensor,
+    projected: Tensor,
+    query: Tensor,
+    w: Tensor,
+    images: Tensor,
+    activation,
+    of_projected: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What the gradients of the energies are made of, given theirs, (n, L): with f' the slope of
     the activation f, grad · f' is added up over places, and over rows into `of_projected`.
@@ -121,13 +127,15 @@ def slopes(
         of_projected: (I, L, A) float32, contiguous, to which it is added.
 
     Returns:
-        Σ_i grad · f' and Σ_i grad · f of each row, (n, A) float32; with relu, for which it follows
-        from the others, the second holds nothing of use.
+        the gradient of the query, w · Σ_i grad · f', (n, A); and what w's is the sum of, Σ_i
+        grad · f of each row, (n, A), with relu of it the query's part alone: query · Σ_i grad · f'.
     """
     of_query, of_hidden = torch.zeros(2, *query.shape)
     sums = of_projected, of_query, of_hidden
     _call(library().backward, activation, projected, query, images, grad.float(), *sums)
-    return of_query, of_hidden
+    if activation is torch.relu:
+        of_hidden = query * of_query
+    return of_query.mul_(w), of_hidden
 
 
 def _call(function, activation, projected, query, images, *others):

@@ -19,9 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from annotations import Annotations, compute_dtype, of_rows
+from annotations import Annotations, compute_dtype, first, of_rows
 from attentions import ATTENTIONS, AttendingConfig, word_layer
-from contract import Decoder, Forward, Rows, all_rows, build_decoder, pack, register, seen
+from contract import (
+    Decoder,
+    Forward,
+    Rows,
+    all_rows,
+    build_decoder,
+    pack,
+    packed_rows,
+    register,
+    seen,
+)
 
 # ------------------------------------------------------------------------------------ decoder
 
@@ -170,10 +180,10 @@ class DecoderWithAttention(Decoder):
         steps = lengths.cpu() - 1
         inputs = pack(captions[:, :-1], steps)
         targets = pack(captions[:, 1:], steps)
-        slots, per_image = inputs.sorted_indices, len(captions) // len(encoder_out)
+        all_ = packed_rows(inputs, len(encoder_out))
 
         memory = self.prepare(encoder_out)
-        state = State(*(of_rows(x, slots // per_image) for x in self.init_state(memory)))
+        state = State(*(of_rows(x, all_.images) for x in self.init_state(memory)))
         rows = len(inputs.data)
         filler = kernels.filled(rows) - rows  # further rows of zeros, which nothing is read from
         words = self.embed_dropout(self.embedding(F.pad(inputs.data, (0, filler))))
@@ -187,8 +197,9 @@ class DecoderWithAttention(Decoder):
         hs, looks = [], []
         batch_sizes = inputs.batch_sizes.tolist()
         for n, offset in zip(batch_sizes, offsets[:rows].split(batch_sizes), strict=True):
-            state = State(state.h[:n], state.c[:n])  # sorted by length: the first n go on
-            state, look = self._advance(memory, products, state, offset, slots[:n], per_image)
+            # sorted by length: the first n go on
+            state = State(first(state.h, n), first(state.c, n))
+            state, look = self._advance(memory, products, state, offset, all_.first(n))
             hs.append(state.h)
             looks.append(look)
         for product in products:
@@ -207,7 +218,7 @@ class DecoderWithAttention(Decoder):
         offsets = self._offsets(words, memory)
         weights = memory.recurrent_weight, memory.context_weight
         products = Products(*(partial(kernels.plain_product, weight=weight) for weight in weights))
-        state, look = self._advance(memory, products, state, offsets, *rows)
+        state, look = self._advance(memory, products, state, offsets, rows)
         return self._scores(state.h, look.context, words, memory), look.alphas, state
 
     def _offsets(self, words, memory):
@@ -215,19 +226,17 @@ class DecoderWithAttention(Decoder):
         gates = F.linear(words.to(memory.word_weight.dtype), memory.word_weight)
         return _widen(gates, memory.recurrent_bias) + memory.recurrent_bias
 
-    def _advance(self, memory, products, state, offset, slots, per_image):
+    def _advance(self, memory, products, state, offset, rows):
         """The recurrence, on n rows: the next state, and a `Look` whose context is β_t ẑ_t."""
         hidden = state.h.to(memory.recurrent_weight.dtype)
         recurrent = products.recurrent(hidden) + offset
         widths = [4 * self.config.decoder_dim, self.query_dim, self.f_beta.out_features]
         gates, query, beta = recurrent.split(widths, dim=1)
-        look = self.attention(memory.annotations, query, slots, per_image, state.c)
+        look = self.attention(memory.annotations, query, rows, state.c)
         context = torch.sigmoid(beta) * look.context  # §4.2.1
-        gates = gates + products.context(context)
-        # eq. 1 to 3; the cell's state stays in float32
-        i, f, g, o = gates.float().chunk(4, dim=1)
-        c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
-        return State(torch.sigmoid(o) * torch.tanh(c), c), look._replace(context=context)
+        # the cell's state stays in float32
+        h, c = kernels.cell(gates + products.context(context), state.c)
+        return State(h, c), look._replace(context=context)
 
     def _scores(self, h, context, words, memory):
         """Vocabulary scores of n rows: the published checkpoints' layer, or the paper's eq. 7."""

@@ -32,6 +32,11 @@ class CrossEntropy:
             return network.read(features, captions, lengths)
         return read_softly_too(network, features, captions, lengths)
 
+    def fixed(self, decoder):
+        """Whether it has a GPU do the same for all batches of a shape: not where places are drawn,
+        in some batches."""
+        return not decoder.looks
+
     def measured(self, read):
         """How many words are among the five likeliest, a scalar float32 on their device."""
         return top5_right(read.scores.data, read.targets.data, self.barred)
@@ -99,14 +104,13 @@ def caption_loss(
 def sizes_of(targets, barred=None):
     """Words, without those barred, and captions of packed targets: float32 (2,)."""
     words = _counted(targets.data, barred).sum(dtype=torch.float32)
-    return torch.stack([words, words.new_tensor(int(targets.batch_sizes[0]))])
+    return torch.stack([words, words.new_full((), int(targets.batch_sizes[0]))])
 
 
 def _counted(targets, barred):
     """Which of the targets (n,) are no barred words, bool."""
-    if barred is None:
-        return torch.ones_like(targets, dtype=torch.bool)
-    return ~torch.isin(targets, barred)
+    counted = targets != kernels.IGNORED
+    return counted if barred is None else counted & ~torch.isin(targets, barred)
 
 
 def loss_terms(scores, targets, alphas, label_smoothing=0.0, barred=None):

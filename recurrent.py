@@ -8,9 +8,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from annotations import Annotations, compute_dtype, of_rows
+from annotations import Annotations, compute_dtype, first, of_rows
 from attentions import ATTENTIONS, AttendingConfig, word_layer
-from contract import Decoder, Forward, Rows, all_rows, pack, register, seen
+from contract import Decoder, Forward, Rows, all_rows, pack, packed_rows, register, seen
 
 
 class Memory(NamedTuple):
@@ -60,14 +60,14 @@ class RecurrentDecoder(Decoder):
         dtype = compute_dtype(self.embedding.weight)
         return Memory(self.attention.prepare(encoder_out.to(dtype)))
 
-    def advance(self, words, state, memory, slots, per_image):
+    def advance(self, words, state, memory, rows):
         """One step of n rows.
 
         Args:
             words: (n, embed_dim) embeddings of the previous words.
             state: `Hidden` of the rows.
             memory: from `prepare`.
-            slots, per_image: which image is whose, as `attentions.Attention` takes them.
+            rows: which captions they are, a `contract.Rows`.
 
         Returns:
             what the scores are made of, (n, decoder_dim); the `attentions.Look`; the next state.
@@ -78,7 +78,7 @@ class RecurrentDecoder(Decoder):
         """(n, V) of what `advance` gives, (n, decoder_dim)."""
         return self.fc(self.dropout(hidden))
 
-    def look(self, words, h, cell, memory, slots, per_image):
+    def look(self, words, h, cell, memory, rows):
         """What the attention sees for the state h and the memory cell, (n, decoder_dim) each."""
         query = None
         if self.attention.decoder_att is not None:
@@ -86,7 +86,7 @@ class RecurrentDecoder(Decoder):
             if self.word_att is not None:
                 query = query + self.word_att(words)
             query = query.to(memory.annotations.dtype)
-        return self.attention(memory.annotations, query, slots, per_image, cell)
+        return self.attention(memory.annotations, query, rows, cell)
 
     def init_state(self, memory: Memory) -> Hidden:
         """Zeros, a row per image."""
@@ -98,24 +98,22 @@ class RecurrentDecoder(Decoder):
         """One decoding step, as in `Decoder.step`."""
         rows = rows or all_rows(words, memory.annotations.images)
         words = self.embed_dropout(self.embedding(words))
-        hidden, look, state = self.advance(words, state, memory, *rows)
+        hidden, look, state = self.advance(words, state, memory, rows)
         return self.scores(hidden), look.alphas, state
 
     def forward(self, encoder_out: Tensor, captions: Tensor, lengths: Tensor) -> Forward:
         """Teacher forcing, as in `Decoder.forward`."""
         steps = lengths.cpu() - 1
         inputs, targets = pack(captions[:, :-1], steps), pack(captions[:, 1:], steps)
-        slots, per_image = inputs.sorted_indices, len(captions) // len(encoder_out)
+        rows = packed_rows(inputs, len(encoder_out))
         memory = self.prepare(encoder_out)
-        state = Hidden(
-            tuple(of_rows(x, slots // per_image) for x in self.init_state(memory).layers)
-        )
+        state = Hidden(tuple(of_rows(x, rows.images) for x in self.init_state(memory).layers))
         words = self.embed_dropout(self.embedding(inputs.data))
         hiddens, looks = [], []
         batch_sizes = inputs.batch_sizes.tolist()
         for n, own in zip(batch_sizes, words.split(batch_sizes), strict=True):
-            state = Hidden(tuple(layer[:n] for layer in state.layers))
-            hidden, look, state = self.advance(own, state, memory, slots[:n], per_image)
+            state = Hidden(tuple(first(layer, n) for layer in state.layers))
+            hidden, look, state = self.advance(own, state, memory, rows.first(n))
             hiddens.append(hidden)
             looks.append(look)
         scores = inputs._replace(data=self.scores(torch.cat(hiddens)))
@@ -153,9 +151,9 @@ class GRUDecoder(RecurrentDecoder):
         self.fc = nn.Linear(hidden, config.vocab_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 
-    def advance(self, words, state, memory, slots, per_image):
+    def advance(self, words, state, memory, rows):
         (h,) = state.layers
-        look = self.look(words, h, h, memory, slots, per_image)
+        look = self.look(words, h, h, memory, rows)
         h = self.gru(torch.cat([look.context.to(words), words], dim=1), h).float()
         return h, look, Hidden((h,))
 
@@ -194,12 +192,12 @@ class TopDownDecoder(RecurrentDecoder):
         memory = super().prepare(encoder_out)
         return memory._replace(mean=memory.annotations.mean().to(self.embedding.weight))
 
-    def advance(self, words, state, memory, slots, per_image):
+    def advance(self, words, state, memory, rows):
         h1, c1, h2, c2 = state.layers
-        mean = of_rows(memory.mean, slots // per_image)
+        mean = of_rows(memory.mean, rows.images)
         h1, c1 = self.attention_lstm(torch.cat([h2, mean, words], dim=1), (h1, c1))  # eq. 2
         # eq. 4 and 5; in place of eq. 3 the attention's own energies
-        look = self.look(words, h1, c1, memory, slots, per_image)
+        look = self.look(words, h1, c1, memory, rows)
         h2, c2 = self.language_lstm(torch.cat([look.context.to(h1), h1], dim=1), (h2, c2))  # eq. 6
         state = Hidden(tuple(layer.float() for layer in (h1, c1, h2, c2)))
         return state.layers[2], look, state

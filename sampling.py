@@ -47,6 +47,10 @@ class ScheduledSampling(CrossEntropy):
     share: Callable[[], float] = lambda: 0.0  # of the words read, drawn: asked for at each batch
     never: Tensor | None = None  # (n,) int64, words that are not drawn
 
+    def fixed(self, decoder):
+        """As `CrossEntropy.fixed`: not while words are drawn."""
+        return super().fixed(decoder) and not self.share()
+
     def read(self, network, features, captions, lengths):
         """As `CrossEntropy.read`."""
         if not (share := self.share()):

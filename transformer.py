@@ -198,8 +198,9 @@ class TransformerDecoder(Decoder):
         state = self.init_state(memory).select(images)
         x, alphas, _ = self._advance(captions[:, :longest], state, memory)
         inputs, targets = pack(x, steps), pack(captions[:, 1:], steps)
-        real = torch.arange(longest) < steps.unsqueeze(1)
-        alphas = alphas * real.unsqueeze(2).to(alphas)
+        if int(steps.min()) < longest:
+            real = torch.arange(longest) < steps.unsqueeze(1)
+            alphas = alphas * real.unsqueeze(2).to(alphas)
         return Forward(inputs._replace(data=self.fc(inputs.data)), targets, alphas)
 
     def _advance(self, words, state, memory, rows=None):

@@ -17,15 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_regi
 
 def alternate(device, rounds, *functions, best=False):
     """Median seconds of each function, or the fewest, called in turn `rounds` times after a call
-    unmeasured."""
+    unmeasured, or on a GPU three, in which CUDA graphs are recorded."""
     seconds = [[] for _ in functions]
-    for i in range(rounds + 1):
+    ahead = 3 if device.type == "cuda" else 1
+    for i in range(rounds + ahead):
         for function, times in zip(functions, seconds, strict=True):
             synchronize(device)
             started = time.perf_counter()
             function()
             synchronize(device)
-            if i:
+            if i >= ahead:
                 times.append(time.perf_counter() - started)
     return [min(times) if best else statistics.median(times) for times in seconds]
 
@@ -61,11 +62,23 @@ class Speeds(NamedTuple):
 
 def count_work(function):
     """The `Work` of function()."""
-    # of convolutions in groups PyTorch counts a weight's gradient as if they were in one
+    # of convolutions in groups PyTorch counts a weight's gradient as if they were in one, and those
+    # that oneDNN computes with what follows it does not know
     mended = {torch.ops.aten.convolution_backward: _flops_of_convolution_backward}
+    if fused := _fused_convolution():
+        mended[fused] = _flops_of_convolution
     with FlopCounterMode(display=False, custom_mapping=mended) as counter, _Traffic() as traffic:
         function()
     return Work(counter.get_total_flops(), traffic.bytes)
+
+
+def _fused_convolution():
+    """That of PyTorch's builds with oneDNN, or None."""
+    return getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+
+
+def _flops_of_convolution(image, weight, *_, out_shape, **__):
+    return conv_flop_count(image, weight, out_shape)
 
 
 def _flops_of_convolution_backward(of_output, image, weight, *others, **_):
@@ -83,7 +96,8 @@ class _Traffic(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         packet = function.overloadpacket
         name = packet.__name__
-        if not (function.is_view or packet in flop_registry or name.startswith(("empty", "new_e"))):
+        product = packet in flop_registry or packet is _fused_convolution()
+        if not (function.is_view or product or name.startswith(("empty", "new_e"))):
             leaves = tree_leaves((args, kwargs, result))
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             if name.startswith(("index", "gather", "scatter")) or name == "embedding":

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pack_sequence
 import engine
 import stages
 from attentions import ATTENTIONS, HardAttention
-from contract import DECODERS, Drawn, build_decoder, make_config
+from contract import DECODERS, Drawn, build_decoder, make_config, rows_of
 from groundwork import distributed
 from objectives import CrossEntropy, caption_loss, loss_terms, missed_each, reinforce
 
@@ -244,7 +244,7 @@ def test_the_deep_output_layer_and_the_channel_gate_take_any_attention(attention
     if decoder.query_dim:
         query = decoder.attention.decoder_att(h)
         query = query + decoder.word_att(words) if decoder.word_att is not None else query
-    look = decoder.attention(memory.annotations, query, torch.arange(2), 1, c)
+    look = decoder.attention(memory.annotations, query, rows_of(torch.arange(2), 1), c)
     seen = torch.sigmoid(decoder.f_beta(h)) * look.context
     h, _ = decoder.decode_step(torch.cat([words, seen], dim=1), tuple(state))
     shown = torch.tanh(words + decoder.output_h(h) + decoder.output_z(seen))
@@ -551,7 +551,7 @@ def test_a_place_is_drawn_by_its_alpha(always_drawn):
     look = decoder.attention
     annotations = look.prepare(torch.eye(4).view(1, 2, 2, 4))
     query = torch.randn(1, A).expand(4000, -1)
-    context, alphas, log_p, *_ = look(annotations, query, torch.arange(4000), 4000)
+    context, alphas, log_p, *_ = look(annotations, query, rows_of(torch.arange(4000), 4000))
     assert (context.max(dim=1).values == 1).all() and (context.sum(dim=1) == 1).all()
     share, p = context.mean(0), alphas[0]
     assert (abs(share - p) < 4 * (p * (1 - p) / 4000) ** 0.5).all() and p.max() < 0.9

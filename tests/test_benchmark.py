@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from conftest import failure, run_here
 from PIL import Image
 from torch import nn
 
+import benchmark_profile
+import benchmark_report
 import benchmark_variants
+import freezing
 from attentions import ATTENTIONS, HardAttention
 from benchmark import GEOMETRIES
 from benchmark_data import (
@@ -85,6 +89,9 @@ def test_gradients_of_a_convolution_take_what_it_takes_itself(groups):
     products = 2 * 8 * 5 * 6 * (4 // groups) * 3 * 3  # a value of the map from 9 places each
     assert timing.count_work(lambda: conv(image)).flops == 2 * products
     assert timing.count_work(lambda: conv(image).sum().backward()).flops == 3 * 2 * products
+    with torch.no_grad():
+        fused = freezing.through_onednn(nn.Sequential(conv, nn.ReLU()), torch.float32)
+        assert timing.count_work(lambda: fused(image)).flops == 2 * products
     frozen = image.detach()
     assert timing.count_work(lambda: conv(frozen).sum().backward()).flops == 2 * 2 * products
 
@@ -95,14 +102,37 @@ def test_the_report_holds_ratios_goals_and_shares(tmp_path):
         Row("slow", 13, 6.0, 0.5),
         Row("files", None, 3.0, 2.0),
     ]
-    text = describe(SETTINGS, Speeds({False: 1e11}, 1e10), rows)
+    grown = {axis: ([1, 2], [(2.0, 1.0), (4.0, 1.5)]) for axis in "abcd"}
+    text = describe(SETTINGS, Speeds({False: 1e11}, 1e10), rows, grown)
     assert "| a step | 12.0× | 8× | 10% | 30% |" in text
     assert "| slow | 12.0× | 13×, missed | | |" in text
-    assert "| files | 1.5× |  | | |" in text
-    grown = {axis: ([1, 2], [(2.0, 1.0), (4.0, 1.5)]) for axis in "abcd"}
+    assert "| files | 1.5× |  | | |" in text and "Milliseconds" not in text
     draw(rows, grown).savefig(tmp_path / "benchmark.png", dpi=110)
     with Image.open(tmp_path / "benchmark.png") as image:
         assert image.width == 1430
+
+
+def test_times_are_told_of_a_gpu_by_its_name(monkeypatch):
+    monkeypatch.setattr(benchmark_report, "machine", lambda device: f"GPU on {device}")
+    rows = [Row("a step", 8, 6.0, 0.5, Work(5e9, 1e9), captions=40), Row("files", None, 3.0, 2.0)]
+    settings = replace(SETTINGS, device=torch.device("cuda"))
+    grown = {"images": ([1, 2000], [(0.002, 0.001), (4.0, 1.5)])}
+    text = describe(settings, Speeds({False: 1e11}, 1e10), rows, grown)
+    assert text.startswith("lite2 geometry, GPU on cuda; ")
+    assert "| a step | 12.0× | 8× | 10% | 30% | 80 |" in text
+    assert "| files | 1.5× |  | | | |" in text
+    assert "- images: 1: 2.0 / 1.0, 2,000: 4000.0 / 1500.0" in text
+
+
+def test_kernels_of_a_gpu_go_by_their_functions_names():
+    names = {
+        "void at::native::elementwise_kernel<128, at::native::x<a, b>>(int, float*)": "elementwise_"
+        "kernel",
+        "void (anonymous namespace)::softmax_warp<2>(int)": "softmax_warp",
+        "_of_query": "_of_query",
+    }
+    for signature, name in names.items():
+        assert benchmark_profile._name_of_kernel(signature) == name
 
 
 def test_the_files_of_a_scene_can_be_trained_on(tmp_path):

@@ -5,6 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,3 +262,36 @@ def test_the_scripts_caption_as_the_library_does(model, checkpoint, paths, tmp_p
         assert record["caption"] == caption.text
         drawn = np.asarray(caption.draw(record["image"]))
         assert np.array_equal(np.asarray(Image.open(record["picture"])), drawn)
+
+
+class Photographs:
+    """Stands for a batch of images that can be moved to a GPU."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def to(self, device, non_blocking):
+        return self
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_a_gpu_encodes_a_batch_while_the_one_before_is_in_use(count, monkeypatch):
+    """As far as can be seen without a GPU: the first on the caller's stream, the others aside."""
+    main, encoded = threading.get_ident(), []
+
+    def features(images):
+        encoded.append((images.number, threading.get_ident() == main))
+        return images.number
+
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    model = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"),
+        encoder=SimpleNamespace(features=features),
+        autocast=nullcontext,
+        _aside=SimpleNamespace(synchronize=lambda: None),
+    )
+    found = []
+    for number in Captioner.encode_ahead(model, map(Photographs, range(count))):
+        found.append(number)
+    assert found == list(range(count))
+    assert encoded == [(number, number == 0) for number in range(count)]

@@ -322,8 +322,8 @@ class Guess(Attention):
         super().__init__(config)
         self.register_buffer("usual", torch.zeros(2))
 
-    def forward(self, annotations, query, slots, per_image, cell=None):
-        look = super().forward(annotations, query, slots, per_image)
+    def forward(self, annotations, query, rows, cell=None):
+        look = super().forward(annotations, query, rows)
         places = look.alphas.detach().argmax(dim=1, keepdim=True)
         log_p = look.alphas.log().gather(1, places).squeeze(1)
         entropy = -(look.alphas * look.alphas.log()).sum(dim=1)
@@ -340,9 +340,9 @@ class Echo(RecurrentDecoder):
         self.mix = nn.Linear(self.attention.context_dim + config.embed_dim, config.decoder_dim)
         self.fc = nn.Linear(config.decoder_dim, config.vocab_size)
 
-    def advance(self, words, state, memory, slots, per_image):
+    def advance(self, words, state, memory, rows):
         (h,) = state.layers
-        look = self.look(words, h, h, memory, slots, per_image)
+        look = self.look(words, h, h, memory, rows)
         h = torch.tanh(h + self.mix(torch.cat([look.context, words], dim=1)))
         return h, look, Hidden((h,))
 

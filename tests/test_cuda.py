@@ -3,6 +3,7 @@ the captions of what was trained."""
 
 import copy
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import decoding
 import engine
+import kernels
 from objectives import CrossEntropy, caption_loss
 from sampling import ScheduledSampling
 from self_critical import SelfCritical
@@ -69,6 +71,33 @@ def test_searches_find_the_cpus_captions(variant):
     of_cpu = decoding.greedy(here, features, TINY, 6)
     of_gpu = decoding.greedy(there, features.cuda(), TINY, 6)
     assert [own.words for own in of_gpu] == [own.words for own in of_cpu]
+
+
+def test_energies_without_the_hidden_layer_are_the_formulas():
+    import fused_triton
+
+    torch.manual_seed(0)
+    assert fused_triton.runs(torch.device("cuda"))
+    for images, places, hidden, rows in ((3, 5, 12, 6), (16, 196, 512, 80), (4, 37, 130, 20)):
+        for activation, dtype in product((torch.relu, torch.tanh), (torch.float32, torch.bfloat16)):
+            own = torch.randint(images, (rows,)).cuda()
+            keys, query = torch.randn(images, places, hidden), torch.randn(rows, hidden)
+            values = [v.to(dtype).cuda() for v in (keys, query, torch.randn(hidden))]
+            found = []
+            for fast in (False, True):
+                leaves = [v.float().requires_grad_() for v in values]
+                used = [leaf.to(dtype) for leaf in leaves] if fast else leaves
+                if fast:
+                    energies = kernels.Energies(used[0], used[2], activation)(used[1], own)
+                else:
+                    energies = kernels.plain_energies(*used, own, activation)
+                energies.float().square().sum().backward()
+                found.append([energies, *(leaf.grad for leaf in leaves)])
+            for expected, value in zip(*found, strict=True):
+                close(value, expected, 1e-4 if dtype is torch.float32 else 1e-2)
+
+
+# ----------------------------------------------------------------------------------- training
 
 
 @every_variant

@@ -12,6 +12,7 @@ import torch
 from conftest import OFFLINE, WORDS, close, run_here, short_captions
 from test_scripts import tables
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_packed_sequence
 
 import app
@@ -21,11 +22,11 @@ import engine
 from attentions import ATTENTIONS
 from captioner import Captioner
 from config import TrainingConfig
-from contract import DECODERS, build_decoder, config_fields, make_config
+from contract import DECODERS, build_decoder, config_fields, forward_whole, make_config
 from decoding import beam_search, greedy
 from encoders import Encoder
 from groundwork import provenance
-from objectives import CrossEntropy, caption_loss
+from objectives import CrossEntropy, caption_loss, sizes_of, top5_right
 from run_state import RunFiles, RunState
 
 V, D, GRID = 11, 6, 3  # words, values at a place, side of the alphas' grid
@@ -155,6 +156,33 @@ def test_steps_equal_the_forward_pass(variant, maps, per_image, grid):
     decoder = build(variant, std=0.6, **maps)
     batch = make_batch([7, 4, 2, 6, 7, 5], per_image, grid, decoder.config.encoder_dim)
     assert_steps_equal_forward(decoder, batch, 1e-5)
+
+
+@every_variant
+def test_computing_on_past_the_ends_changes_nothing(variant):
+    """`forward_whole`, which a GPU's graphs are of: the same loss, accuracy and gradients."""
+    decoder = build(variant, std=0.4)
+    found = []
+    for whole in (False, True):
+        encoder_out, captions, lengths = make_batch([7, 4, 2, 6, 7, 5], 2, grid=2)
+        encoder_out.requires_grad_()
+        if whole:
+            captions = F.pad(captions, (0, 3))
+        read = (forward_whole if whole else type(decoder).__call__)(
+            decoder, encoder_out, captions, lengths
+        )
+        sizes = sizes_of(read.targets) if not whole else found[0][2]
+        loss = caption_loss(*read, label_smoothing=0.1, sizes=sizes)
+        decoder.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in decoder.parameters() if p.grad is not None]
+        right = top5_right(read.scores.data, read.targets.data)
+        found.append([loss.detach(), right, sizes, encoder_out.grad, *gradients])
+        if whole and read.alphas is not None:
+            assert not read.alphas[:, 6:].any() and not read.alphas[2, 1:].any()
+    assert sizes.tolist() == [25, 6]
+    for expected, own in zip(*found, strict=True):
+        close(own, expected, 1e-5)
 
 
 @every_variant

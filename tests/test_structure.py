@@ -103,20 +103,21 @@ except SystemExit as exit:
 
 
 FLOORS = [  # from the lowest up, as docs/design.md draws them; the groundwork is below all
-    "models annotations attentions recurrent transformer merge kernels fused objectives sampling "
-    "stages encoders networks freezing efficientnet_lite contract decoding beams constraints "
-    "choosing vocabulary rewards self_critical ensemble word_rules",
+    "models annotations attentions recurrent transformer merge kernels fused fused_triton "
+    "cuda_graphs objectives sampling stages encoders networks freezing depthwise "
+    "efficientnet_lite contract decoding beams constraints choosing vocabulary rewards "
+    "self_critical ensemble word_rules",
     "utils word_maps mirroring datasets views storage input_files embeddings features demo "
     "gathered "
     "captioned formats formats_archives formats_json formats_parquet formats_tables downloads",
     "pictures attention_pictures attention_metrics attention_probes attention_report metrics "
     "diversity parts_of_speech regions coco_results evaluation evaluation_data robustness report "
     "preview duplicates "
-    "textbook benchmark_data",
+    "textbook",
     "config training_options engine checkpoints run_state optimization training_data "
     "training_report training continuation transfer choices listing",
-    "captioner hubconf exported exporting quantizing benchmark_parts benchmark_report "
-    "benchmark_profile benchmark_variants",
+    "captioner hubconf exported exporting quantizing benchmark_data benchmark_parts "
+    "benchmark_report benchmark_profile benchmark_variants",
 ]
 
 
