@@ -7,7 +7,7 @@ is drawn at random, too. On a CPU nothing here is used.
 """
 
 import operator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from threading import RLock
 from weakref import WeakKeyDictionary, ref
@@ -148,9 +148,13 @@ class _Graph:
         self.own = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         carried, given = tree_unflatten(self.own, spec)
         self.carried, self.given, self.graph = carried, given, torch.cuda.CUDAGraph()
-        # of this thread alone: others, as of a DataLoader, may allocate memory meanwhile
-        recording = torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local")
-        with _autocast_uncached(), recording:
+        tensors = [x for x in self.own if isinstance(x, Tensor)]
+        with ExitStack() as stack:
+            stack.enter_context(torch.cuda.device_of(tensors[0]))  # which may not be the first GPU
+            stack.enter_context(_autocast_uncached())
+            # of this thread alone: others, as of a DataLoader, may allocate memory meanwhile
+            options = {"pool": pool, "capture_error_mode": "thread_local"}
+            stack.enter_context(torch.cuda.graph(self.graph, **options))
             following, self.found = function(carried, given)
             for own, value in zip(*map(tree_leaves, (carried, following)), strict=True):
                 if own is not value:

@@ -7,6 +7,8 @@ called, which takes seconds, and keeps it.
 There are I images of L places with A hidden values, and n rows.
 """
 
+from functools import wraps
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,17 @@ from groundwork.errors import in_a_line
 
 PLACES, HIDDEN = 16, 64  # that a program computes at a time
 SUMMED = 64  # places, where it sums over them
+
+
+def _where_they_are(function):
+    """A decorator: Triton starts kernels on the current GPU, which is to be that of the tensors."""
+
+    @wraps(function)
+    def started(first, *others):
+        with torch.cuda.device_of(first):
+            return function(first, *others)
+
+    return started
 
 
 def runs(device: torch.device) -> bool:
@@ -29,6 +42,7 @@ def runs(device: torch.device) -> bool:
     return True
 
 
+@_where_they_are
 def energies(projected: Tensor, query: Tensor, w: Tensor, images: Tensor, activation) -> Tensor:
     """`fused.energies`."""
     (_, places, hidden), rows = projected.shape, len(query)
@@ -40,6 +54,7 @@ def energies(projected: Tensor, query: Tensor, w: Tensor, images: Tensor, activa
     return found
 
 
+@_where_they_are
 def slopes(
     grad: Tensor,
     projected: Tensor,
@@ -80,6 +95,7 @@ def _as_rows(query):
     return query if query.stride(1) == 1 else query.contiguous()
 
 
+@_where_they_are
 def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.plain_cell`."""
     gates, c = gates.contiguous(), c.contiguous()
@@ -89,6 +105,7 @@ def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return h, following
 
 
+@_where_they_are
 def of_cell(
     of_h: Tensor, of_following: Tensor, gates: Tensor, c: Tensor, following: Tensor
 ) -> tuple[Tensor, Tensor]:
