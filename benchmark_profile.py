@@ -1,9 +1,11 @@
 """Where the time of the benchmark's works goes, by PyTorch's profiler."""
 
+import math
 import re
 import time
 from collections import Counter
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch.autograd import DeviceType
@@ -49,13 +51,26 @@ def profile_of(function, device):
     total = sum(times.values())
     names = sorted(times, key=times.get, reverse=True)
     shares = {name: times[name] / total for name in names}
-    return Profile(shares, total / 1e6 / seconds if cuda else None)
+    kernels = (event for event in found.events() if event.device_type == DeviceType.CUDA)
+    busy = _length(event.time_range for event in kernels) / 1e6 / seconds if cuda else None
+    return Profile(shares, busy)
 
 
 def _name_of_kernel(signature):
     """Its function's name, of "void at::native::(anonymous namespace)::NAME<…>(…)"."""
-    name = signature.removeprefix("void ").replace("(anonymous namespace)", "")
-    return re.split(r"[<(]", name)[0].rpartition("::")[2]
+    name, inner = signature.removeprefix("void ").replace("(anonymous namespace)", ""), None
+    while name != inner:  # brackets from the innermost out
+        inner, name = name, re.sub(r"<[^<>]*>|\([^()]*\)", "", name)
+    return name.split()[-1].rpartition("::")[2] if "::" in name else name.strip()
+
+
+def _length(ranges):
+    """How long they last, of ranges with `start` and `end` that may overlap, together."""
+    total, last = 0.0, -math.inf
+    for own in sorted(ranges, key=attrgetter("start")):
+        total += max(0.0, own.end - max(own.start, last))
+        last = max(last, own.end)
+    return total
 
 
 def works(settings):

@@ -267,19 +267,26 @@ class Captioner:
             yield from map(encode, batches)
             return
 
+        caller = torch.cuda.current_stream(self.device)
+
         def encode_aside(images):
+            self._aside.wait_stream(caller)  # which may have made the images
             with torch.cuda.stream(self._aside):
                 features = encode(images)
             self._aside.synchronize()
             return features
 
+        # the first is encoded here: nothing is in use yet
+        ready = deque(map(encode, islice(batches, 1)))
         with ThreadPoolExecutor(1) as pool:
-            ahead = deque(map(encode, islice(batches, 1)))  # the first here: nothing is in use yet
-            for images in batches:
-                following = pool.submit(encode_aside, images)
-                yield ahead.popleft()
-                ahead.append(following.result())
-            yield from ahead
+            while ready:
+                try:
+                    following = [pool.submit(encode_aside, own) for own in islice(batches, 1)]
+                except Exception:  # images that cannot be read: those before them first
+                    yield ready.popleft()
+                    raise
+                yield ready.popleft()
+                ready.extend(future.result() for future in following)
 
     @cached_property
     def _aside(self):

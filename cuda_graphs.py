@@ -7,18 +7,24 @@ is drawn at random, too. On a CPU nothing here is used.
 """
 
 import operator
+import sys
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from threading import RLock
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from groundwork.errors import in_a_line
+from groundwork.timing import synchronize
+
 _GRAPHED = WeakKeyDictionary()  # module -> function -> its `Graphed`
 _GRADIENTS = WeakKeyDictionary()  # module -> kinds of its parameters, their gradients
 _FINDING = RLock()  # of who looks into the first
+_RECORDING = RLock()  # CUDA records one graph at a time
+_STREAMS = set()  # numbers of those that graphs are recorded on
 _ON = ContextVar("on", default=True)
 
 
@@ -68,7 +74,11 @@ class Graphed:
 
     Arguments are alike that have tensors of the same shapes and kinds in the same places, and whose
     other values are equal. The function must have a GPU do the same for all that are alike: it
-    waits for no value on the GPU, and moves nothing to it.
+    waits for no value on the GPU, and moves nothing to it. Where it cannot be recorded it is called
+    as ever, and a line says why.
+
+    Graphs are given up all together, when the weights lie elsewhere: PyTorch keeps scratch memory
+    for the stream that they are recorded on, which goes with the first.
 
     Args:
         function: called with the module, what is carried from call to call and what is given anew,
@@ -77,46 +87,86 @@ class Graphed:
         module: whose parameters, and their gradients, it reads or changes.
     """
 
-    MOST = 32  # graphs that are kept; each has the memory of its arguments
+    MOST = 64  # graphs that are recorded; each has the memory of its arguments
+    KNOWN = 1000  # arguments that are remembered
 
     def __init__(self, function, module: nn.Module):
-        self.function, self.module = function, ref(module)
-        self.lock, self.graphs, self.pool, self.latest = RLock(), {}, None, None
+        self.function, self.module, self.lock = function, ref(module), RLock()
+        self.stream = self.pool = self.latest = self.lying = None
+        self.graphs, self.seen = {}, {}  # of arguments: the graph, or whether one may be recorded
 
     def __call__(self, carried, given):
         """What the function returns. What is carried on lies where the next call changes it."""
         if self.latest and self.latest.goes_on(carried, given):
             return self.latest.replay()
+        self._forget_those_of_other_weights()
         leaves, spec = tree_flatten((carried, given))
         key = spec, *map(_kind, leaves), *self._surroundings()
-        graph = self.graphs.get(key)
-        if key in self.graphs and graph is None:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = self.graphs[key] = _Graph(self._call, leaves, spec, self.pool)
-        if graph:
+        if self.seen.get(key) and key not in self.graphs and len(self.graphs) < self.MOST:
+            self._record(key, leaves, spec)
+        if graph := self.graphs.get(key):
             self.latest = graph
-            graph.load(leaves, given)
+            graph.load(leaves, carried, given)
             return graph.replay()
         following, found = self._call(carried, given)
-        if len(self.graphs) == self.MOST:
-            self.latest = None  # which it may be
-            del self.graphs[next(iter(self.graphs))]
-        kinds = (list(map(_kind, tree_leaves(tree))) for tree in (carried, following))
-        self.graphs[key] = None if operator.eq(*kinds) else False
+        if key not in self.seen:
+            if len(self.seen) == self.KNOWN:
+                self.seen.clear()
+            kinds = (list(map(_kind, tree_leaves(tree))) for tree in (carried, following))
+            self.seen[key] = operator.eq(*kinds)
         return following, found
 
     def _call(self, carried, given):
         return self.function(self.module(), carried, given)
 
-    def _surroundings(self):
-        """What else the function's operations depend on."""
+    def _forget_those_of_other_weights(self):
+        """A graph knows weights, and their gradients, by where they lie."""
         module = self.module()
         tensors = [*module.parameters(), *module.buffers()]
-        gradients = [own.grad for own in tensors if own.grad is not None]
-        yield tuple(own.data_ptr() for own in tensors + gradients)
-        yield module.training
-        yield torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if torch.is_grad_enabled():
+            tensors += [own.grad for own in tensors if own.grad is not None]
+        lying = torch.is_grad_enabled(), *(own.data_ptr() for own in tensors)
+        if lying != self.lying:
+            if self.graphs:
+                synchronize(tensors[0].device)
+            self.graphs, self.seen, self.latest, self.pool = {}, {}, None, None
+            self.lying = lying
+
+    def _surroundings(self):
+        """What else the function's operations depend on."""
+        yield self.module().training
+        yield torch.is_inference_mode_enabled()
         yield torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+    def _record(self, key, leaves, spec):
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        try:
+            with _RECORDING:
+                self.stream = self.stream or _own_stream(self, device)
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self.graphs[key] = _Graph(self._call, leaves, spec, self.pool, self.stream)
+        except RuntimeError as error:
+            self.seen[key] = False
+            print(
+                f"computed more slowly, as it cannot be recorded: {in_a_line(error)}",
+                file=sys.stderr,
+            )
+
+
+def _own_stream(owner, device):
+    """A CUDA stream that no other graphs are recorded on, for as long as the owner is there.
+
+    Raises:
+        RuntimeError: there is none left, of the few that PyTorch has.
+    """
+    for _ in range(64):  # they come in turn
+        stream = torch.cuda.Stream(device)
+        number = device, stream.cuda_stream
+        if number not in _STREAMS:
+            _STREAMS.add(number)
+            finalize(owner, _STREAMS.discard, number)
+            return stream
+    raise RuntimeError("too many models have been recorded")
 
 
 @contextmanager
@@ -142,27 +192,26 @@ class _Graph:
     Args:
         leaves, spec: of carried and given, as tree_flatten gives them.
         pool: the memory that graphs share which are not replayed at the same time.
+        stream: that it is recorded on.
     """
 
-    def __init__(self, function, leaves, spec, pool):
+    def __init__(self, function, leaves, spec, pool, stream):
         self.own = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         carried, given = tree_unflatten(self.own, spec)
-        self.carried, self.given, self.graph = carried, given, torch.cuda.CUDAGraph()
-        tensors = [x for x in self.own if isinstance(x, Tensor)]
+        self.carried, self.given, self.graph = carried, None, torch.cuda.CUDAGraph()
         with ExitStack() as stack:
-            stack.enter_context(torch.cuda.device_of(tensors[0]))  # which may not be the first GPU
             stack.enter_context(_autocast_uncached())
             # of this thread alone: others, as of a DataLoader, may allocate memory meanwhile
-            options = {"pool": pool, "capture_error_mode": "thread_local"}
+            options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
             stack.enter_context(torch.cuda.graph(self.graph, **options))
             following, self.found = function(carried, given)
             for own, value in zip(*map(tree_leaves, (carried, following)), strict=True):
                 if own is not value:
                     own.copy_(value)
 
-    def load(self, leaves, given):
+    def load(self, leaves, carried, given):
         """Takes the arguments."""
-        self.given = given
+        self.given = None if carried is None else given
         for own, value in zip(self.own, leaves, strict=True):
             if own is not value and isinstance(own, Tensor):
                 own.copy_(value.detach())

@@ -330,8 +330,9 @@ def _search(
                 break
             staying = _staying(going, still, replays)
             search = search if staying is None else search.select(staying)
-    words, alphas = history.trace(search.best, rules.end)
-    captions = iter(_captions(words, alphas, search.best.log_prob.flatten(), rules.end))
+        # before another thread may search, as a graph's memory is its own
+        words, alphas = history.trace(search.best, rules.end)
+        captions = iter(_captions(words, alphas, search.best.log_prob.flatten(), rules.end))
     found = [[list(itertools.islice(captions, keep)) for _ in range(groups)] for _ in range(count)]
     return [_in_turn(of_groups, length_penalty) for of_groups in found]
 
@@ -395,14 +396,14 @@ def _advance(decoder, search, options):
 def _staying(going, still, replays):
     """Which of the images, bool (n,), stay in the batch: indices, or None where all do.
 
-    Leaving copies the others. So it waits for a fourth to be done; on a GPU whose graphs are for
-    the shapes that have occurred for a half, which leaves whole.
+    Leaving copies the others, so it waits for a fourth to be done. Where graphs are replayed it
+    waits for a half, so that few sizes occur; images that are done fill a half up.
     """
     if replays:
         half = len(going) // 2
         if not 0 < still <= half:
             return None
-        return (~going).sort(stable=True).indices[:half].sort().values  # those that are done last
+        return (~going).sort(stable=True).indices[:half].sort().values  # the open ones first
     return going.nonzero().squeeze(1) if still < LEAVE * len(going) else None
 
 

@@ -22,18 +22,18 @@ class _InFloat32(TorchFunctionMode):
     float32. Those of 3 × 3 in steps of one are as fast, or faster."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not F.conv2d or not _is_slow(*args, **kwargs):
-            return function(*args, **kwargs)
-        image, *others = args
-        with torch.autocast("cpu", enabled=False):
-            result = function(image.float(), *others, **kwargs)
-        return result.to(torch.get_autocast_dtype("cpu"))
+        own = _conv2d if function is F.conv2d else function
+        return own(*args, **(kwargs or {}))
 
 
-def _is_slow(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """Whether it is a convolution, as F.conv2d takes it, with such gradients."""
+def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """F.conv2d, in float32 if its gradients are slow."""
     learns = input.requires_grad or weight.requires_grad
     single = groups == input.shape[1] == len(weight) > 1
     steps = stride if isinstance(stride, int) else max(stride)
-    return learns and single and (max(weight.shape[2:]) > 3 or steps > 1)
+    others = weight, bias, stride, padding, dilation, groups
+    if not (learns and single and (max(weight.shape[2:]) > 3 or steps > 1)):
+        return F.conv2d(input, *others)
+    with torch.autocast("cpu", enabled=False):
+        result = F.conv2d(input.float(), *others)
+    return result.to(torch.get_autocast_dtype("cpu"))

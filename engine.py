@@ -57,7 +57,8 @@ class Network:
         # nor where runs that end alike are asked for: what has been recorded depends on where a run
         # has begun
         exact = torch.are_deterministic_algorithms_enabled()
-        return not exact and objective.fixed(self.decoder)
+        fixed = getattr(objective, "fixed", None)  # one that does not say so is not recorded
+        return not exact and fixed is not None and fixed(self.decoder)
 
     def targets(self, captions, lengths):
         """The words to predict of true captions, packed as in `contract.Forward`."""

@@ -1,12 +1,14 @@
 """On a GPU the attention's energies, and what their gradients are made of, without the hidden
 layer in memory, as `fused.cpp` has them on a CPU; and an LSTM's cell in one launch.
 
-In Triton, which comes with PyTorch's builds for GPUs. It compiles each kernel when it is first
-called, which takes seconds, and keeps it.
+In Triton, a compiler for GPUs that comes with PyTorch's builds for them. It compiles a kernel when
+it is first called with tensors of a precision, or, `_of_projected`, with twice as many rows; that
+takes a second or so, and is kept.
 
 There are I images of L places with A hidden values, and n rows.
 """
 
+import sys
 from functools import wraps
 
 import torch
@@ -37,7 +39,8 @@ def runs(device: torch.device) -> bool:
         one, images = torch.ones(1, 1, 1, device=device), torch.zeros(1, device=device).long()
         energies(one, one[0], one[0, 0], images, torch.relu)
     except Exception as error:  # of many classes: of Triton, its compiler, the system's
-        print(f"attention computed more slowly, as Triton does not run: {in_a_line(error)}")
+        reason = in_a_line(error)
+        print(f"computed more slowly, as Triton does not run: {reason}", file=sys.stderr)
         return False
     return True
 
@@ -242,7 +245,7 @@ def _of_query(
     tl.store(of_w + row * hidden + value, values if tanh else own * slopes, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _of_projected(
     grad,
     projected,

@@ -130,9 +130,16 @@ def test_kernels_of_a_gpu_go_by_their_functions_names():
         "kernel",
         "void (anonymous namespace)::softmax_warp<2>(int)": "softmax_warp",
         "_of_query": "_of_query",
+        "Memcpy HtoD (Pinned -> Device)": "Memcpy HtoD",
+        "std::enable_if<!(false), void>::type internal::gemvx::kernel<int, float, 7>(T1)": "kernel",
     }
     for signature, name in names.items():
         assert benchmark_profile._name_of_kernel(signature) == name
+
+
+def test_what_overlaps_counts_once():
+    ranges = [argparse.Namespace(start=a, end=b) for a, b in ((5, 7), (0, 2), (1, 4), (6, 6.5))]
+    assert benchmark_profile._length(ranges) == 6
 
 
 def test_the_files_of_a_scene_can_be_trained_on(tmp_path):

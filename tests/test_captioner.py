@@ -274,9 +274,10 @@ class Photographs:
         return self
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_a_gpu_encodes_a_batch_while_the_one_before_is_in_use(count, monkeypatch):
-    """As far as can be seen without a GPU: the first on the caller's stream, the others aside."""
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    """What `encode_ahead` asks of a captioner on a GPU, and which batches are encoded, and whether
+    by the caller's thread."""
     main, encoded = threading.get_ident(), []
 
     def features(images):
@@ -284,14 +285,35 @@ def test_a_gpu_encodes_a_batch_while_the_one_before_is_in_use(count, monkeypatch
         return images.number
 
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda other: None)
     model = SimpleNamespace(
         device=SimpleNamespace(type="cuda"),
         encoder=SimpleNamespace(features=features),
         autocast=nullcontext,
-        _aside=SimpleNamespace(synchronize=lambda: None),
+        _aside=stream,
     )
+    return model, encoded
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_a_gpu_encodes_a_batch_while_the_one_before_is_in_use(count, without_a_gpu):
+    model, encoded = without_a_gpu
     found = []
     for number in Captioner.encode_ahead(model, map(Photographs, range(count))):
         found.append(number)
+        assert len(encoded) <= number + 2
     assert found == list(range(count))
     assert encoded == [(number, number == 0) for number in range(count)]
+
+
+def test_batches_before_images_that_cannot_be_read_come_first(without_a_gpu):
+    def batches():
+        yield from map(Photographs, range(3))
+        raise UserError("no image")
+
+    found = []
+    with pytest.raises(UserError, match="no image"):
+        for number in Captioner.encode_ahead(without_a_gpu[0], batches()):
+            found.append(number)
+    assert found == [0, 1, 2]

@@ -61,6 +61,15 @@ def test_gradients_are_those_of_float64(channels, groups, kernel, stride, precis
         close(own, expected, 0.02)
 
 
+def test_it_takes_what_the_function_takes():
+    image, weight = torch.randn(1, 4, 9, 9), torch.randn(4, 1, 5, 5, requires_grad=True)
+    found = []
+    with torch.autocast("cpu", torch.bfloat16), precise_gradients(image):
+        found.append(nn.functional.conv2d(input=image, weight=weight, groups=4))
+        found.append(nn.functional.conv2d(image, weight, None, 1, 0, 1, 4))
+    assert torch.equal(*found) and found[0].dtype == torch.bfloat16
+
+
 def test_what_learns_nothing_stays_in_bfloat16():
     conv, image = nn.Conv2d(4, 4, 5, groups=4).requires_grad_(False), torch.randn(1, 4, 9, 9)
     with torch.autocast("cpu", torch.bfloat16), precise_gradients(image), Precisions() as seen:

@@ -24,13 +24,14 @@ def check_energies(images, places, hidden, own, activation, dtype):
     own, rows = torch.tensor(own), len(own)
     keys, w = torch.randn(images, places, hidden).to(dtype), torch.randn(hidden).to(dtype)
     query = torch.randn(rows, hidden + 9).to(dtype)[:, 4 : 4 + hidden]  # a part of a product
-    grad, of_keys = torch.randn(rows, places), torch.zeros(images, places, hidden)
+    grad, of_keys = torch.randn(rows, places), torch.randn(images, places, hidden)
     exact = leaves(keys, query, w)
     energies = kernels.plain_energies(*exact, own, activation)
     energies.backward(grad)
     close(fused_triton.energies(keys, query, w, own, activation), energies, 1e-5)
+    before = of_keys.clone()
     of_query, of_w = fused_triton.slopes(grad, keys, query, w, own, activation, of_keys)
-    of_w = of_w.sum(0)
+    of_w, of_keys = of_w.sum(0), of_keys - before  # it is added to what there is
     if activation is torch.relu:
         of_w += (keys * of_keys).sum((0, 1))
     rounding = 1e-4 if dtype is torch.float32 else 1e-2
