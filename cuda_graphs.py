@@ -127,7 +127,7 @@ class Graphed:
             tensors += [own.grad for own in tensors if own.grad is not None]
         lying = torch.is_grad_enabled(), *(own.data_ptr() for own in tensors)
         if lying != self.lying:
-            if self.graphs:
+            if self.graphs and tensors:
                 synchronize(tensors[0].device)
             self.graphs, self.seen, self.latest, self.pool = {}, {}, None, None
             self.lying = lying
