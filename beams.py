@@ -102,9 +102,8 @@ class Beams(NamedTuple):
 
     def select(self, images):
         """The beams of some images alone: indices."""
-        return self._replace(
-            **{name: getattr(self, name)[images] for name in ("log_probs", "ranks", "places")}
-        )
+        log_probs, ranks, places, *others = self
+        return Beams(log_probs[images], ranks[images], places[images], *others)
 
 
 def _times(words, others):

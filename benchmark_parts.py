@@ -35,6 +35,7 @@ from features import cache_features
 from groundwork.timing import (
     Work,
     alternate,
+    calls_ahead,
     count_work,
     forget_peak,
     process_peak,
@@ -295,7 +296,7 @@ def _peak_of(settings, prepare, side):
         else:
             forget_peak()
         before = torch.cuda.memory_allocated() if cuda else process_peak()
-        for _ in range(3 if cuda else 1):  # so that graphs are recorded, too
+        for _ in range(calls_ahead(settings.device)):  # with the memory of graphs
             work()
         return (torch.cuda.max_memory_allocated() if cuda else process_peak()) - before
 

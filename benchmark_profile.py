@@ -2,7 +2,6 @@
 
 import math
 import re
-import time
 from collections import Counter
 from functools import partial
 from operator import attrgetter
@@ -15,7 +14,7 @@ from benchmark_data import Scene
 from benchmark_parts import finetuning_sides, photographs_sides, search_sides, step_sides
 from benchmark_report import machine
 from groundwork.progress import say
-from groundwork.timing import synchronize
+from groundwork.timing import alternate, synchronize
 
 SHOWN = 10  # operations
 
@@ -28,16 +27,12 @@ class Profile(NamedTuple):
 
 
 def profile_of(function, device):
-    """The `Profile` of function(), after a call that is not measured, or on a GPU three, in which
-    CUDA graphs are recorded, and one that is timed."""
+    """The `Profile` of function(), after calls that are not measured."""
     cuda = device.type == "cuda"
-    for _ in range(3 if cuda else 1):
+    if cuda:
+        [seconds] = alternate(device, 1, function)  # the profiler takes time itself
+    else:
         function()
-    synchronize(device)
-    started = time.perf_counter()
-    function()
-    synchronize(device)
-    seconds = time.perf_counter() - started  # without the profiler, which takes time itself
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
     with profile(activities=activities) as found:
         function()

@@ -71,7 +71,7 @@ def all_rows(words, images):
 def packed_rows(inputs, images):
     """The `Rows` of a first step of packed captions, of so many images."""
     if inputs.sorted_indices is None:
-        return all_rows(torch.arange(int(inputs.batch_sizes[0]), device=inputs.data.device), images)
+        return all_rows(inputs.data[: int(inputs.batch_sizes[0])], images)
     return rows_of(inputs.sorted_indices, len(inputs.sorted_indices) // images)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -54,8 +55,8 @@ class Network:
         """Whether training steps compute the decoder's part in CUDA graphs."""
         if not graphs_on(self.device) or torch.is_anomaly_enabled():
             return False
-        # nor where runs that end alike are asked for: what has been recorded depends on where a run
-        # has begun
+        # nor where runs are to end alike: a replay may differ from a first call in its last digits,
+        # and which steps are replays depends on where a run has begun
         exact = torch.are_deterministic_algorithms_enabled()
         fixed = getattr(objective, "fixed", None)  # one that does not say so is not recorded
         return not exact and fixed is not None and fixed(self.decoder)
@@ -216,14 +217,24 @@ def _of_batch(network, batch, objective, own, sizes):
         the part of the loss, what the objective has measured, and `own`.
     """
     source, captions, lengths = batch
-    with network.autocast():
-        read = objective.read(network, network.encode(source), captions, lengths)
+
+    def read():
+        return objective.read(network, network.encode(source), captions, lengths)
+
+    return _learn_from(read, objective, own, sizes, network.autocast())
+
+
+def _learn_from(read, objective, own, sizes, precision):
+    """Adds the gradients of what read() gives, computed in the context `precision`; the rest is as
+    in `_of_batch`."""
+    with precision:
+        made = read()
         if sizes is None:
-            own = objective.sizes(read.targets)
+            own = objective.sizes(made.targets)
             sizes = distributed.add_up(own.clone())
-        loss = objective(*read, sizes=sizes)
-    measured = objective.measured(read)
-    del read  # the scores' memory is free in the backward pass
+        loss = objective(*made, sizes=sizes)
+    measured = objective.measured(made)
+    del made  # the scores' memory is free in the backward pass
     _backward(loss)
     return loss.detach(), measured, own
 
@@ -254,15 +265,9 @@ def _decoder_gradients(decoder, _, given):
     is asked for."""
     features, captions, lengths, own, sizes, objective, tunes, device, amp = given
     features = features.detach().requires_grad_(tunes)
-    with autocast(device, amp):
-        read = forward_whole(decoder, features, captions, lengths)
-        if sizes is None:
-            own = sizes = objective.sizes(read.targets)
-        loss = objective(*read, sizes=sizes)
-    measured = objective.measured(read)
-    del read  # the scores' memory is free in the backward pass
-    _backward(loss)
-    return None, (loss.detach(), measured, own, features.grad)
+    read = partial(forward_whole, decoder, features, captions, lengths)
+    found = _learn_from(read, objective, own, sizes, autocast(device, amp))
+    return None, (*found, features.grad)
 
 
 def _backward(loss):

@@ -384,8 +384,8 @@ class _Missed(torch.autograd.Function):
         if barred is not None:
             possible[barred] = 0
         even = label_smoothing * possible / possible.sum()  # the target of words that are not meant
-        counted = possible[targets.clamp(min=0)] * (targets != IGNORED)
-        columns = targets.clamp(min=0).unsqueeze(1), counted.unsqueeze(1)
+        real, targets = targets != IGNORED, targets.clamp(min=0)
+        columns = targets.unsqueeze(1), (possible[targets] * real).unsqueeze(1)
         rows = _Missed.ROWS_OF_GPU if scores.is_cuda else _Missed.ROWS
         parts = (tensor.split(rows) for tensor in (scores, gradient, *columns))
         for score, grad, target, counts in zip(*parts, strict=True):

@@ -62,10 +62,6 @@ class SelfCritical:
     cross_entropy: CrossEntropy = field(default_factory=CrossEntropy)
     measure: ClassVar[str] = "reward"
 
-    def fixed(self, decoder):
-        """As `CrossEntropy.fixed`: captions are drawn, which end here or there."""
-        return False
-
     def read(self, network, features, captions, lengths):
         """`Sampled` captions, and what the decoder makes of people's, as `CrossEntropy.read`."""
         decoder, truth = network.decoder, None

@@ -15,11 +15,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
 
+def calls_ahead(device):
+    """How often a function is called before it is measured: on a GPU CUDA graphs are recorded in
+    these calls."""
+    return 3 if device.type == "cuda" else 1
+
+
 def alternate(device, rounds, *functions, best=False):
-    """Median seconds of each function, or the fewest, called in turn `rounds` times after a call
-    unmeasured, or on a GPU three, in which CUDA graphs are recorded."""
+    """Median seconds of each function, or the fewest, called in turn `rounds` times after
+    `calls_ahead`."""
     seconds = [[] for _ in functions]
-    ahead = 3 if device.type == "cuda" else 1
+    ahead = calls_ahead(device)
     for i in range(rounds + ahead):
         for function, times in zip(functions, seconds, strict=True):
             synchronize(device)
